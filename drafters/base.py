@@ -1,0 +1,89 @@
+"""The drafter contract. A drafter can cost speed, never the output: rules need only what it really sampled from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from specdec.kv.base import KVCache
+from specdec.verify.law import SamplingLaw
+from specdec.verify.rows import Rows
+from specdec.verify.tree import DraftTree, Verdict
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the next tree may cost: at most `max_depth` levels and `max_nodes` drafted tokens. 0 = decode plainly."""
+
+    max_depth: int
+    max_nodes: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a drafter may look at during one `generate` call. It must not change any of it but its own K/V.
+
+    rows: the running text; `rows.live` maps active storage rows to rows of the batch.
+    cache: the shared cache; the drafter's own storage in it is called `CACHE_NAME`.
+    law: logits -> scores, with the caller's processors.
+    do_sample: False means greedy decoding: only the target's argmax will be accepted.
+    vocab: the target's vocabulary size; drafted ids must be below it and q rows that wide.
+    """
+
+    rows: Rows
+    cache: KVCache
+    law: SamplingLaw
+    do_sample: bool
+    vocab: int
+
+
+CACHE_NAME = "draft"
+"""The drafter's name in the shared cache."""
+
+
+class Drafter(ABC):
+    """Proposes a tree for every live row, each step.
+
+    Call order: `start`, then per step `propose` and `observe` (also after a faulty or empty proposal), `stop` for
+    rows that finish, and finally `stop` for all that are left. After `observe` the drafter's state agrees with the
+    emitted tokens in `session.rows`.
+
+    Exactness: the decision to draft or keep a *sampled* token may depend on the text before it, on q and on time,
+    never on the token itself or later ones (algorithms B.5). Deterministic tokens may be chosen freely.
+    """
+
+    name: str = "drafter"
+    max_depth: int
+    """Depth of the trees it proposes when the budget allows."""
+    max_nodes: int
+    """Most drafted tokens it proposes per row."""
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Layers of storage it needs in the shared cache; 0 when it keeps no K/V."""
+        return 0
+
+    @abstractmethod
+    def start(self, session: Session) -> None:
+        """A new `generate` call begins; forget everything about the last one."""
+
+    @abstractmethod
+    def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
+        """A tree for each live row, rooted at its last emitted token.
+
+        Args:
+            uniforms: float64 `[live, max_nodes + 1]` in [0, 1), fresh, the only randomness to use.
+        """
+
+    def observe(self, verdict: Verdict, logits: Tensor) -> None:  # noqa: B027 - optional hook, not an abstract duty
+        """The step's outcome. Called after the emitted tokens are in `rows` and the cache is committed.
+
+        Args:
+            logits: the target's raw logits `[live before the step, nodes, vocab]`.
+        """
+
+    def stop(self, rows: Sequence[int]) -> None:  # noqa: B027 - optional hook, not an abstract duty
+        """These rows of the batch are finished; drop what is kept for them."""

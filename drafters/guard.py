@@ -1,0 +1,103 @@
+"""A guard around every drafter: its faults cost speed, never the output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
+from specdec.verify.tree import DraftTree, Verdict
+
+T = TypeVar("T")
+
+MAX_CONSECUTIVE_FAULTS = 8
+"""After so many faults in a row the drafter is left alone for the rest of the call."""
+
+
+class DrafterFaultWarning(UserWarning):
+    """A drafter failed; the step was decoded plainly and the output is still exact. Issued once per call."""
+
+
+class FallbackGuard(Drafter):
+    """Turns anything wrong with a drafter (exception, NaN, bad ids or shapes, false q, OOM) into an empty proposal.
+
+    Attributes:
+        num_faults: faults of the current call; last_fault: what the last one was.
+    """
+
+    def __init__(self, inner: Drafter):
+        self.inner = inner
+        self.name = inner.name
+        self.max_depth = inner.max_depth
+        self.max_nodes = inner.max_nodes
+        self.num_faults = 0
+        self.last_fault: str | None = None
+        self._consecutive = 0
+        self._session: Session | None = None
+
+    @property
+    def num_cache_layers(self) -> int:
+        return self.inner.num_cache_layers
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        self.num_faults = 0
+        self.last_fault = None
+        self._consecutive = 0
+        self._run(lambda: self.inner.start(session))
+
+    def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
+        assert self._session is not None, "propose() before start()"
+        roots = self._session.rows.roots()
+        if budget.max_depth <= 0 or budget.max_nodes <= 0 or self._consecutive >= MAX_CONSECUTIVE_FAULTS:
+            return DraftTree.root_only(roots)
+        tree = self._run(lambda: self._checked(budget, uniforms, roots))
+        if tree is None:
+            return DraftTree.root_only(roots)
+        self._consecutive = 0
+        return tree
+
+    def observe(self, verdict: Verdict, logits: Tensor) -> None:
+        self._run(lambda: self.inner.observe(verdict, logits))
+
+    def stop(self, rows: Sequence[int]) -> None:
+        self._run(lambda: self.inner.stop(rows))
+
+    def _checked(self, budget: Budget, uniforms: Tensor, roots: Tensor) -> DraftTree:
+        assert self._session is not None
+        tree = self.inner.propose(budget, uniforms)
+        if not isinstance(tree, DraftTree):
+            raise TypeError(f"propose() must return a DraftTree, got {type(tree).__name__}")
+        if tree.tokens.dim() != 2 or tree.tokens.shape[1] > self.max_nodes + 1:
+            raise ValueError(f"expected tokens [rows, <= {self.max_nodes + 1}], got {tuple(tree.tokens.shape)}")
+        tree.validate(self._session.vocab, roots)
+        return tree
+
+    def _run(self, call: Callable[[], T]) -> T | None:
+        try:
+            return call()
+        except Exception as fault:  # any drafter fault whatever: that is this class's purpose
+            self._record(fault)
+            return None
+
+    def _record(self, fault: Exception) -> None:
+        assert self._session is not None
+        self.num_faults += 1
+        self._consecutive += 1
+        self.last_fault = f"{type(fault).__name__}: {fault}"
+        if self.inner.num_cache_layers:
+            # Its K/V may hold NaN or half a pass; it refills from the text when it next proposes.
+            self._session.cache.forget(CACHE_NAME)
+        if isinstance(fault, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        if self.num_faults == 1:
+            warnings.warn(
+                f"drafter {self.name!r} failed ({self.last_fault}); decoding plainly for this step. The output is "
+                "still exact. See SpecReport.num_drafter_faults.",
+                DrafterFaultWarning,
+                stacklevel=2,
+            )

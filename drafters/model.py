@@ -1,0 +1,140 @@
+"""Drafting with a small causal LM on the shared cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.support import check_model, num_cache_layers
+from specdec.verify.attention import attention_of
+from specdec.verify.forward import PREFILL_CHUNK, TreeForward
+from specdec.verify.rules.base import sample_from
+from specdec.verify.tree import DraftTree, Topology
+
+DEFAULT_K = 4
+"""Chain length when neither `k` nor `tree` is given."""
+
+
+class ModelDrafter(Drafter):
+    """Any HF causal LM that shares the target's tokenizer, one forward pass per tree level.
+
+    A chain samples from the drafter's own law when the call samples (q is that very law), and takes the argmax in
+    greedy decoding. A static tree takes the top-k children of every node, which are deterministic nodes (no q).
+
+    Args:
+        model: the drafter. Its vocabulary may be padded differently from the target's (152064 / 151936).
+        k: chain length (default DEFAULT_K). Exclusive with `tree`.
+        tree: children per level, e.g. `(3, 2, 1)`: 3 children of the root, 2 of each of those, 1 of each of those.
+        temperature: extra temperature on the drafter's processed scores when sampling (1.0: the caller's own).
+    """
+
+    name = "model"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        k: int | None = None,
+        tree: tuple[int, ...] | None = None,
+        temperature: float = 1.0,
+    ):
+        self.model = check_model(model, "draft")
+        if k is not None and tree is not None:
+            raise UnsupportedArgumentError(f"expected k or tree, got both k={k} and tree={tree}; k=3 is tree=(1, 1, 1)")
+        if tree is None:
+            tree = (1,) * (DEFAULT_K if k is None else k)
+        if not tree or any(width < 1 for width in tree):
+            raise UnsupportedArgumentError(f"expected a chain length k >= 1 or tree widths >= 1, got k={k}, tree={tree}")
+        if not temperature > 0:
+            raise UnsupportedArgumentError(f"expected a draft temperature > 0, got {temperature}")
+        self.widths = tuple(tree)
+        self.temperature = temperature
+        self.max_depth = len(self.widths)
+        self.max_nodes = Topology.widths(self.widths).num_nodes - 1
+        self._forward = TreeForward(model, CACHE_NAME)
+        self._session: Session | None = None
+
+    @property
+    def num_cache_layers(self) -> int:
+        return num_cache_layers(self.model)
+
+    def start(self, session: Session) -> None:
+        self._session = session
+
+    @torch.no_grad()
+    def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
+        assert self._session is not None, "propose() before start()"
+        rows, cache = self._session.rows, self._session.cache
+        widths = self._affordable(budget)
+        topology = Topology.widths(widths)
+        chain = topology.is_chain
+        roots = rows.roots()
+        if not widths:
+            return DraftTree.root_only(roots)
+        tokens = roots.new_zeros(len(rows.live), topology.num_nodes)
+        tokens[:, 0] = roots
+        parents = torch.tensor(topology.parents, device=roots.device).expand(tokens.shape)
+        depths = torch.tensor(topology.depths, device=roots.device).expand(tokens.shape)
+        laws: list[Tensor] = []
+        with attention_of(self.model):
+            logits = self._root_logits()
+            for depth in range(1, len(topology.levels)):
+                parent_level, level = topology.levels[depth - 1], topology.levels[depth]
+                frontier = range(parent_level[0], parent_level[-1] + 1)
+                scores = self._session.law(self._fit(logits), rows, tokens, parents, frontier)
+                first, count = level[0], len(level)
+                if chain and self._session.do_sample:
+                    laws.append(F.softmax(scores[:, 0] / self.temperature, dim=-1))
+                    tokens[:, first] = sample_from(laws[-1], uniforms[:, depth])
+                elif widths[depth - 1] == 1:
+                    tokens[:, first : first + count] = scores.argmax(-1)
+                else:
+                    tokens[:, first : first + count] = scores.topk(widths[depth - 1], dim=-1).indices.flatten(1)
+                if depth + 1 == len(topology.levels):
+                    break
+                new = tokens[:, first : first + count]
+                if chain:
+                    starts = [length + first for length in cache.lengths[: cache.num_rows]]
+                    logits = self._forward.causal(cache, new, starts, None, keep=0)
+                else:
+                    mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
+                    ancestors = mask.expand(len(rows.live), -1, -1)
+                    logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
+        return DraftTree.build(topology, tokens, torch.stack(laws, dim=1) if laws else None)
+
+    def _affordable(self, budget: Budget) -> tuple[int, ...]:
+        """The leading levels of the shape that fit the budget. Depends on no drafted token."""
+        widths = self.widths[: max(0, budget.max_depth)]
+        while widths and Topology.widths(widths).num_nodes - 1 > budget.max_nodes:
+            widths = widths[:-1]
+        return widths
+
+    def _root_logits(self) -> Tensor:
+        """Bring the drafter's K/V up to date and return the logits after each root, `[live, 1, vocab]`."""
+        assert self._session is not None
+        rows, cache = self._session.rows, self._session.cache
+        lengths = cache.lengths[: cache.num_rows]
+        filled = cache.filled(CACHE_NAME)
+        if max(length - have for length, have in zip(lengths, filled, strict=True)) > 8:
+            text = rows.window([0] * len(rows.live), max(lengths))
+            self._forward.prefill(cache, text, filled, lengths, PREFILL_CHUNK)
+            filled = cache.filled(CACHE_NAME)
+        lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
+        width = max(lag)
+        tokens = rows.window(filled, width)
+        logits = self._forward.causal(cache, tokens, filled, lag, keep=0)
+        if all(count == width for count in lag):
+            return logits[:, -1:]
+        last = torch.tensor(lag, device=logits.device) - 1
+        return logits[torch.arange(len(lag), device=logits.device), last][:, None]
+
+    def _fit(self, logits: Tensor) -> Tensor:
+        """Cut or pad the drafter's vocabulary to the target's; padding can never be drafted."""
+        assert self._session is not None
+        missing = self._session.vocab - logits.shape[-1]
+        if missing <= 0:
+            return logits[..., : self._session.vocab]
+        return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)

@@ -1,0 +1,108 @@
+"""Prompt lookup: propose what followed the last few tokens when they occurred before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import Budget, Drafter, Session
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.tree import DraftTree
+
+
+class NgramDrafter(Drafter):
+    """Longest-match lookup in the row's own prompt and output (PLD; algorithms C.8). Free, model-less, deterministic.
+
+    The last `max_ngram` .. `min_ngram` tokens are looked up, longest first, latest occurrence first; up to
+    `branches` different continuations become branches of one tree that share their common prefix.
+
+    Drafted tokens are deterministic nodes: top-p and friends filter the target's law, never the proposal.
+
+    Args:
+        k: tokens per continuation.
+        max_ngram, min_ngram: longest and shortest match tried.
+        branches: different continuations to propose.
+    """
+
+    name = "ngram"
+
+    def __init__(self, k: int = 10, max_ngram: int = 3, min_ngram: int = 1, branches: int = 1):
+        if k < 1 or branches < 1 or not 1 <= min_ngram <= max_ngram:
+            raise UnsupportedArgumentError(
+                "expected k >= 1, branches >= 1 and 1 <= min_ngram <= max_ngram, got "
+                f"k={k}, branches={branches}, min_ngram={min_ngram}, max_ngram={max_ngram}"
+            )
+        self.k, self.max_ngram, self.min_ngram, self.branches = k, max_ngram, min_ngram, branches
+        self.max_depth = k
+        self.max_nodes = k * branches
+        self._session: Session | None = None
+        self._texts: dict[int, list[int]] = {}
+        self._ends: dict[int, dict[tuple[int, ...], list[int]]] = {}
+
+    def start(self, session: Session) -> None:
+        self._session = session
+        self._texts = {row: [] for row in session.rows.live}
+        self._ends = {row: {} for row in session.rows.live}
+
+    def stop(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._texts.pop(row, None)
+            self._ends.pop(row, None)
+
+    def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
+        assert self._session is not None, "propose() before start()"
+        rows = self._session.rows
+        trees = []
+        for row in rows.live:
+            self._catch_up(row)
+            trees.append(_merge(self._texts[row][-1], self._continuations(row, budget.max_depth), budget.max_nodes))
+        width = max(len(tokens) for tokens, _ in trees)
+        device = rows.device
+        pad = [(width - len(tokens)) for tokens, _ in trees]
+        tokens = torch.tensor([t + [0] * n for (t, _), n in zip(trees, pad, strict=True)], device=device)
+        parents = torch.tensor([p + [0] * n for (_, p), n in zip(trees, pad, strict=True)], device=device)
+        counts = torch.tensor([len(t) for t, _ in trees], device=device)
+        return DraftTree(tokens, parents, counts, torch.zeros_like(tokens, dtype=torch.bool))
+
+    def _catch_up(self, row: int) -> None:
+        """Index the tokens emitted since the last proposal: n-gram -> positions right after it."""
+        assert self._session is not None
+        rows, text, ends = self._session.rows, self._texts[row], self._ends[row]
+        have, count = len(text), rows.num_tokens[row]
+        text.extend(rows.text[row, have:count].tolist())
+        for end in range(max(have, 1), count + 1):
+            for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
+                ends.setdefault(tuple(text[end - size : end]), []).append(end)
+
+    def _continuations(self, row: int, depth: int) -> list[list[int]]:
+        text, ends = self._texts[row], self._ends[row]
+        found: list[list[int]] = []
+        length = min(self.k, depth)
+        for size in range(min(self.max_ngram, len(text)), self.min_ngram - 1, -1):
+            for end in reversed(ends.get(tuple(text[-size:]), ())):
+                tokens = text[end : end + length]
+                if tokens and not any(other[: len(tokens)] == tokens for other in found):
+                    found.append(tokens)
+                if len(found) == self.branches:
+                    return found
+        return found
+
+
+def _merge(root: int, continuations: list[list[int]], max_nodes: int) -> tuple[list[int], list[int]]:
+    """Tokens and parents of the tree (root first) that holds every continuation once."""
+    tokens, parents = [root], [-1]
+    children: dict[tuple[int, int], int] = {}
+    for continuation in continuations:
+        node = 0
+        for token in continuation:
+            child = children.get((node, token))
+            if child is None:
+                if len(tokens) > max_nodes:
+                    break
+                child = children[node, token] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+            node = child
+    return tokens, parents

@@ -1,0 +1,28 @@
+"""Shared, rollback-capable KV cache for a target and its drafter."""
+
+if __name__ != "specdec.kv":
+    raise ImportError(f"this package is imported as `specdec.kv`, not as `{__name__}`: import specdec.kv")
+
+from specdec.kv.base import KVCache
+from specdec.kv.errors import (
+    CacheStateError,
+    InvalidTreeError,
+    SpecdecError,
+    TargetFaultError,
+    UnsupportedArgumentError,
+    UnsupportedModelError,
+)
+from specdec.kv.shared import SharedKVCache
+from specdec.kv.support import check_model
+
+__all__ = [
+    "CacheStateError",
+    "InvalidTreeError",
+    "KVCache",
+    "SharedKVCache",
+    "SpecdecError",
+    "TargetFaultError",
+    "UnsupportedArgumentError",
+    "UnsupportedModelError",
+    "check_model",
+]

@@ -1,0 +1,86 @@
+"""The contract every KV layout keeps (contiguous now, paged behind the same methods)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import Cache
+
+
+class KVCache(ABC):
+    """K/V of several models over the same sequences: one length rule, one commit, one rollback.
+
+    A *slot* is a token's position in its row's text (pads own no slot), so slot == position for every committed
+    token. Node `i` of a draft tree lives in slot `lengths[row] + i` of the speculative tail until `commit`
+    moves the kept nodes down or `rollback` forgets them.
+
+    A model may lag: `filled(name)[row] <= lengths[row]` means its K/V of the missing tokens must be written
+    before it can draft again. Slots below `lengths` are never rewritten by commit or rollback.
+    """
+
+    num_rows: int
+    """Rows that still take part in forward passes; retired rows lie behind them."""
+
+    lengths: list[int]
+    """Committed tokens per storage row. Host integers: they are needed on the host every step anyway."""
+
+    @abstractmethod
+    def filled(self, name: str) -> list[int]:
+        """Leading slots per row that hold valid K/V of model `name` (committed plus tail)."""
+
+    @abstractmethod
+    def view(self, name: str) -> Cache:
+        """The `transformers` cache through which model `name` reads and writes. Always the same object."""
+
+    @abstractmethod
+    def writing(
+        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
+    ) -> AbstractContextManager[int]:
+        """Plan one forward pass of `name`: row `b` writes slots `starts[b] .. starts[b] + width - 1`.
+
+        Yields the number of slots the attention will read, `max(starts) + width`. `valid[b]` (default `width`)
+        says how many of the written columns are real; the rest is right padding. `filled` moves only when the
+        block ends without an exception.
+
+        Raises:
+            CacheStateError: a start that would leave a hole (`starts[b] > filled[b]`) or a wrong number of rows.
+        """
+
+    @abstractmethod
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep tail slots `lengths[b] + paths[b][i]` in path order for every model, drop the rest of the tail.
+
+        Mutates `lengths` (plus `len(paths[b])`). One in-place gather per layer, and none at all for paths that
+        are already in place (`0, 1, 2, ...`).
+        """
+
+    @abstractmethod
+    def rollback(self) -> None:
+        """Drop the speculative tail of every model. Moves counters only."""
+
+    @abstractmethod
+    def set_length(self, row: int, length: int) -> None:
+        """Declare `length` committed tokens (after a prefill or an adopted cache); models may lag behind it."""
+
+    @abstractmethod
+    def truncate(self, row: int, length: int) -> None:
+        """Forget committed slots from `length` on (a run cut by a stop rule)."""
+
+    @abstractmethod
+    def forget(self, name: str) -> None:
+        """Drop everything model `name` stored (its K/V may be poisoned); it lags from zero and refills later."""
+
+    @abstractmethod
+    def retire(self, row: int) -> None:
+        """Swap `row` behind the active rows and shrink `num_rows`; the last active row takes its place."""
+
+    @abstractmethod
+    def fork(self, repeats: int) -> None:
+        """Replace each row by `repeats` copies of itself, adjacent (`repeat_interleave`), once, after a prefill."""
+
+    @abstractmethod
+    def layers(self, name: str, row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer, the committed `(keys, values)` of one row, each `[kv_heads, lengths[row], head_dim]`."""

@@ -1,0 +1,110 @@
+"""Exchange with `transformers` caches: adopt a caller's `past_key_values`, hand one back that it understands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import Cache, DynamicCache
+
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.shared import SharedKVCache
+from specdec.kv.store import WritePlan
+
+
+def cached_tokens(cache: Cache) -> int:
+    """Columns (pads included) a caller's cache holds."""
+    return int(cache.get_seq_length())
+
+
+def check_adoptable(cache: object) -> DynamicCache:
+    """Refuse a `past_key_values` that cannot be read completely and extended in place.
+
+    Raises:
+        UnsupportedArgumentError: not a `DynamicCache`, or one whose sliding layers already dropped tokens.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise UnsupportedArgumentError(
+            f"past_key_values: expected a transformers DynamicCache, got {type(cache).__name__}. Pass a DynamicCache "
+            "(it is what `generate` returns), or leave past_key_values out."
+        )
+    for i, layer in enumerate(cache.layers):
+        held = layer.keys.shape[-2] if layer.is_initialized and layer.keys is not None and layer.keys.numel() else 0
+        if held != int(layer.get_seq_length()):
+            raise UnsupportedArgumentError(
+                f"past_key_values: layer {i} ({type(layer).__name__}) holds only the last {held} of "
+                f"{int(layer.get_seq_length())} tokens; a cache that dropped tokens cannot be rolled back. "
+                "Generate without past_key_values, or build the cache as a plain DynamicCache()."
+            )
+    return cache
+
+
+def adopt(shared: SharedKVCache, name: str, cache: DynamicCache, real: torch.Tensor) -> None:
+    """Copy a caller's K/V into the shared storage, dropping pad columns.
+
+    Args:
+        real: bool `[rows, columns]`, which columns of the caller's cache are real tokens.
+
+    Mutates `shared`: `filled(name)` becomes the number of real columns per row. The caller's cache is not changed.
+    """
+    store = shared.store(name)
+    counts = [int(count) for count in real.sum(dim=1).tolist()]
+    width = max(counts, default=0)
+    if width == 0:
+        return
+    # Order each row's real columns first; what follows is junk beyond `filled`.
+    order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)[:, :width]
+    store.begin(WritePlan.build([0] * shared.num_rows, width))
+    for i, layer in enumerate(cache.layers):
+        if layer.keys is None or layer.values is None:
+            continue
+        index = order.to(layer.keys.device)[:, None, :, None]
+        key = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+        value = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+        store.write(i, key, value)
+    store.filled = counts
+
+
+def export(
+    shared: SharedKVCache,
+    name: str,
+    storage_rows: Sequence[int],
+    columns: torch.Tensor,
+    width: int,
+    into: DynamicCache | None = None,
+) -> DynamicCache:
+    """Write committed K/V into a `DynamicCache` in the padded layout of `generate`'s sequences.
+
+    Args:
+        storage_rows: for each output row, where it lies in `shared` (rows move when others retire).
+        columns: int64 `[rows, tokens]`, the padded column of each real token of a row (tokens beyond a row's
+            own length are ignored).
+        width: columns of the result, `sequences.shape[1] - 1` as plain `generate` leaves it.
+        into: a caller's cache to extend in place; a new one is made when None.
+
+    Columns that no real token owns (pads) are zero; every attention mask hides them.
+    """
+    store = shared.store(name)
+    out = DynamicCache() if into is None else into
+    for i, (keys, values) in enumerate(zip(store.keys, store.values, strict=True)):
+        if keys is None or values is None:
+            break
+        padded = []
+        for tensor in (keys, values):
+            fresh = tensor.new_zeros(len(storage_rows), tensor.shape[1], width, tensor.shape[3])
+            for row, source in enumerate(storage_rows):
+                stop = min(shared.lengths[source], store.filled[source])
+                target = columns[row, :stop].to(tensor.device)
+                inside = target < width
+                fresh[row, :, target[inside]] = tensor[source, :, :stop][:, inside]
+            padded.append(fresh)
+        if into is None or i >= len(out.layers):
+            out.update(padded[0], padded[1], i)
+        else:
+            layer = out.layers[i]
+            if not layer.is_initialized:
+                layer.lazy_initialization(padded[0], padded[1])
+            layer.keys, layer.values = padded
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = width
+    return out

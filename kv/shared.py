@@ -1,0 +1,135 @@
+"""The contiguous layout: one object, one set of lengths, storage for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import Cache
+
+from specdec.kv.base import KVCache
+from specdec.kv.errors import CacheStateError
+from specdec.kv.store import ModelStore, WritePlan
+
+INITIAL_SLOTS = 256
+"""Slots allocated at first; storage doubles from there."""
+
+
+class SharedKVCache(KVCache):
+    """Contiguous `KVCache` for any number of models over the same rows.
+
+    Args:
+        num_layers: per model name, how many layers its cache has, e.g. `{"target": 32, "draft": 16}`.
+        num_rows: sequences in the batch.
+        capacity: slots to allocate at first (grows by doubling).
+
+    Example (one row, chain of two drafted tokens, the first one accepted):
+        lengths [5], tail = root, a, b in slots 5, 6, 7  ->  commit([[0, 1]])  ->  lengths [7], slot 7 is free again.
+    """
+
+    def __init__(self, num_layers: Mapping[str, int], num_rows: int, capacity: int = INITIAL_SLOTS):
+        self.num_rows = num_rows
+        self.lengths = [0] * num_rows
+        self._stores = {name: ModelStore(count, num_rows, capacity) for name, count in num_layers.items()}
+
+    def filled(self, name: str) -> list[int]:
+        return self._stores[name].filled[: self.num_rows]
+
+    def view(self, name: str) -> Cache:
+        return self._stores[name].view
+
+    @contextmanager
+    def writing(
+        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
+    ) -> Iterator[int]:
+        store = self._stores[name]
+        if len(starts) != self.num_rows:
+            raise CacheStateError(f"expected one start for each of {self.num_rows} active rows, got {len(starts)}")
+        for row, start in enumerate(starts):
+            if start > store.filled[row]:
+                raise CacheStateError(
+                    f"row {row} of {name!r} holds {store.filled[row]} slots; writing at slot {start} would leave a "
+                    "hole: write the missing tokens first"
+                )
+        plan = WritePlan.build(starts, width)
+        store.begin(plan)
+        yield plan.read
+        for row, start in enumerate(starts):
+            store.filled[row] = start + (width if valid is None else valid[row])
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        if len(paths) != self.num_rows:
+            raise CacheStateError(f"expected one path for each of {self.num_rows} active rows, got {len(paths)}")
+        for store in self._stores.values():
+            rows: list[int] = []
+            sources: list[list[int]] = []
+            targets: list[list[int]] = []
+            for row, path in enumerate(paths):
+                base = self.lengths[row]
+                if store.filled[row] < base:  # this model lags behind the tail: nothing of the tail is its own
+                    continue
+                have = store.filled[row] - base
+                # A drafter never ran its deepest nodes: keep the leading part of the path that it has.
+                kept = next((i for i, node in enumerate(path) if node >= have), len(path))
+                moved = [i for i in range(kept) if path[i] != i]
+                if moved:
+                    rows.append(row)
+                    sources.append([base + path[i] for i in moved])
+                    targets.append([base + i for i in moved])
+                store.filled[row] = base + kept
+            if rows:
+                store.gather(rows, sources, targets)
+        for row, path in enumerate(paths):
+            self.lengths[row] += len(path)
+
+    def rollback(self) -> None:
+        for store in self._stores.values():
+            for row in range(self.num_rows):
+                store.filled[row] = min(store.filled[row], self.lengths[row])
+
+    def truncate(self, row: int, length: int) -> None:
+        if length > self.lengths[row]:
+            raise CacheStateError(f"row {row} holds {self.lengths[row]} committed tokens, cannot truncate to {length}")
+        self.lengths[row] = length
+        for store in self._stores.values():
+            store.filled[row] = min(store.filled[row], length)
+
+    def set_length(self, row: int, length: int) -> None:
+        """Declare `length` committed tokens after a prefill or an adopted cache (models may lag)."""
+        self.lengths[row] = length
+
+    def forget(self, name: str) -> None:
+        self._stores[name].clear()
+
+    def retire(self, row: int) -> None:
+        last = self.num_rows - 1
+        if not 0 <= row <= last:
+            raise CacheStateError(f"row {row} is not active; active rows are 0..{last}")
+        if row != last:
+            for store in self._stores.values():
+                store.swap(row, last)
+            self.lengths[row], self.lengths[last] = self.lengths[last], self.lengths[row]
+        self.num_rows = last
+
+    def fork(self, repeats: int) -> None:
+        self.num_rows *= repeats
+        self.lengths = [length for length in self.lengths for _ in range(repeats)]
+        for store in self._stores.values():
+            store.fork(repeats)
+
+    def layers(self, name: str, row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        store = self._stores[name]
+        stop = min(self.lengths[row], store.filled[row])
+        for keys, values in zip(store.keys, store.values, strict=True):
+            if keys is None or values is None:
+                return
+            yield keys[row, :, :stop], values[row, :, :stop]
+
+    def store(self, name: str) -> ModelStore:
+        """The raw storage of one model (exchange with `transformers` caches, audits)."""
+        return self._stores[name]
+
+    def num_bytes(self) -> int:
+        """Bytes allocated for K/V of all models."""
+        return sum(store.num_bytes() for store in self._stores.values())

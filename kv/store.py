@@ -1,0 +1,181 @@
+"""One model's K/V inside the shared cache: plain preallocated tensors, grown by doubling, never concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """Where one forward pass writes. Built once a pass, used by every layer."""
+
+    num_rows: int
+    width: int
+    read: int
+    """Slots the attention reads: `[0, read)`."""
+    start: int | None
+    """Common first slot of all rows; None when rows differ and `slots` must be scattered to."""
+    rows: torch.Tensor | None
+    slots: torch.Tensor | None
+
+    @staticmethod
+    def build(starts: Sequence[int], width: int) -> WritePlan:
+        first = starts[0]
+        read = max(starts) + width
+        if all(start == first for start in starts):
+            return WritePlan(len(starts), width, read, first, None, None)
+        slots = torch.tensor(list(starts))[:, None] + torch.arange(width)
+        return WritePlan(len(starts), width, read, None, torch.arange(len(starts))[:, None], slots)
+
+    def on(self, device: torch.device) -> WritePlan:
+        if self.slots is None or self.rows is None or self.slots.device == device:
+            return self
+        return WritePlan(self.num_rows, self.width, self.read, None, self.rows.to(device), self.slots.to(device))
+
+
+class ModelStore:
+    """Storage `[rows, kv_heads, capacity, head_dim]` per layer, allocated when the layer first writes.
+
+    Shapes, dtype and device are read from the layer's own states, so tensor-parallel, sharded and
+    mixed-precision models need no special case.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, capacity: int):
+        self.num_rows = num_rows
+        self.capacity = capacity
+        self.keys: list[torch.Tensor | None] = [None] * num_layers
+        self.values: list[torch.Tensor | None] = [None] * num_layers
+        self.filled = [0] * num_rows
+        self.plan: WritePlan | None = None
+        self.view = StoreView(self)
+
+    def begin(self, plan: WritePlan) -> None:
+        self.plan = plan
+        self._reserve(plan.read)
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one layer's new states `[rows, kv_heads, width, head_dim]`; return everything up to `plan.read`."""
+        assert self.plan is not None, "a model wrote to its cache outside SharedKVCache.writing()"
+        plan = self.plan
+        keys, values = self._layer(layer, key, value)
+        if plan.start is not None:
+            stop = plan.start + plan.width
+            keys[: plan.num_rows, :, plan.start : stop] = key
+            values[: plan.num_rows, :, plan.start : stop] = value
+        else:
+            plan = self.plan = plan.on(key.device)
+            keys[plan.rows, :, plan.slots] = key.transpose(1, 2)
+            values[plan.rows, :, plan.slots] = value.transpose(1, 2)
+        return keys[: plan.num_rows, :, : plan.read], values[: plan.num_rows, :, : plan.read]
+
+    def gather(self, rows: list[int], sources: list[list[int]], targets: list[list[int]]) -> None:
+        """Copy slot `sources[i][j]` of `rows[i]` to slot `targets[i][j]`, all layers, in place."""
+        row = torch.tensor([r for r, src in zip(rows, sources, strict=True) for _ in src])
+        source = torch.tensor([s for src in sources for s in src])
+        target = torch.tensor([t for tgt in targets for t in tgt])
+        for tensor in self._tensors():
+            index = (row.to(tensor.device), source.to(tensor.device), target.to(tensor.device))
+            # Advanced indexing reads the whole right side before it writes: overlapping moves are safe.
+            tensor[index[0], :, index[2]] = tensor[index[0], :, index[1]]
+
+    def swap(self, first: int, second: int) -> None:
+        for tensor in self._tensors():
+            stop = max(self.filled[first], self.filled[second])
+            kept = tensor[first, :, :stop].clone()
+            tensor[first, :, :stop] = tensor[second, :, :stop]
+            tensor[second, :, :stop] = kept
+        self.filled[first], self.filled[second] = self.filled[second], self.filled[first]
+
+    def fork(self, repeats: int) -> None:
+        self.num_rows *= repeats
+        self.filled = [count for count in self.filled for _ in range(repeats)]
+        for tensors in (self.keys, self.values):
+            for i, tensor in enumerate(tensors):
+                tensors[i] = None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
+
+    def clear(self) -> None:
+        """Zero everything: masked slots still enter the softmax-weighted sum as 0 * value, and 0 * NaN is NaN."""
+        self.filled = [0] * self.num_rows
+        for tensor in self._tensors():
+            tensor.zero_()
+
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
+
+    def _layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            shape = (self.num_rows, key.shape[1], self.capacity)
+            keys = self.keys[layer] = key.new_zeros(*shape, key.shape[3])
+            values = self.values[layer] = value.new_zeros(*shape, value.shape[3])
+        return keys, values
+
+    def _reserve(self, slots: int) -> None:
+        if slots <= self.capacity:
+            return
+        self.capacity = max(2 * self.capacity, slots)
+        used = max(self.filled)
+        for tensors in (self.keys, self.values):
+            for i, old in enumerate(tensors):
+                if old is not None:
+                    new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+                    new[:, :, :used] = old[:, :, :used]
+                    tensors[i] = new
+
+
+class StoreView(Cache):
+    """What an unmodified `transformers` model sees: a cache whose `update` writes into the shared storage."""
+
+    def __init__(self, store: ModelStore):
+        super().__init__(layers=[_StoreLayer(store, i) for i in range(len(store.keys))])
+        self.store = store
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.store.write(layer_idx, key_states, value_states)
+
+
+class _StoreLayer(CacheLayerMixin):
+    """The per-layer face some models ask for; all state is in the store."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, store: ModelStore, index: int):
+        super().__init__()
+        self.store = store
+        self.index = index
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any) -> None:
+        """Nothing to do: the store allocates on the first write."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.store.write(self.index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert self.store.plan is not None
+        return self.store.plan.read, 0
+
+    def get_seq_length(self) -> int:
+        plan = self.store.plan
+        return 0 if plan is None else plan.read - plan.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        # The name transformers 5.17 still calls.
+        return -1

@@ -1,0 +1,67 @@
+"""Which models the shared cache can serve: everything attention-only whose K/V can be rolled back."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from specdec.kv.errors import UnsupportedModelError
+
+ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
+"""`config.layer_types` entries whose K/V are kept per token. Windowed layers are kept whole and masked."""
+
+_RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "state_size", "rwkv_version", "attn_layer_indices", "linear_num_key_heads")
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The decoder's own config (multimodal models nest it)."""
+    return model.config.get_text_config(decoder=True)
+
+
+def num_cache_layers(model: PreTrainedModel) -> int:
+    return int(text_config(model).num_hidden_layers)
+
+
+def check_model(model: object, role: str) -> PreTrainedModel:
+    """Return `model` if it can be decoded on a rollback cache, else say by name why not.
+
+    Args:
+        role: "target" or "draft", for the message.
+
+    Raises:
+        UnsupportedModelError: not a causal LM, encoder-decoder, recurrent or chunked state, shared K/V layers,
+            or a forward without `position_ids`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{role}: expected a transformers PreTrainedModel with a language-modelling head, got "
+            f"{type(model).__name__}. Load one with AutoModelForCausalLM.from_pretrained(...)."
+        )
+    name = type(model).__name__
+    config = text_config(model)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{role}: {name} is an encoder-decoder model; only decoder-only models are supported.")
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{role}: {name} has no language-modelling head; load it with AutoModelForCausalLM.")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= ROLLBACK_LAYERS:
+        raise UnsupportedModelError(
+            f"{role}: {name} has layers of type {sorted(kinds - ROLLBACK_LAYERS)}, whose state cannot be rolled back "
+            f"token by token; supported layer types are {sorted(ROLLBACK_LAYERS)}."
+        )
+    if getattr(model, "_is_stateful", False) or any(getattr(config, field, None) for field in _RECURRENT_FIELDS):
+        raise UnsupportedModelError(
+            f"{role}: {name} carries recurrent state, which cannot be rolled back; use an attention-only model."
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{role}: {name} shares K/V between layers, which the shared cache does not support.")
+    parameters = inspect.signature(model.forward).parameters
+    for needed in ("position_ids", "past_key_values", "attention_mask"):
+        if needed not in parameters:
+            raise UnsupportedModelError(
+                f"{role}: {name}.forward takes no `{needed}`; sibling draft tokens share a position, so a tree cannot "
+                "be verified with this model."
+            )
+    return model

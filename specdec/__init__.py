@@ -1,0 +1,45 @@
+"""specdec: faster generation for Hugging Face causal LMs with exactly the same output law.
+
+Names are loaded on first use, so that `import specdec` and `specdec --help` do not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Speculator": "specdec.speculator",
+    "generate": "specdec.speculator",
+    "patch": "specdec.patching",
+    "SpecReport": "specdec.report",
+    "StepTrace": "specdec.report",
+    "SpecdecError": "specdec.kv.errors",
+    "UnsupportedModelError": "specdec.kv.errors",
+    "UnsupportedArgumentError": "specdec.kv.errors",
+    "TargetFaultError": "specdec.kv.errors",
+    "Drafter": "specdec.drafters",
+    "ModelDrafter": "specdec.drafters",
+    "NgramDrafter": "specdec.drafters",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+if TYPE_CHECKING:
+    from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+    from specdec.kv.errors import SpecdecError, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
+    from specdec.patching import patch
+    from specdec.report import SpecReport, StepTrace
+    from specdec.speculator import Speculator, generate
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'specdec' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

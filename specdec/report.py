@@ -1,0 +1,179 @@
+"""What a generate call did: one trace per step, one report per call. Field names follow vLLM's per-request metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+
+class StepTrace(NamedTuple):
+    """One decode step. Lists are per row that took part, in the order of `rows` (indices into the batch).
+
+    drafted, accepted: draft tokens proposed and kept. emitted: the token ids the step added (after any stop rule's
+    cut). kinds: per emitted token "accepted", "recovered" (drawn after a rejection) or "bonus" (nothing was left
+    to reject). Times in milliseconds.
+    """
+
+    step: int
+    rows: list[int]
+    drafted: list[int]
+    accepted: list[int]
+    emitted: list[list[int]]
+    kinds: list[list[str]]
+    ms_draft: float
+    ms_verify: float
+    ms_rest: float
+
+
+@dataclass
+class SpecReport:
+    """Totals of one call, over all rows.
+
+    A *draft* is one row's proposal in one step. `mean_acceptance_length` includes the recovered or bonus token:
+    1 + accepted / drafts. `per_position_acceptance[d]` is conditional on depth d having been reached with a
+    proposal there. Token counts are before stop rules cut the last run, except `num_emitted_tokens`.
+    """
+
+    drafter: str = "none"
+    rule: str = "greedy"
+    num_rows: int = 0
+    num_prompt_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_recovered_tokens: int = 0
+    num_bonus_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_reached_per_pos: list[int] = field(default_factory=list)
+    acceptance_histogram: list[int] = field(default_factory=list)
+    num_drafter_faults: int = 0
+    last_drafter_fault: str | None = None
+    ms_prefill: float = 0.0
+    ms_draft: float = 0.0
+    ms_verify: float = 0.0
+    ms_rest: float = 0.0
+    ms_total: float = 0.0
+    kv_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def per_position_acceptance(self) -> list[float]:
+        pairs = zip(self.num_accepted_tokens_per_pos, self.num_reached_per_pos, strict=True)
+        return [kept / reached if reached else 0.0 for kept, reached in pairs]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e3 * self.num_emitted_tokens / self.ms_total if self.ms_total else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Emitted tokens per forward pass of the target after the prefill, per row."""
+        return self.num_emitted_tokens / max(1, self.num_drafts)
+
+    def add(self, trace: StepTrace, reached: list[int]) -> None:
+        """Count one step. `reached[i]`: depths of row i's tree that a decision was taken at."""
+        self.num_steps += 1
+        self.ms_draft += trace.ms_draft
+        self.ms_verify += trace.ms_verify
+        self.ms_rest += trace.ms_rest
+        for i in range(len(trace.rows)):
+            accepted = trace.accepted[i]
+            self.num_drafts += 1
+            self.num_draft_tokens += trace.drafted[i]
+            self.num_accepted_tokens += accepted
+            self.num_emitted_tokens += len(trace.emitted[i])
+            self.num_recovered_tokens += trace.kinds[i].count("recovered")
+            self.num_bonus_tokens += trace.kinds[i].count("bonus")
+            for counts, upto in (
+                (self.num_accepted_tokens_per_pos, accepted),
+                (self.num_reached_per_pos, reached[i]),
+            ):
+                for position in range(upto):
+                    _bump(counts, position)
+            _bump(self.acceptance_histogram, accepted)
+        longest = max(len(self.num_accepted_tokens_per_pos), len(self.num_reached_per_pos))
+        for counts in (self.num_accepted_tokens_per_pos, self.num_reached_per_pos):
+            counts.extend([0] * (longest - len(counts)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts and derived figures, ready for JSON; `speculative_decoding` uses vLLM's per-request names."""
+        out = asdict(self)
+        out["per_position_acceptance"] = self.per_position_acceptance
+        out["tokens_per_second"] = self.tokens_per_second
+        out["tokens_per_step"] = self.tokens_per_step
+        out["speculative_decoding"] = {
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_histogram": self.acceptance_histogram,
+            "num_spec_steps": self.num_drafts,
+            "num_accepted_draft_tokens": self.num_accepted_tokens,
+            "num_draft_tokens": self.num_draft_tokens,
+        }
+        return out
+
+    def summary(self) -> str:
+        """A plain-text table for people."""
+        steps = max(1, self.num_steps)
+        positions = " ".join(f"{rate:.2f}" for rate in self.per_position_acceptance) or "-"
+        lines = [
+            ("drafter / rule", f"{self.drafter} / {self.rule}"),
+            ("emitted tokens", f"{self.num_emitted_tokens} in {self.num_steps} steps ({self.num_rows} rows)"),
+            ("tokens per second", f"{self.tokens_per_second:.1f}"),
+            ("mean acceptance length", f"{self.mean_acceptance_length:.2f} tokens per target pass"),
+            ("acceptance rate", f"{self.draft_acceptance_rate:.2f} of {self.num_draft_tokens} drafted tokens"),
+            ("acceptance by position", positions),
+            (
+                "emitted as",
+                f"{self.num_accepted_tokens} accepted, {self.num_recovered_tokens} recovered, "
+                f"{self.num_bonus_tokens} bonus",
+            ),
+            (
+                "ms per step",
+                f"draft {self.ms_draft / steps:.2f}, verify {self.ms_verify / steps:.2f}, rest {self.ms_rest / steps:.2f}",
+            ),
+            ("prefill", f"{self.ms_prefill:.1f} ms for {self.num_prompt_tokens} prompt tokens"),
+            ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB, both models"),
+        ]
+        if self.num_drafter_faults:
+            lines.append(("drafter faults", f"{self.num_drafter_faults}, last: {self.last_drafter_fault}"))
+        lines += [("note", note) for note in self.notes]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+class Stopwatch:
+    """Milliseconds by phase. Wraps the step from outside so that the algorithm holds no clock."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (perf_counter() - start)
+
+    def take(self, name: str) -> float:
+        """The phase's time since the last `take`."""
+        return self.ms.pop(name, 0.0)
+
+
+def _bump(counts: list[int], index: int) -> None:
+    while len(counts) <= index:
+        counts.append(0)
+    counts[index] += 1

@@ -1,0 +1,187 @@
+"""One generate call after `transformers` has prepared it: what to decode, checked before any model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.exchange import cached_tokens, check_adoptable
+from specdec.report import StepTrace
+
+_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+"""Model inputs that are understood; anything else would have to reach every forward and is refused."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything the decode loop needs.
+
+    input_ids: int64 `[rows, columns]`, pads included. real: bool, same shape, or None when nothing is padded.
+    cache: the caller's (or `generate`'s empty) DynamicCache to extend and hand back; cached: columns already in it.
+    repeats: each prompt occurs this many times in a row (`num_return_sequences`): prefilled once, then forked.
+    """
+
+    input_ids: Tensor
+    real: Tensor | None
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    cache: DynamicCache | None
+    cached: int
+    cache_is_callers: bool
+    repeats: int
+    seeds: list[int]
+    requests: list[int]
+    streamer: Any = None
+    on_step: Callable[[StepTrace], None] | None = None
+
+    @property
+    def wants_dict(self) -> bool:
+        return bool(self.config.return_dict_in_generate)
+
+    @property
+    def keeps_scores(self) -> bool:
+        return self.wants_dict and bool(self.config.output_scores)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.wants_dict and bool(self.config.output_logits)
+
+
+def refuse_config(config: GenerationConfig) -> None:
+    """Name what cannot be honoured, before any work is done.
+
+    Raises:
+        UnsupportedArgumentError
+    """
+
+    def refuse(argument: str, why: str) -> None:
+        raise UnsupportedArgumentError(f"{argument} cannot be combined with speculative decoding: {why}")
+
+    if (config.num_beams or 1) > 1:
+        refuse(f"num_beams={config.num_beams}", "beams share no single text to draft for. Use num_beams=1.")
+    if config.use_cache is False:
+        refuse("use_cache=False", "drafts are verified on a KV cache. Leave use_cache at True.")
+    if config.prompt_lookup_num_tokens is not None:
+        refuse("prompt_lookup_num_tokens", 'it is another drafter. Use Speculator(target, "ngram") instead.')
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        refuse(f"guidance_scale={config.guidance_scale}", "its processor runs the model itself, once per token.")
+    if getattr(config, "token_healing", None):
+        refuse("token_healing=True", "it rewrites the prompt with the model. Heal the prompt first.")
+    if config.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name, None):
+                refuse(f"{name}=True", "it is not collected from tree passes. Run the model once over the output.")
+
+
+def build_request(
+    input_ids: Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *,
+    device: torch.device,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | None,
+    streamer: Any,
+    on_step: Callable[[StepTrace], None] | None,
+) -> Request:
+    """Check the prepared arguments of one call (see `refuse_config`) and bundle them."""
+    refuse_config(config)
+    unknown = {name for name, value in model_kwargs.items() if value is not None} - _MODEL_KWARGS
+    if unknown:
+        raise UnsupportedArgumentError(
+            f"model inputs {sorted(unknown)} are not supported: only text prompts (input_ids, attention_mask) can be "
+            "drafted for. Remove them, or use plain generate."
+        )
+    if input_ids.shape[1] == 0:
+        raise UnsupportedArgumentError("expected a prompt of at least one token per row, got none (inputs_embeds?)")
+    input_ids = input_ids.to(device)
+    rows = input_ids.shape[0]
+    real = _real_columns(input_ids, model_kwargs.get("attention_mask"))
+    cache, cached = _caller_cache(model_kwargs.get("past_key_values"), input_ids)
+    _check_positions(model_kwargs.get("position_ids"), real, input_ids)
+    repeats = max(1, config.num_return_sequences or 1)
+    seeds, requests = _noise_keys(seed, generator, rows, bool(config.do_sample))
+    return Request(
+        input_ids=input_ids,
+        real=real,
+        processors=processors,
+        criteria=criteria,
+        config=config,
+        cache=cache,
+        cached=cached,
+        cache_is_callers=cached > 0 or getattr(cache, "_is_user_defined", False),
+        repeats=repeats if cached == 0 else 1,
+        seeds=seeds,
+        requests=requests,
+        streamer=streamer,
+        on_step=on_step,
+    )
+
+
+def _real_columns(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != input_ids.shape:
+        raise UnsupportedArgumentError(
+            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}. "
+            "input_ids must hold the whole text, the part already in past_key_values included."
+        )
+    real = mask.to(device=input_ids.device).bool()
+    if not bool(real[:, -1].all()):
+        raise UnsupportedArgumentError(
+            "attention_mask: the last token of a prompt is masked. Pad on the left (tokenizer.padding_side='left')."
+        )
+    return real
+
+
+def _caller_cache(cache: Any, input_ids: Tensor) -> tuple[DynamicCache | None, int]:
+    if cache is None:
+        return None, 0
+    columns = cached_tokens(cache)
+    if columns == 0:
+        return (cache if isinstance(cache, DynamicCache) else None), 0
+    if columns >= input_ids.shape[1]:
+        raise UnsupportedArgumentError(
+            f"past_key_values holds {columns} tokens but input_ids only {input_ids.shape[1]}: pass the whole text, the "
+            "cached part included, and at least one token that is not cached."
+        )
+    return check_adoptable(cache), columns
+
+
+def _check_positions(position_ids: Tensor | None, real: Tensor | None, input_ids: Tensor) -> None:
+    if position_ids is None:
+        return
+    mask = torch.ones_like(input_ids) if real is None else real.long()
+    expected = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    width = min(position_ids.shape[-1], expected.shape[1])
+    given = position_ids.to(input_ids.device).expand(input_ids.shape[0], -1)[:, -width:]
+    if bool(((given != expected[:, -width:]) & (mask[:, -width:] == 1)).any()):
+        raise UnsupportedArgumentError(
+            "position_ids: only consecutive positions from 0 are supported (a token's cache slot is its position). "
+            "Leave position_ids out."
+        )
+
+
+def _noise_keys(
+    seed: int | Sequence[int] | None, generator: torch.Generator | None, rows: int, do_sample: bool
+) -> tuple[list[int], list[int]]:
+    """Per row (seed, request). One seed for all keys rows by their index; a seed per row makes rows independent."""
+    if seed is not None and generator is not None:
+        raise UnsupportedArgumentError("expected seed or generator, got both")
+    if isinstance(seed, Sequence):
+        if len(seed) != rows:
+            raise UnsupportedArgumentError(f"seed: expected one seed per row ({rows}), got {len(seed)}")
+        return [int(value) for value in seed], [0] * rows
+    if seed is None:
+        # As plain sampling does, take randomness from torch's global generator: torch.manual_seed works.
+        seed = int(torch.randint(2**62, (), generator=generator)) if do_sample else 0
+    return [int(seed)] * rows, list(range(rows))

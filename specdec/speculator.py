@@ -1,0 +1,251 @@
+"""The public object: a target, a drafter, and a `generate` that means what plain `generate` means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from specdec.drafters import Drafter, FallbackGuard, ModelDrafter, NgramDrafter
+from specdec.kv import UnsupportedArgumentError, check_model
+from specdec.loop import DecodeLoop
+from specdec.report import SpecReport, StepTrace
+from specdec.request import build_request
+from specdec.verify.rules import make_rule
+
+Draft = PreTrainedModel | Drafter | str | Path | None
+
+
+class Speculator:
+    """Speculative decoding of `target` with `draft`; the output law is the target's own.
+
+    Args:
+        target: any decoder-only `transformers` causal LM with a rollback-capable K/V cache.
+        draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), a path or hub id to load,
+            or None (plain decoding on the same loop).
+        k: length of drafted chains (model: default 4; n-gram: default 10).
+        tree: instead of k, children per level of a static tree of the drafter's top tokens, e.g. `(3, 2, 1)`.
+        rule: acceptance rule; "auto" takes greedy at temperature 0, block for chains, naive for trees.
+        tokenizer: needed only for `stop_strings`.
+
+    Attributes:
+        report: `SpecReport` of the last finished call, None before the first.
+
+    Raises:
+        UnsupportedModelError: a model that cannot be rolled back; UnsupportedArgumentError: contradictory options.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: Draft = None,
+        *,
+        k: int | None = None,
+        tree: Sequence[int] | None = None,
+        rule: str = "auto",
+        tokenizer: Any = None,
+    ):
+        self.target = check_model(target, "target")
+        if rule != "auto":
+            make_rule(rule)
+        self.rule = rule
+        self.tokenizer = tokenizer
+        drafter = make_drafter(draft, self.target, k, None if tree is None else tuple(tree))
+        self.drafter = None if drafter is None else FallbackGuard(drafter)
+        self.report: SpecReport | None = None
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        streamer: Any = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        on_step: Callable[[StepTrace], None] | None = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """`target.generate(...)`, faster: the same arguments, the same returns, the same law.
+
+        Extra arguments:
+            seed: makes sampling reproducible without touching torch's global generator. An int keys every row by
+                its index; a sequence gives each row its own seed, so that its text does not depend on its place.
+            generator: a `torch.Generator` to take the seed from instead.
+            on_step: called with a `StepTrace` after every step.
+
+        Raises:
+            UnsupportedArgumentError: beams, `use_cache=False` and others that cannot be honoured, by name.
+            TargetFaultError: the target failed; the tokens emitted so far are in the error.
+            ValueError: whatever plain `generate` refuses (unknown arguments included).
+        """
+        for name in ("assistant_model", "custom_generate", "assistant_tokenizer"):
+            if kwargs.pop(name, None) is not None:
+                raise UnsupportedArgumentError(f"{name}: the drafter is given to Speculator(target, draft), not here")
+        if kwargs.get("synced_gpus"):
+            raise UnsupportedArgumentError("synced_gpus=True (ZeRO-3, FSDP) is not supported")
+        if kwargs.get("cache_implementation") == "paged":
+            raise UnsupportedArgumentError("cache_implementation='paged' selects continuous batching; leave it out")
+
+        def decode(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Tensor | GenerateDecoderOnlyOutput:
+            return self._decode(
+                input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
+                seed=seed, generator=generator, streamer=streamer, on_step=on_step,
+            )  # fmt: skip
+
+        strings = kwargs.pop("stop_strings", None)
+        with _own_stop_strings(self.target, generation_config, strings) as (config, found):
+            criteria = StoppingCriteriaList(stopping_criteria or [])
+            if found is not None:
+                criteria.insert(0, self._stop_string_criteria(found, tokenizer))
+            # The class's own method: an instance may have been patched to call us.
+            return type(self.target).generate(
+                self.target,
+                inputs,
+                generation_config=config,
+                logits_processor=logits_processor,
+                stopping_criteria=criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                custom_generate=decode,
+                **kwargs,
+            )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        spec_streamer: Any = None,
+        on_step: Callable[[StepTrace], None] | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """The hook form: `target.generate(**inputs, custom_generate=spec)`.
+
+        `transformers` drops `streamer` and `tokenizer` before it calls a custom method: pass `spec_streamer=`, and
+        use `Speculator.generate` for `stop_strings`.
+        """
+        if model is not self.target:
+            raise UnsupportedArgumentError(
+                "custom_generate: this Speculator was built for another model; build one for the model you call"
+            )
+        return self._decode(
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
+            seed=seed, generator=generator, streamer=spec_streamer, on_step=on_step,
+        )  # fmt: skip
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        **options: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        device = self.target.get_input_embeddings().weight.device
+        if device.type == "meta":  # offloaded: weights arrive with each forward
+            device = input_ids.device
+        request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
+        loop = DecodeLoop(request, self.target, self.drafter, self.rule)
+        out = loop.run()
+        self.report = loop.report
+        if isinstance(out, Tensor):
+            return out.to(input_ids.device)
+        return out
+
+    def _stop_string_criteria(self, strings: Any, tokenizer: Any) -> StopStringCriteria:
+        tokenizer = tokenizer if tokenizer is not None else self.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "stop_strings needs the tokenizer: pass tokenizer= to generate or to Speculator(target, draft, "
+                "tokenizer=tokenizer)"
+            )
+        return StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+
+
+def generate(
+    target: PreTrainedModel,
+    draft: Draft = None,
+    inputs: Tensor | None = None,
+    *,
+    k: int | None = None,
+    tree: Sequence[int] | None = None,
+    rule: str = "auto",
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """One-shot form of `Speculator(target, draft, ...).generate(inputs, ...)`."""
+    return Speculator(target, draft, k=k, tree=tree, rule=rule).generate(inputs, **kwargs)
+
+
+def make_drafter(
+    draft: Draft, target: PreTrainedModel, k: int | None, tree: tuple[int, ...] | None
+) -> Drafter | None:
+    """The drafter a user means by `draft` (see Speculator)."""
+    if draft is None:
+        if k is not None or tree is not None:
+            raise UnsupportedArgumentError("k and tree describe drafts, but draft is None: give a drafter or leave them out")
+        return None
+    if isinstance(draft, Drafter):
+        if k is not None or tree is not None:
+            raise UnsupportedArgumentError("k and tree belong to the Drafter object that was passed; set them there")
+        return draft
+    if draft == "ngram":
+        if tree is not None:
+            raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
+        return NgramDrafter() if k is None else NgramDrafter(k=k)
+    if isinstance(draft, (str, Path)):
+        draft = AutoModelForCausalLM.from_pretrained(
+            str(draft), dtype=target.dtype, trust_remote_code=False, use_safetensors=True
+        ).to(target.device)
+    if not isinstance(draft, PreTrainedModel):
+        raise UnsupportedArgumentError(
+            "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, or None, got "
+            f"{type(draft).__name__}"
+        )
+    return ModelDrafter(draft, k=k, tree=tree)
+
+
+@contextmanager
+def _own_stop_strings(target: PreTrainedModel, config: GenerationConfig | None, strings: Any) -> Any:
+    """Take `stop_strings` out of whatever configuration holds them: `transformers` loses the tokenizer on the way to
+    a custom method and would refuse. Yields (config, strings); the target's own config is restored afterwards.
+    """
+    own = target.generation_config.stop_strings
+    if config is not None and config.stop_strings is not None:
+        strings = config.stop_strings if strings is None else strings
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    strings = own if strings is None else strings
+    target.generation_config.stop_strings = None
+    try:
+        yield config, strings
+    finally:
+        target.generation_config.stop_strings = own

@@ -1,0 +1,26 @@
+"""Draft trees, the tree-masked forward pass, the sampling law, noise and acceptance rules."""
+
+if __name__ != "specdec.verify":
+    raise ImportError(f"this package is imported as `specdec.verify`, not as `{__name__}`: import specdec.verify")
+
+from specdec.verify.forward import TreeForward
+from specdec.verify.law import SamplingLaw
+from specdec.verify.noise import Noise, NoiseStream, uniform
+from specdec.verify.rows import Rows
+from specdec.verify.rules import RULES, AcceptanceRule, make_rule
+from specdec.verify.tree import DraftTree, Topology, Verdict
+
+__all__ = [
+    "RULES",
+    "AcceptanceRule",
+    "DraftTree",
+    "Noise",
+    "NoiseStream",
+    "Rows",
+    "SamplingLaw",
+    "Topology",
+    "TreeForward",
+    "Verdict",
+    "make_rule",
+    "uniform",
+]

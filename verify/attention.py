@@ -1,0 +1,97 @@
+"""The attention function registered with `transformers`: query heads folded onto their K/V head, any mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "specdec_fold"
+
+
+def folded_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention of `T` tree nodes over `S` cache slots without `repeat_kv`.
+
+    The `g` query heads that share a K/V head become `g * T` query rows of that head (the mask is tiled `g` times),
+    so K and V are read once. Bitwise equal to repeating them on a CPU.
+
+    Args:
+        query: `[rows, heads, T, head_dim]`; key, value: `[rows, kv_heads, S, *]`.
+        attention_mask: additive float `[rows or 1, 1, T, S]`, or None for "everything" (T = 1) and for plain
+            causal attention over an empty prefix (T = S).
+
+    Returns:
+        `[rows, T, heads, head_dim]` and no weights.
+    """
+    rows, heads, nodes, _ = query.shape
+    groups = heads // key.shape[1]
+    if attention_mask is None and nodes > 1:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2).contiguous(), None
+    if groups > 1:
+        query = query.reshape(rows, key.shape[1], groups * nodes, query.shape[-1])
+        if attention_mask is not None and nodes > 1:
+            attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, dropout_p=dropout)
+    return out.reshape(rows, heads, nodes, -1).transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Masks are built by TreeForward; without a registered function transformers would drop them silently."""
+
+
+AttentionInterface.register(NAME, folded_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel) -> Iterator[str]:
+    """Use the folded attention inside the block, and the model's own again afterwards.
+
+    Eager models stay eager: they may soft-cap or add sinks, which SDPA cannot. Yields the name in use.
+    """
+    config = model.config.get_text_config(decoder=True)
+    own = config._attn_implementation
+    keep = own == "eager" or _needs_eager(config)
+    used = "eager" if keep else NAME
+    config._attn_implementation = used
+    try:
+        with _without_cudnn():
+            yield used
+    finally:
+        config._attn_implementation = own
+
+
+def _needs_eager(config: Any) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN attention builds a plan per new shape (tens of ms); a growing tree pass is a new shape every step."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)

@@ -1,0 +1,159 @@
+"""One forward pass of an unmodified causal LM over tree nodes, reading and writing the shared cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.kv.base import KVCache
+from specdec.kv.support import text_config
+from specdec.verify.tree import DraftTree
+
+PREFILL_CHUNK = 2048
+"""Prompt tokens per prefill pass: bounds the mask and activation memory of long prompts."""
+
+
+class TreeForward:
+    """Runs `model` (a target or a drafter) on the cache named `name`.
+
+    Writes the speculative tail, moves no committed length. Positions are slots plus depth, so siblings share one.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str):
+        self.model = model
+        self.name = name
+        config = text_config(model)
+        self._windows = _windows(config)
+        parameters = inspect.signature(model.forward).parameters
+        self._keep_argument = "logits_to_keep" in parameters
+        # Learned absolute positions end here; nodes beyond it can never be emitted, so they are clamped.
+        self._last_position = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+
+    def prefill(self, cache: KVCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
+        """Write K/V of tokens `starts[b] .. stops[b] - 1` of each row, in chunks, without keeping any logits.
+
+        Args:
+            text: int64 `[rows, >= max(stops)]`, real tokens of the cache's active rows.
+            chunk: most tokens per pass.
+        """
+        done = list(starts)
+        while any(start < stop for start, stop in zip(done, stops, strict=True)):
+            valid = [max(0, min(chunk, stop - start)) for start, stop in zip(done, stops, strict=True)]
+            width = max(valid)
+            columns = torch.tensor(done, device=text.device)[:, None] + torch.arange(width, device=text.device)
+            tokens = text.gather(1, columns.clamp(max=text.shape[1] - 1))
+            self.causal(cache, tokens, done, valid, keep=1)
+            done = [start + count for start, count in zip(done, valid, strict=True)]
+
+    def causal(
+        self, cache: KVCache, tokens: Tensor, starts: Sequence[int], valid: Sequence[int] | None, keep: int
+    ) -> Tensor:
+        """Plain causal continuation: row `b`'s tokens go to slots from `starts[b]` on.
+
+        Returns:
+            logits of the last `keep` columns (0 = all), `[rows, *, vocab]`.
+        """
+        width = tokens.shape[1]
+        with cache.writing(self.name, starts, width, valid) as read:
+            device = tokens.device
+            offsets = torch.arange(width, device=device)
+            if all(start == starts[0] for start in starts):
+                positions = (offsets + starts[0]).expand(tokens.shape)
+            else:
+                positions = torch.tensor(list(starts), device=device)[:, None] + offsets
+            plain = width == 1 or read == width
+            same = all(start == starts[0] for start in starts)
+            mask: Any = None
+            if not (plain and same) or not self._may_skip_mask(read):
+                visible = torch.arange(read, device=device) <= positions[:, :, None]
+                mask = self._masks(visible, positions, torch.arange(read, device=device).expand(len(starts), read))
+            return self._run(cache, tokens, positions, mask, keep)
+
+    def nodes(self, cache: KVCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
+        """Forward nodes `first .. first + M - 1` of a tree whose earlier nodes are already in the tail.
+
+        Args:
+            tree_tokens: int64 `[rows, M]`, the nodes' tokens.
+            depths: int64 `[rows, first + M]`, of all nodes so far.
+            ancestors: bool `[rows, M, first + M]`, self included.
+
+        Returns:
+            logits `[rows, M, vocab]`.
+        """
+        lengths = cache.lengths[: cache.num_rows]
+        width = tree_tokens.shape[1]
+        starts = [length + first for length in lengths]
+        with cache.writing(self.name, starts, width) as read:
+            device = tree_tokens.device
+            committed = torch.tensor(lengths, device=device)[:, None]
+            positions = committed + depths[:, first:]
+            slots = torch.arange(read, device=device)
+            visible = (slots < committed)[:, None, :].expand(-1, width, -1).contiguous()
+            tail = (committed + torch.arange(first + width, device=device))[:, None, :].expand(-1, width, -1)
+            visible.scatter_(2, tail, ancestors)
+            slot_positions = slots.expand(len(lengths), read)
+            if self._windows:
+                # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
+                slot_positions = slot_positions.clone().scatter_(1, tail[:, 0], committed + depths)
+            return self._run(cache, tree_tokens, positions, self._masks(visible, positions, slot_positions), 0)
+
+    def tree(self, cache: KVCache, tree: DraftTree) -> Tensor:
+        """One pass over every node of every row; logits `[rows, nodes, vocab]`."""
+        if tree.topology is not None and tree.topology.is_chain:
+            return self.causal(cache, tree.tokens, cache.lengths[: cache.num_rows], None, keep=0)
+        return self.nodes(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0)
+
+    def _run(self, cache: KVCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+        if self._last_position is not None:
+            positions = positions.clamp(max=self._last_position - 1)
+        extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
+        out = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache.view(self.name),
+            use_cache=True,
+            return_dict=True,
+            **extra,
+        )
+        logits: Tensor = out.logits
+        return logits[:, -keep:] if keep else logits
+
+    def _may_skip_mask(self, read: int) -> bool:
+        eager = text_config(self.model)._attn_implementation == "eager"
+        return not eager and all(window is None or read <= window for window in self._windows.values())
+
+    def _masks(self, visible: Tensor, positions: Tensor, slot_positions: Tensor) -> Any:
+        """Additive 4-D mask(s) from bool `[rows, M, read]`; a dict by layer type when layers differ.
+
+        Float, not bool: eager attention *adds* its mask, and SDPA would convert a bool mask in every layer.
+        """
+        if not self._windows:
+            return self._additive(visible)
+        masks: dict[str, Tensor] = {}
+        for kind, window in self._windows.items():
+            inside = visible
+            if window is not None:
+                inside = visible & (positions[:, :, None] - slot_positions[:, None, :] < window)
+            masks[kind] = self._additive(inside)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        dtype = self.model.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Attention window per layer type; empty when every layer sees everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return {} if window is None else {"sliding_attention": window}
+    found = {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+    return found if any(size is not None for size in found.values()) else {}

@@ -1,0 +1,196 @@
+"""From logits to a law: the caller's own processors, applied to every node with that node's own prefix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.rows import Rows
+
+
+def _named(*names: str) -> frozenset[type]:
+    return frozenset(kind for name in names if (kind := getattr(hf, name, None)) is not None)
+
+
+PREFIX_FREE = _named(
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "LogitNormalization",
+    "InfNanRemoveLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+)
+"""Processors that never look at `input_ids`: one call serves all nodes of all rows. Exact types, not subclasses."""
+
+ROW_FREE = PREFIX_FREE | _named(
+    "RepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+)
+"""Processors that read a prefix but not its place in the batch: nodes of one prefix length share a call."""
+
+STATEFUL = _named(
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "DiaClassifierFreeGuidanceLogitsProcessor",
+    "WhisperTimeStampLogitsProcessor",
+)
+"""Processors that must be called exactly once per emitted token; a draft's rejected nodes would corrupt them."""
+
+
+class SamplingLaw:
+    """Logits of tree nodes -> processed scores, exactly as plain `generate` computes them token by token.
+
+    Three routes, all the same law: one vectorised call when no processor reads the prefix; one call per prefix
+    length when processors read only the prefix; else (the caller's own processors, per-row constraints) one call
+    per prefix length with the *original* batch, so that processors that know rows by position still work.
+
+    Raises:
+        UnsupportedArgumentError: a processor that keeps state between calls.
+    """
+
+    def __init__(self, processors: LogitsProcessorList):
+        for processor in processors:
+            if type(processor) in STATEFUL:
+                raise UnsupportedArgumentError(
+                    f"logits processor {type(processor).__name__} keeps state between calls and must see each emitted "
+                    "token once; it cannot be applied to a draft tree. Use plain generate for it."
+                )
+        kinds = {type(processor) for processor in processors}
+        self.processors = LogitsProcessorList(
+            [_PerRowConstraint(p) if isinstance(p, hf.PrefixConstrainedLogitsProcessor) else p for p in processors]
+        )
+        self.prefix_free = kinds <= PREFIX_FREE
+        self.row_free = kinds <= ROW_FREE
+
+    def __call__(self, logits: Tensor, rows: Rows, tokens: Tensor, parents: Tensor, nodes: range) -> Tensor:
+        """Processed scores of `nodes`.
+
+        Args:
+            logits: `[live, len(nodes), vocab]`; never mutated.
+            tokens, parents: int64 `[live, >= nodes.stop]`, the tree so far (node 0 = root = last emitted token).
+            nodes: which nodes the logits belong to.
+
+        Returns:
+            float32 `[live, len(nodes), vocab]`, as in plain `generate`.
+        """
+        scores = logits.to(torch.float32, copy=True)
+        if not self.processors:
+            return scores
+        if self.prefix_free:
+            flat = scores.view(-1, scores.shape[-1])
+            none = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
+            return self.processors(none, flat).view_as(scores)
+        groups: dict[int, list[tuple[int, int, Tensor]]] = {}
+        token_rows, parent_rows = tokens.tolist(), parents.tolist()
+        for i, row in enumerate(rows.live):
+            prefix = rows.prefix(row)
+            for j, node in enumerate(nodes):
+                path = _path(token_rows[i], parent_rows[i], node)
+                full = torch.cat([prefix, prefix.new_tensor(path)]) if path else prefix
+                groups.setdefault(len(full), []).append((i, j, full))
+        for length, members in groups.items():
+            if self.row_free:
+                self._call(scores, rows, members)
+            else:
+                self._call_in_place(scores, rows, length, members)
+        return scores
+
+    def _call(self, scores: Tensor, rows: Rows, members: list[tuple[int, int, Tensor]]) -> None:
+        row = [i for i, _, _ in members]
+        node = [j for _, j, _ in members]
+        prefixes = torch.stack([full for _, _, full in members])
+        origin = [rows.live[i] for i in row]
+        processors = LogitsProcessorList([_for_rows(processor, origin) for processor in self.processors])
+        scores[row, node] = processors(prefixes, scores[row, node])
+
+    def _call_in_place(self, scores: Tensor, rows: Rows, length: int, members: list[tuple[int, int, Tensor]]) -> None:
+        """One call per node column with every row of the original batch at its own index."""
+        pending = list(members)
+        while pending:
+            taken: dict[int, tuple[int, int, Tensor]] = {}
+            rest = []
+            for member in pending:
+                if taken.setdefault(rows.live[member[0]], member) is not member:
+                    rest.append(member)
+            pending = rest
+            prefixes = torch.stack(
+                [taken[row][2] if row in taken else _fill(rows.prefix(row), length) for row in range(rows.batch_size)]
+            )
+            batch = scores.new_zeros(rows.batch_size, scores.shape[-1])
+            for row, (i, j, _) in taken.items():
+                batch[row] = scores[i, j]
+            for processor in self.processors:
+                if isinstance(processor, _PerRowConstraint):
+                    processor.wanted = taken.keys()
+            batch = self.processors(prefixes, batch)
+            for row, (i, j, _) in taken.items():
+                scores[i, j] = batch[row]
+
+
+class _PerRowConstraint(hf.LogitsProcessor):
+    """`prefix_allowed_tokens_fn` asked only about the rows in question, each under its own batch index."""
+
+    def __init__(self, inner: hf.PrefixConstrainedLogitsProcessor):
+        self.inner = inner
+        self.wanted: Sequence[int] = ()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        out = scores.clone()
+        for row in self.wanted:
+            allowed = self.inner._prefix_allowed_tokens_fn(row // self.inner._num_beams, input_ids[row])
+            if len(allowed) == 0:
+                raise UnsupportedArgumentError(
+                    f"prefix_allowed_tokens_fn returned no token for batch row {row}; it must allow at least one."
+                )
+            mask = torch.full_like(out[row], float("-inf"))
+            mask[allowed] = 0
+            out[row] = scores[row] + mask
+        return out
+
+
+def _for_rows(processor: hf.LogitsProcessor, origin: list[int]) -> hf.LogitsProcessor:
+    """The processor for a call whose row `n` is row `origin[n]` of the batch.
+
+    The repetition penalty ignores each row's own padding (one count per batch row, since transformers 5.2x).
+    """
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, Tensor):
+        return processor
+    here = copy.copy(processor)
+    here.prompt_ignore_length = ignored[torch.tensor(origin, device=ignored.device)]
+    return here
+
+
+def _path(tokens: list[int], parents: list[int], node: int) -> list[int]:
+    """Tokens from below the root down to `node`."""
+    path = []
+    while node > 0:
+        path.append(tokens[node])
+        node = parents[node]
+    return path[::-1]
+
+
+def _fill(prefix: Tensor, length: int) -> Tensor:
+    """A stand-in prefix of the wanted length for a row whose result is thrown away."""
+    if len(prefix) >= length:
+        return prefix[:length]
+    return torch.cat([prefix, prefix[-1:].expand(length - len(prefix))])

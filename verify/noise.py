@@ -1,0 +1,109 @@
+"""Stateless, counter-based randomness: one pure function from (seed, request, step, role, index) to a uniform.
+
+Philox-4x32-10 (Salmon et al., SC'11) in int64 tensor arithmetic, so that it runs the same on every device. No
+generator state exists, hence no noise can be consumed twice by accident: two draws are equal only if their whole
+key is equal, and every (role, index) of a step is consumed at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+class Role(IntEnum):
+    """What a uniform is used for. Different roles never share noise."""
+
+    DRAFT = 0
+    ACCEPT = 1
+    RESIDUAL = 2
+    COUPLED = 3
+
+
+class Noise(NamedTuple):
+    """The uniforms in [0, 1) one acceptance step may use.
+
+    accept: float64 `[rows, nodes]`, one per tree node (index 0 = the root's own coin).
+    residual: float64 `[rows]`, for the recovered or bonus token.
+    """
+
+    accept: Tensor
+    residual: Tensor
+
+
+def _mul(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32x32-bit product; int64 wraps modulo 2^64, which keeps all its bits."""
+    product = value * factor
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def uniform(seed: Tensor | int, request: Tensor | int, step: Tensor | int, role: int, index: Tensor) -> Tensor:
+    """Uniforms in [0, 1) with 53 random bits, float64, shape of the broadcast arguments.
+
+    Args:
+        seed: 64-bit key, int or int64 tensor.
+        request, step, role, index: the four 32-bit counter words.
+
+    Example: `uniform(7, 0, 0, Role.ACCEPT, torch.arange(5))` is the same five numbers on every machine.
+    """
+    device = index.device
+    key = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in (index, step, request, role)]
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
+    for _ in range(10):
+        h0, l0 = _mul(c0, _M0)
+        h1, l1 = _mul(c2, _M1)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return ((c0 >> 5) * (1 << 26) + (c1 >> 6)).to(torch.float64) * (2.0**-53)
+
+
+class NoiseStream:
+    """All uniforms of one `generate` call, computed in blocks of steps (a pure function may be tabulated).
+
+    Args:
+        seeds, requests: per row, its key. A row's noise does not depend on the rows around it.
+    """
+
+    BLOCK = 32
+
+    def __init__(self, seeds: Sequence[int], requests: Sequence[int], device: torch.device):
+        self._seeds = torch.tensor([_signed(seed) for seed in seeds], device=device)[:, None, None]
+        self._requests = torch.tensor(list(requests), device=device)[:, None, None]
+        self._device = device
+        self._table: dict[Role, tuple[int, Tensor]] = {}
+
+    def draft(self, rows: Sequence[int], step: int, count: int) -> Tensor:
+        """Float64 `[rows, count]`: what the drafter may sample with at this step."""
+        return self._get(Role.DRAFT, rows, step, count)
+
+    def accept(self, rows: Sequence[int], step: int, nodes: int) -> Noise:
+        """What the acceptance rule may use at this step."""
+        residual = self._get(Role.RESIDUAL, rows, step, 1)[:, 0]
+        return Noise(self._get(Role.ACCEPT, rows, step, nodes), residual)
+
+    def _get(self, role: Role, rows: Sequence[int], step: int, count: int) -> Tensor:
+        block = step // self.BLOCK
+        cached = self._table.get(role)
+        if cached is None or cached[0] != block or cached[1].shape[2] < count:
+            width = max(8, 1 << (count - 1).bit_length())
+            steps = torch.arange(block * self.BLOCK, (block + 1) * self.BLOCK, device=self._device)[None, :, None]
+            index = torch.arange(width, device=self._device)[None, None, :]
+            cached = (block, uniform(self._seeds, self._requests, steps, role, index))
+            self._table[role] = cached
+        return cached[1][list(rows), step % self.BLOCK, :count]
+
+
+def _signed(seed: int) -> int:
+    """A Python int as the int64 with the same low 64 bits."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -1,0 +1,88 @@
+"""The contract of acceptance rules and the three tensor operations they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from specdec.kv.errors import SpecdecError
+from specdec.verify.noise import Noise
+from specdec.verify.tree import DraftTree, Verdict
+
+RESIDUAL_EPS = 1e-12
+"""Residual mass below this is rounding (p <= q everywhere): the rejection was a numerical accident, sample p."""
+
+
+class UnsupportedTreeError(SpecdecError, ValueError):
+    """The rule does not take this kind of tree; the message says which rule does."""
+
+
+class AcceptanceRule(ABC):
+    """A pure function of `(tree, p, noise)`: no model, no cache, no global random state.
+
+    Attributes:
+        name: how users ask for it (`rule="block"`).
+        lossless: True when the emitted tokens follow the target's law exactly, whatever the drafter.
+    """
+
+    name: str
+    lossless: bool = True
+
+    @abstractmethod
+    def check(self, tree: DraftTree) -> None:
+        """Raise UnsupportedTreeError, with the reason, for tree kinds this rule does not take."""
+
+    @abstractmethod
+    def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
+        """Decide which path to keep.
+
+        Args:
+            p: float `[rows, nodes, vocab]`, the target's law after every node (rule `greedy` reads only its
+                argmax, so scores do as well).
+            noise: fresh uniforms; each is used at most once.
+
+        Raises:
+            UnsupportedTreeError: see `check`.
+        """
+
+
+def sample_from(weights: Tensor, u: Tensor) -> Tensor:
+    """Draw an index from unnormalised weights by inversion, in float64.
+
+    Args:
+        weights: `[..., vocab]`, non-negative, at least one positive entry per row.
+        u: `[...]`, uniforms in [0, 1).
+
+    Returns:
+        int64 `[...]`; an index of zero weight is never returned.
+    """
+    cumulative = weights.to(torch.float64).cumsum(-1)
+    total = cumulative[..., -1:]
+    index = torch.searchsorted(cumulative, (u[..., None] * total).contiguous(), right=True)
+    # u * total may round up to total: the last index with positive weight is where the sum reaches its total.
+    last = (cumulative >= total).to(torch.int8).argmax(-1, keepdim=True)
+    return torch.minimum(index, last)[..., 0]
+
+
+def residual_or(weights: Tensor, p: Tensor) -> Tensor:
+    """`weights` where they carry mass, else `p` (see RESIDUAL_EPS). Both `[rows, vocab]`."""
+    return torch.where(weights.sum(-1, keepdim=True) > RESIDUAL_EPS, weights, p.to(weights.dtype))
+
+
+def verdict_at(tree: DraftTree, node: Tensor, next_token: Tensor) -> Verdict:
+    """The verdict that keeps the path from the root to `node` (int64 `[rows]`)."""
+    rows, nodes = tree.tokens.shape
+    depths = tree.depths
+    on_path = tree.ancestor_mask.gather(1, node[:, None, None].expand(rows, 1, nodes))[:, 0]
+    path = torch.full((rows, tree.max_depth + 2), -1, dtype=torch.int64, device=node.device)
+    # Nodes off the path are written to a spare last column, which is cut off.
+    column = torch.where(on_path, depths, tree.max_depth + 1)
+    path.scatter_(1, column, torch.arange(nodes, device=node.device).expand(rows, nodes))
+    return Verdict(path[:, :-1], depths.gather(1, node[:, None])[:, 0], next_token)
+
+
+def row_at(tensor: Tensor, index: Tensor) -> Tensor:
+    """`tensor[b, index[b]]` for `[rows, n, vocab]` and int64 `[rows]`."""
+    return tensor[torch.arange(index.shape[0], device=index.device), index]

@@ -1,0 +1,44 @@
+"""Greedy matching: the temperature-zero limit of every rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.verify.noise import Noise
+from specdec.verify.rules.base import AcceptanceRule, verdict_at
+from specdec.verify.tree import DraftTree, Verdict
+
+
+class Greedy(AcceptanceRule):
+    """Follow the target's argmax: keep a node when its token is the argmax at its parent.
+
+    Ties go to the first index, as `torch.argmax` in plain decoding. Takes any tree; uses no noise.
+    """
+
+    name = "greedy"
+
+    def check(self, tree: DraftTree) -> None:
+        """Every tree will do."""
+
+    def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
+        choice = p.argmax(-1)
+        wanted = choice.gather(1, tree.parents.clamp(min=0))
+        matches = (tree.tokens == wanted) & tree.valid
+        matches[:, 0] = True
+        node = deepest_reached(tree, matches)
+        return verdict_at(tree, node, choice.gather(1, node[:, None])[:, 0])
+
+
+def deepest_reached(tree: DraftTree, kept: Tensor) -> Tensor:
+    """The deepest node all of whose ancestors (and itself) are `kept`; int64 `[rows]`.
+
+    Args:
+        kept: bool `[rows, nodes]` with the root kept and at most one line of kept nodes (equal siblings count
+            as one: the deeper line wins).
+    """
+    if tree.is_chain:
+        return kept[:, 1:].long().cumprod(1).sum(1)
+    broken = (tree.ancestor_mask & ~kept[:, None, :]).any(-1)
+    return torch.where(broken, -1, tree.depths).argmax(1)
+

@@ -1,0 +1,34 @@
+"""Rules by name, and the automatic choice. The one place where a rule's name is bound to its class."""
+
+from __future__ import annotations
+
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.rules.base import AcceptanceRule
+from specdec.verify.rules.block import Block
+from specdec.verify.rules.greedy import Greedy
+from specdec.verify.rules.naive import Naive
+from specdec.verify.rules.rejection import Rejection
+from specdec.verify.tree import DraftTree
+
+RULES: dict[str, type[AcceptanceRule]] = {rule.name: rule for rule in (Greedy, Rejection, Block, Naive)}
+
+
+def make_rule(name: str) -> AcceptanceRule:
+    """The rule called `name`.
+
+    Raises:
+        UnsupportedArgumentError: unknown name.
+    """
+    if name not in RULES:
+        raise UnsupportedArgumentError(f"rule: expected one of {['auto', *RULES]}, got {name!r}")
+    return RULES[name]()
+
+
+def auto_rule(tree: DraftTree, do_sample: bool) -> AcceptanceRule:
+    """The best lossless rule for this tree: greedy at temperature 0, block for chains, naive for trees.
+
+    For a chain of deterministic tokens block and naive accept alike; block also serves mixed chains.
+    """
+    if not do_sample:
+        return Greedy()
+    return Block() if tree.is_chain else Naive()
