@@ -1,0 +1,158 @@
+"""What is trained and for how long: one frozen dataclass, three presets. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one Llama (tied embeddings)."""
+
+    num_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+
+
+TARGET = Shape(num_layers=8, hidden=384, heads=6, kv_heads=2, head_dim=64, intermediate=1024)
+# One layer: a draft step is dominated by fixed costs per layer, so width is nearly free and depth is not. Measured on
+# two CPU cores, 1 x 256 costs what 1 x 192 costs (1/6 of a target step), 2 x 192 costs 1/4.5.
+DRAFT = Shape(num_layers=1, hidden=256, heads=4, kv_heads=1, head_dim=64, intermediate=512)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, apart from the machine. Saved in every checkpoint.
+
+    Phase 1 (`joint`) trains the target on text and, in the same step, the draft on the target's logits. Phase 2
+    (`on_policy`) freezes the target and trains the draft on texts that the target wrote itself.
+    """
+
+    tokens: int
+    seed: int = 0
+    target: Shape = TARGET
+    draft: Shape = DRAFT
+    vocab_size: int = 4096
+    max_positions: int = 2048
+    tokens_per_step: int = 2048
+    micro_batch_tokens: int = 1024  # bounds memory and stays in the CPU's cache
+    short_length: int = 256
+    long_length: int = 512
+    long_fraction: float = 1 / 3  # the last part of the joint phase sees long windows
+    warmup_steps: int = 60
+    decay_fraction: float = 0.8  # the learning rate falls linearly to 0 over this last part of the joint phase
+    hidden_lr: float = 5e-3
+    other_lr: float = 3e-3
+    weight_decay: float = 0.01
+    distillation_ce: float = 0.1  # weight of the plain cross-entropy beside the soft one, in the joint phase
+    on_policy_batches: int = 24
+    on_policy_rows: int = 64
+    on_policy_prompt: int = 64
+    on_policy_length: int = 256  # prompt included
+    on_policy_epochs: int = 4
+    on_policy_lr: float = 0.5  # times the learning rates above
+    on_policy_hard: float = 0.3  # weight of the cross-entropy to the target's own argmax
+    on_policy_top: int = 64  # target probabilities kept per position; the rest is one pooled outcome
+    optimizer: str = field(default="muon")
+
+    def __post_init__(self) -> None:
+        if self.vocab_size > 2**15:
+            raise ValueError(f"expected vocab_size <= {2**15} (ids are stored as int16), got {self.vocab_size}")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"expected optimizer 'muon' or 'adamw', got {self.optimizer!r}")
+        if self.long_length % self.short_length or self.tokens_per_step % self.long_length:
+            raise ValueError(
+                "expected short_length to divide long_length and long_length to divide tokens_per_step, got "
+                f"{self.short_length}, {self.long_length}, {self.tokens_per_step}"
+            )
+        if self.micro_batch_tokens % self.long_length or self.tokens_per_step % self.micro_batch_tokens:
+            raise ValueError(
+                "expected micro_batch_tokens to be a multiple of long_length that divides tokens_per_step, got "
+                f"{self.micro_batch_tokens}, {self.long_length}, {self.tokens_per_step}"
+            )
+        if self.tokens < self.tokens_per_step:
+            raise ValueError(f"expected tokens >= {self.tokens_per_step} (one step), got {self.tokens}")
+        if not 0 < self.on_policy_prompt < self.on_policy_length <= self.max_positions:
+            raise ValueError(
+                f"expected 0 < on_policy_prompt < on_policy_length <= {self.max_positions}, got "
+                f"{self.on_policy_prompt}, {self.on_policy_length}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return self.tokens // self.tokens_per_step
+
+    @property
+    def first_long_step(self) -> int:
+        return self.num_steps - round(self.num_steps * self.long_fraction)
+
+    @property
+    def first_decay_step(self) -> int:
+        return self.num_steps - round(self.num_steps * self.decay_fraction)
+
+    def length_at(self, step: int) -> int:
+        """Window length of joint step `step`."""
+        return self.long_length if step >= self.first_long_step else self.short_length
+
+    def rate_at(self, step: int) -> float:
+        """Learning-rate factor of joint step `step`: warm-up, flat, then linearly down to 0 at the planned end."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps)
+        decay = (self.num_steps - step) / max(1, self.num_steps - self.first_decay_step)
+        return min(warmup, decay, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        values = dict(values)
+        return cls(**{**values, "target": Shape(**values["target"]), "draft": Shape(**values["draft"])})
+
+    def accepts_change_to(self, other: Recipe, step: int) -> bool:
+        """Whether a run of this recipe, stopped before `step`, is also the beginning of a run of `other`.
+
+        Only the planned length may differ, and only while neither plan has begun to decay or to use long windows:
+        until then both runs are the same, step by step.
+        """
+        if replace(self, tokens=other.tokens) != other:
+            return False
+        return self == other or all(step <= min(r.first_long_step, r.first_decay_step) for r in (self, other))
+
+
+def preset(name: str) -> Recipe:
+    """`tiny` runs in seconds (tests), `cpu` in about an hour and a half on two cores, `gpu` in minutes.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    if name == "tiny":
+        small = Shape(num_layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=48)
+        return Recipe(
+            tokens=2048,
+            target=small,
+            draft=replace(small, num_layers=1),
+            vocab_size=300,
+            max_positions=256,
+            tokens_per_step=128,
+            micro_batch_tokens=64,
+            short_length=16,
+            long_length=32,
+            warmup_steps=2,
+            on_policy_batches=2,
+            on_policy_rows=4,
+            on_policy_prompt=8,
+            on_policy_length=32,
+            on_policy_epochs=2,
+            on_policy_top=8,
+        )
+    if name == "cpu":
+        return Recipe(tokens=1_500_000)
+    if name == "gpu":
+        return Recipe(
+            tokens=16_000_000, tokens_per_step=8192, micro_batch_tokens=8192, on_policy_batches=96, on_policy_epochs=6
+        )
+    raise ValueError(f"expected preset 'tiny', 'cpu' or 'gpu', got {name!r}")
