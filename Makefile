@@ -1,0 +1,55 @@
+# `make demo` and `make test` each work on a fresh machine with Python >= 3.11: they create .venv and install what they need.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+VENV_MIN := .venv-min
+STAMP := $(VENV)/.specdec-installed
+STAMP_MIN := $(VENV_MIN)/.specdec-installed
+BIN := $(VENV)/bin
+
+# Each pytest worker computes with one thread, so that two workers do not fight over two cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-min lint format bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+# An environment that is already there is brought up to date, not thrown away.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,bench,viz]'
+	@touch $@
+
+$(STAMP_MIN): pyproject.toml constraints-min.txt
+	@test -x $(VENV_MIN)/bin/python || $(PYTHON) -m venv $(VENV_MIN)
+	$(VENV_MIN)/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-min.txt --editable '.[dev,bench,viz]'
+	@touch $@
+
+demo: $(STAMP)  ## set up, then generate speculatively from the pair that ships with the library
+	$(BIN)/specdec generate --pair stdlib-python --prompt 'def parse_args(argv=None):' --max-new-tokens 160 --show-draft
+
+test: $(STAMP) lint  ## format check, lint, types, every test
+	$(ONE_THREAD) $(OFFLINE) $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-min: $(STAMP_MIN)  ## every test with the oldest supported transformers
+	$(ONE_THREAD) $(OFFLINE) $(VENV_MIN)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## format check, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## compare with transformers' plain and assisted generation on this machine
+	$(BIN)/specdec bench
+
+clean:  ## remove caches and builds; the environments stay
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
