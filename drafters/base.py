@@ -16,10 +16,19 @@ from specdec.verify.tree import DraftTree, Verdict
 
 @dataclass(frozen=True)
 class Budget:
-    """What the next tree may cost: at most `max_depth` levels and `max_nodes` drafted tokens. 0 = decode plainly."""
+    """What the next tree may cost, per live row. Depth 0 = decode that row plainly.
 
-    max_depth: int
+    depths: most levels below the root for each live row. A row's tree must depend on its own entry only, or its
+        text would depend on the rows around it.
+    max_nodes: most drafted tokens per row.
+    """
+
+    depths: tuple[int, ...]
     max_nodes: int
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.depths, default=0)
 
 
 @dataclass(frozen=True)

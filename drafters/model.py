@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,9 @@ class ModelDrafter(Drafter):
         if tree is None:
             tree = (1,) * (DEFAULT_K if k is None else k)
         if not tree or any(width < 1 for width in tree):
-            raise UnsupportedArgumentError(f"expected a chain length k >= 1 or tree widths >= 1, got k={k}, tree={tree}")
+            raise UnsupportedArgumentError(
+                f"expected a chain length k >= 1 or tree widths >= 1, got k={k}, tree={tree}"
+            )
         if not temperature > 0:
             raise UnsupportedArgumentError(f"expected a draft temperature > 0, got {temperature}")
         self.widths = tuple(tree)
@@ -103,7 +107,8 @@ class ModelDrafter(Drafter):
                     mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
                     ancestors = mask.expand(len(rows.live), -1, -1)
                     logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
-        return DraftTree.build(topology, tokens, torch.stack(laws, dim=1) if laws else None)
+        tree = DraftTree.build(topology, tokens, torch.stack(laws, dim=1) if laws else None)
+        return self._limited(tree, budget)
 
     def _affordable(self, budget: Budget) -> tuple[int, ...]:
         """The leading levels of the shape that fit the budget. Depends on no drafted token."""
@@ -111,6 +116,14 @@ class ModelDrafter(Drafter):
         while widths and Topology.widths(widths).num_nodes - 1 > budget.max_nodes:
             widths = widths[:-1]
         return widths
+
+    def _limited(self, tree: DraftTree, budget: Budget) -> DraftTree:
+        """Cut each row at its own depth; nodes are in level order, so that is a prefix of them."""
+        if all(depth >= tree.max_depth for depth in budget.depths):
+            return tree
+        assert tree.topology is not None
+        sizes = [sum(depth <= limit for depth in tree.topology.depths) for limit in budget.depths]
+        return replace(tree, num_nodes=torch.tensor(sizes, device=tree.tokens.device))
 
     def _root_logits(self) -> Tensor:
         """Bring the drafter's K/V up to date and return the logits after each root, `[live, 1, vocab]`."""

@@ -55,9 +55,9 @@ class NgramDrafter(Drafter):
         assert self._session is not None, "propose() before start()"
         rows = self._session.rows
         trees = []
-        for row in rows.live:
+        for row, depth in zip(rows.live, budget.depths, strict=True):
             self._catch_up(row)
-            trees.append(_merge(self._texts[row][-1], self._continuations(row, budget.max_depth), budget.max_nodes))
+            trees.append(_merge(self._texts[row][-1], self._continuations(row, depth), budget.max_nodes))
         width = max(len(tokens) for tokens, _ in trees)
         device = rows.device
         pad = [(width - len(tokens)) for tokens, _ in trees]

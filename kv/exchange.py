@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
@@ -17,18 +18,22 @@ def cached_tokens(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
-def check_adoptable(cache: object) -> DynamicCache:
+def check_adoptable(cache: object, rows: int) -> DynamicCache:
     """Refuse a `past_key_values` that cannot be read completely and extended in place.
 
     Raises:
-        UnsupportedArgumentError: not a `DynamicCache`, or one whose sliding layers already dropped tokens.
+        UnsupportedArgumentError: not a `DynamicCache`, not `rows` rows, or its sliding layers already dropped tokens.
     """
     if not isinstance(cache, DynamicCache):
         raise UnsupportedArgumentError(
             f"past_key_values: expected a transformers DynamicCache, got {type(cache).__name__}. Pass a DynamicCache "
             "(it is what `generate` returns), or leave past_key_values out."
         )
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers  # a union of layer kinds, told apart by what they hold
+    for i, layer in enumerate(layers):
+        batch = layer.keys.shape[0] if layer.is_initialized and layer.keys is not None and layer.keys.numel() else rows
+        if batch != rows:
+            raise UnsupportedArgumentError(f"past_key_values holds {batch} rows but input_ids has {rows}.")
         held = layer.keys.shape[-2] if layer.is_initialized and layer.keys is not None and layer.keys.numel() else 0
         if held != int(layer.get_seq_length()):
             raise UnsupportedArgumentError(
@@ -55,7 +60,8 @@ def adopt(shared: SharedKVCache, name: str, cache: DynamicCache, real: torch.Ten
     # Order each row's real columns first; what follows is junk beyond `filled`.
     order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)[:, :width]
     store.begin(WritePlan.build([0] * shared.num_rows, width))
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
         if layer.keys is None or layer.values is None:
             continue
         index = order.to(layer.keys.device)[:, None, :, None]
@@ -101,10 +107,12 @@ def export(
         if into is None or i >= len(out.layers):
             out.update(padded[0], padded[1], i)
         else:
-            layer = out.layers[i]
+            layer: Any = out.layers[i]
             if not layer.is_initialized:
                 layer.lazy_initialization(padded[0], padded[1])
             layer.keys, layer.values = padded
-            if hasattr(layer, "cumulative_length"):
+            if getattr(layer, "is_sliding", False):  # such a layer holds its window and counts what it saw
+                keep = min(width, layer.sliding_window - 1)
+                layer.keys, layer.values = (tensor[:, :, width - keep :] for tensor in padded)
                 layer.cumulative_length = width
     return out

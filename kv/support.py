@@ -12,7 +12,14 @@ from specdec.kv.errors import UnsupportedModelError
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
 """`config.layer_types` entries whose K/V are kept per token. Windowed layers are kept whole and masked."""
 
-_RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "state_size", "rwkv_version", "attn_layer_indices", "linear_num_key_heads")
+_RECURRENT_FIELDS = (
+    "ssm_cfg",
+    "mamba_d_state",
+    "state_size",
+    "rwkv_version",
+    "attn_layer_indices",
+    "linear_num_key_heads",
+)
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -42,9 +49,13 @@ def check_model(model: object, role: str) -> PreTrainedModel:
     name = type(model).__name__
     config = text_config(model)
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{role}: {name} is an encoder-decoder model; only decoder-only models are supported.")
+        raise UnsupportedModelError(
+            f"{role}: {name} is an encoder-decoder model; only decoder-only models are supported."
+        )
     if not model.can_generate() or model.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{role}: {name} has no language-modelling head; load it with AutoModelForCausalLM.")
+        raise UnsupportedModelError(
+            f"{role}: {name} has no language-modelling head; load it with AutoModelForCausalLM."
+        )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= ROLLBACK_LAYERS:
         raise UnsupportedModelError(
@@ -56,7 +67,9 @@ def check_model(model: object, role: str) -> PreTrainedModel:
             f"{role}: {name} carries recurrent state, which cannot be rolled back; use an attention-only model."
         )
     if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(f"{role}: {name} shares K/V between layers, which the shared cache does not support.")
+        raise UnsupportedModelError(
+            f"{role}: {name} shares K/V between layers, which the shared cache does not support."
+        )
     parameters = inspect.signature(model.forward).parameters
     for needed in ("position_ids", "past_key_values", "attention_mask"):
         if needed not in parameters:

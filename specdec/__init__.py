@@ -25,7 +25,21 @@ _EXPORTS = {
     "NgramDrafter": "specdec.drafters",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]
+__all__ = [
+    "Drafter",
+    "ModelDrafter",
+    "NgramDrafter",
+    "SpecReport",
+    "SpecdecError",
+    "Speculator",
+    "StepTrace",
+    "TargetFaultError",
+    "UnsupportedArgumentError",
+    "UnsupportedModelError",
+    "__version__",
+    "generate",
+    "patch",
+]
 
 if TYPE_CHECKING:
     from specdec.drafters import Drafter, ModelDrafter, NgramDrafter

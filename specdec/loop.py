@@ -100,9 +100,10 @@ class DecodeLoop:
         if self.drafter is None:
             return DraftTree.root_only(self.rows.roots())
         # A row emits one token more than it accepts, so the last token of the limit needs no draft.
+        deepest = self.drafter.max_depth
         left = [self.stop.remaining(row) for row in self.rows.live]
-        depth = max(self.drafter.max_depth if count is None else count - 1 for count in left)
-        budget = Budget(min(depth, self.drafter.max_depth), self.drafter.max_nodes)
+        depths = tuple(deepest if count is None else min(deepest, count - 1) for count in left)
+        budget = Budget(depths, self.drafter.max_nodes)
         uniforms = self.noise.draft(self.rows.live, self.report.num_steps, self.drafter.max_nodes + 1)
         return self.drafter.propose(budget, uniforms)
 
@@ -168,9 +169,7 @@ class DecodeLoop:
             self.final[row] = columns
             self._retire(i, row)
         self.collector.stream(self.final)
-        trace = StepTrace(
-            self.report.num_steps, live, decision.drafted, decision.accepted, runs, kinds, 0.0, 0.0, 0.0
-        )
+        trace = StepTrace(self.report.num_steps, live, decision.drafted, decision.accepted, runs, kinds, 0.0, 0.0, 0.0)
         return trace, decision.reached
 
     def _retire(self, i: int, row: int) -> None:
@@ -218,5 +217,5 @@ class Decision:
         self.drafted = [row[4] for row in packed]
         self.reached = [row[5] for row in packed]
         self.paths = [row[6 : 7 + row[0]] for row in packed]
-        self.runs = [row[7 + width : 7 + width + row[0]] + [row[1]] for row in packed]
+        self.runs = [[*row[7 + width : 7 + width + row[0]], row[1]] for row in packed]
         self.kinds = [["accepted"] * row[0] + ["recovered" if row[2] else "bonus"] for row in packed]

@@ -71,7 +71,7 @@ class Collector:
         width = max(rows.ends)
         sequences = rows.ids[:, :width].clone()
         for row, end in enumerate(rows.ends):
-            if end < width:
+            if end < width and self._pad is not None:
                 sequences[row, end:] = self._pad
         past = None
         if request.wants_dict or request.cache_is_callers:

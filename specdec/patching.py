@@ -27,12 +27,13 @@ def patch(
     `tokenizer=` or `streamer=` keeps working.
     """
     spec = Speculator(target, draft, k=k, tree=tree, rule=rule, tokenizer=tokenizer)
-    had = target.__dict__.get("generate")
-    target.generate = spec.generate  # type: ignore[method-assign]
+    model: Any = target
+    had = model.__dict__.get("generate")
+    model.generate = spec.generate
     try:
         yield spec
     finally:
         if had is None:
-            del target.generate
+            del model.generate
         else:
-            target.generate = had  # type: ignore[method-assign]
+            model.generate = had

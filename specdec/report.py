@@ -128,6 +128,7 @@ class SpecReport:
         """A plain-text table for people."""
         steps = max(1, self.num_steps)
         positions = " ".join(f"{rate:.2f}" for rate in self.per_position_acceptance) or "-"
+        draft, verify, rest = (total / steps for total in (self.ms_draft, self.ms_verify, self.ms_rest))
         lines = [
             ("drafter / rule", f"{self.drafter} / {self.rule}"),
             ("emitted tokens", f"{self.num_emitted_tokens} in {self.num_steps} steps ({self.num_rows} rows)"),
@@ -140,10 +141,7 @@ class SpecReport:
                 f"{self.num_accepted_tokens} accepted, {self.num_recovered_tokens} recovered, "
                 f"{self.num_bonus_tokens} bonus",
             ),
-            (
-                "ms per step",
-                f"draft {self.ms_draft / steps:.2f}, verify {self.ms_verify / steps:.2f}, rest {self.ms_rest / steps:.2f}",
-            ),
+            ("ms per step", f"draft {draft:.2f}, verify {verify:.2f}, rest {rest:.2f}"),
             ("prefill", f"{self.ms_prefill:.1f} ms for {self.num_prompt_tokens} prompt tokens"),
             ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB, both models"),
         ]

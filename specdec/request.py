@@ -109,6 +109,10 @@ def build_request(
     cache, cached = _caller_cache(model_kwargs.get("past_key_values"), input_ids)
     _check_positions(model_kwargs.get("position_ids"), real, input_ids)
     repeats = max(1, config.num_return_sequences or 1)
+    if cached and repeats > 1:
+        raise UnsupportedArgumentError(
+            "past_key_values with num_return_sequences > 1: repeat the prompt and cache first"
+        )
     seeds, requests = _noise_keys(seed, generator, rows, bool(config.do_sample))
     return Request(
         input_ids=input_ids,
@@ -154,7 +158,7 @@ def _caller_cache(cache: Any, input_ids: Tensor) -> tuple[DynamicCache | None, i
             f"past_key_values holds {columns} tokens but input_ids only {input_ids.shape[1]}: pass the whole text, the "
             "cached part included, and at least one token that is not cached."
         )
-    return check_adoptable(cache), columns
+    return check_adoptable(cache, input_ids.shape[0]), columns
 
 
 def _check_positions(position_ids: Tensor | None, real: Tensor | None, input_ids: Tensor) -> None:

@@ -123,7 +123,8 @@ class Speculator:
             if found is not None:
                 criteria.insert(0, self._stop_string_criteria(found, tokenizer))
             # The class's own method: an instance may have been patched to call us.
-            return type(self.target).generate(
+            plain: Any = type(self.target)
+            return plain.generate(
                 self.target,
                 inputs,
                 generation_config=config,
@@ -170,7 +171,8 @@ class Speculator:
         model_kwargs: dict[str, Any],
         **options: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        device = self.target.get_input_embeddings().weight.device
+        embeddings: Any = self.target.get_input_embeddings()
+        device: torch.device = embeddings.weight.device
         if device.type == "meta":  # offloaded: weights arrive with each forward
             device = input_ids.device
         request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
@@ -205,13 +207,13 @@ def generate(
     return Speculator(target, draft, k=k, tree=tree, rule=rule).generate(inputs, **kwargs)
 
 
-def make_drafter(
-    draft: Draft, target: PreTrainedModel, k: int | None, tree: tuple[int, ...] | None
-) -> Drafter | None:
+def make_drafter(draft: Draft, target: PreTrainedModel, k: int | None, tree: tuple[int, ...] | None) -> Drafter | None:
     """The drafter a user means by `draft` (see Speculator)."""
     if draft is None:
         if k is not None or tree is not None:
-            raise UnsupportedArgumentError("k and tree describe drafts, but draft is None: give a drafter or leave them out")
+            raise UnsupportedArgumentError(
+                "k and tree describe drafts, but draft is None: give a drafter, or leave them out"
+            )
         return None
     if isinstance(draft, Drafter):
         if k is not None or tree is not None:
@@ -222,9 +224,10 @@ def make_drafter(
             raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
         return NgramDrafter() if k is None else NgramDrafter(k=k)
     if isinstance(draft, (str, Path)):
-        draft = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(draft), dtype=target.dtype, trust_remote_code=False, use_safetensors=True
-        ).to(target.device)
+        )
+        draft = loaded.to(target.device)
     if not isinstance(draft, PreTrainedModel):
         raise UnsupportedArgumentError(
             "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, or None, got "

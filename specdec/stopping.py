@@ -51,8 +51,9 @@ class StopRules:
 
     def final_columns(self, row: int) -> int | None:
         """Columns of `ids` that plain decoding keeps of a row, or None while the row must go on."""
-        if self.pads_finished or self._rows.batch_size == 1:
-            return self._stopped_at.get(row)
+        stopped = self._stopped_at.get(row)
+        if self.pads_finished or self._rows.batch_size == 1 or stopped is None or stopped == self.max_columns:
+            return stopped  # at the length limit no other row can move the finish line further
         line = self.finish_line()
         return None if line is None or self._rows.ends[row] < line else line
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class SamplingLaw:
     """
 
     def __init__(self, processors: LogitsProcessorList):
+        self.processors: Any  # a LogitsProcessorList; its stubs insist on LongTensor
         for processor in processors:
             if type(processor) in STATEFUL:
                 raise UnsupportedArgumentError(
@@ -119,7 +121,7 @@ class SamplingLaw:
         node = [j for _, j, _ in members]
         prefixes = torch.stack([full for _, _, full in members])
         origin = [rows.live[i] for i in row]
-        processors = LogitsProcessorList([_for_rows(processor, origin) for processor in self.processors])
+        processors: Any = LogitsProcessorList([_for_rows(processor, origin) for processor in self.processors])
         scores[row, node] = processors(prefixes, scores[row, node])
 
     def _call_in_place(self, scores: Tensor, rows: Rows, length: int, members: list[tuple[int, int, Tensor]]) -> None:
@@ -151,7 +153,7 @@ class _PerRowConstraint(hf.LogitsProcessor):
 
     def __init__(self, inner: hf.PrefixConstrainedLogitsProcessor):
         self.inner = inner
-        self.wanted: Sequence[int] = ()
+        self.wanted: Collection[int] = ()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         out = scores.clone()
@@ -175,7 +177,7 @@ def _for_rows(processor: hf.LogitsProcessor, origin: list[int]) -> hf.LogitsProc
     ignored = getattr(processor, "prompt_ignore_length", None)
     if not isinstance(ignored, Tensor):
         return processor
-    here = copy.copy(processor)
+    here: Any = copy.copy(processor)
     here.prompt_ignore_length = ignored[torch.tensor(origin, device=ignored.device)]
     return here
 

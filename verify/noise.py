@@ -75,11 +75,15 @@ class NoiseStream:
     """
 
     BLOCK = 32
+    """Steps tabulated at once for a few rows: one kernel launch sequence then serves that many steps."""
+    BLOCK_ENTRIES = 4096
+    """Rows times steps of a table; large batches tabulate fewer steps, down to one."""
 
     def __init__(self, seeds: Sequence[int], requests: Sequence[int], device: torch.device):
         self._seeds = torch.tensor([_signed(seed) for seed in seeds], device=device)[:, None, None]
         self._requests = torch.tensor(list(requests), device=device)[:, None, None]
         self._device = device
+        self._block = max(1, min(self.BLOCK, self.BLOCK_ENTRIES // max(1, len(seeds))))
         self._table: dict[Role, tuple[int, Tensor]] = {}
 
     def draft(self, rows: Sequence[int], step: int, count: int) -> Tensor:
@@ -92,15 +96,16 @@ class NoiseStream:
         return Noise(self._get(Role.ACCEPT, rows, step, nodes), residual)
 
     def _get(self, role: Role, rows: Sequence[int], step: int, count: int) -> Tensor:
-        block = step // self.BLOCK
+        block, offset = divmod(step, self._block)
         cached = self._table.get(role)
         if cached is None or cached[0] != block or cached[1].shape[2] < count:
             width = max(8, 1 << (count - 1).bit_length())
-            steps = torch.arange(block * self.BLOCK, (block + 1) * self.BLOCK, device=self._device)[None, :, None]
+            first = block * self._block
+            steps = torch.arange(first, first + self._block, device=self._device)[None, :, None]
             index = torch.arange(width, device=self._device)[None, None, :]
             cached = (block, uniform(self._seeds, self._requests, steps, role, index))
             self._table[role] = cached
-        return cached[1][list(rows), step % self.BLOCK, :count]
+        return cached[1][list(rows), offset, :count]
 
 
 def _signed(seed: int) -> int:

@@ -41,4 +41,3 @@ def deepest_reached(tree: DraftTree, kept: Tensor) -> Tensor:
         return kept[:, 1:].long().cumprod(1).sum(1)
     broken = (tree.ancestor_mask & ~kept[:, None, :]).any(-1)
     return torch.where(broken, -1, tree.depths).argmax(1)
-

@@ -25,10 +25,11 @@ def make_rule(name: str) -> AcceptanceRule:
 
 
 def auto_rule(tree: DraftTree, do_sample: bool) -> AcceptanceRule:
-    """The best lossless rule for this tree: greedy at temperature 0, block for chains, naive for trees.
+    """The best lossless rule for this kind of tree: greedy at temperature 0, naive without q, block for sampled chains.
 
-    For a chain of deterministic tokens block and naive accept alike; block also serves mixed chains.
+    Decided by the drafter's kind of proposal, not by the shapes a batch happens to hold: a row's rule, and so its
+    text, must not depend on the rows around it.
     """
     if not do_sample:
         return Greedy()
-    return Block() if tree.is_chain else Naive()
+    return Naive() if tree.q is None else Block()

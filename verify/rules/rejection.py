@@ -33,4 +33,3 @@ class Rejection(AcceptanceRule):
         law = row_at(p, node)
         residual = (law - draft_law(tree, node, law)).clamp(min=0)
         return verdict_at(tree, node, sample_from(residual_or(residual, law), noise.residual))
-
