@@ -1,0 +1,197 @@
+"""The repository's shape: who may import whom, which names the folders answer to, what a wheel must carry."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = ["kv", "verify", "drafters", "specdec", "experiments", "specdec.cli"]
+"""Lowest first. A floor imports itself and what lies below it."""
+FOLDERS = ["kv", "verify", "drafters", "experiments"]
+"""Folders at the top of the repository that are imported as `specdec.<folder>` through a symlink."""
+MAX_LINES = 300
+
+
+def _floor_of_file(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    if parts[:2] == ("specdec", "cli") or parts == ("specdec", "__main__.py"):
+        return "specdec.cli"
+    return parts[0]
+
+
+def _floor_of_module(name: str) -> str | None:
+    """The floor a dotted module name belongs to, None if it is not ours."""
+    parts = name.split(".")
+    if parts[0] != "specdec":
+        return None
+    if len(parts) > 1 and parts[1] in FOLDERS:
+        return parts[1]
+    return "specdec.cli" if parts[1:2] == ["cli"] else "specdec"
+
+
+def _sources() -> Iterator[Path]:
+    """Every Python file of the library, each once: the symlinks are not followed."""
+    for top in ["specdec", *FOLDERS]:
+        for folder, names, files in os.walk(ROOT / top):
+            names[:] = [name for name in names if name != "__pycache__" and not Path(folder, name).is_symlink()]
+            yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, wherever it stands. `from specdec import kv` counts as `specdec.kv`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; folders are linked, write the full name"
+            module = node.module or ""
+            names = [alias.name for alias in node.names]
+            inner = [*FOLDERS, "cli"]
+            yield from (
+                (node.lineno, f"specdec.{name}" if module == "specdec" and name in inner else module) for name in names
+            )
+
+
+def upward_imports(floor: str, source: str) -> list[tuple[int, str]]:
+    """Imports in `source`, a module on `floor`, that go up."""
+    rank = FLOORS.index(floor)
+    found = []
+    for line, name in _imports(ast.parse(source)):
+        other = _floor_of_module(name)
+        if other is not None and FLOORS.index(other) > rank:
+            found.append((line, name))
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    wrong = []
+    for path in _sources():
+        floor = _floor_of_file(path)
+        wrong += [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in
+                  upward_imports(floor, path.read_text())]  # fmt: skip
+    assert not wrong, "imports go cli -> experiments -> specdec -> drafters -> verify -> kv:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("floor", "source"),
+    [
+        ("kv", "import specdec.verify.tree"),
+        ("kv", "from specdec import verify"),
+        ("kv", "from specdec import Speculator"),
+        ("verify", "def late():\n    from specdec.drafters.base import Drafter"),
+        ("drafters", "from specdec.report import SpecReport"),
+        ("specdec", "from specdec.experiments import bench"),
+        ("specdec", "from specdec.cli import main"),
+        ("experiments", "import specdec.cli"),
+    ],
+)
+def test_the_import_check_sees_each_way_up(floor: str, source: str) -> None:
+    assert upward_imports(floor, source)
+
+
+@pytest.mark.parametrize(
+    ("floor", "source"),
+    [
+        ("kv", "import torch\nfrom specdec.kv.errors import SpecdecError"),
+        ("experiments", "import specdec\nfrom specdec.kv import SharedKVCache"),
+        ("specdec.cli", "from specdec.experiments import bench"),
+    ],
+)
+def test_the_import_check_allows_the_ways_down(floor: str, source: str) -> None:
+    assert not upward_imports(floor, source)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_are_linked_relatively(folder: str) -> None:
+    link = ROOT / "specdec" / folder
+    assert link.is_symlink(), f"specdec/{folder} must be a symlink: ln -s ../{folder} specdec/{folder}"
+    assert os.readlink(link) == f"../{folder}"
+    assert (link / "__init__.py").samefile(ROOT / folder / "__init__.py")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_refuse_their_bare_name(folder: str) -> None:
+    spec = importlib.util.spec_from_file_location(folder, ROOT / folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.raises(ImportError, match=rf"import specdec\.{folder}"):
+        spec.loader.exec_module(module)
+
+
+def _settings() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed() -> None:
+    here = {"specdec"}
+    for path in _sources():
+        if path.name == "__init__.py":
+            parts = path.parent.relative_to(ROOT).parts
+            here.add(".".join(parts if parts[0] == "specdec" else ("specdec", *parts)))
+    setuptools = _settings()["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == here, "pyproject.toml [tool.setuptools] packages must list every package"
+    mapping = {f"specdec.{folder}": folder for folder in FOLDERS} | {"specdec": "specdec"}
+    assert setuptools["package-dir"] == mapping
+
+
+def test_every_module_lies_in_a_package() -> None:
+    lost = [str(path.relative_to(ROOT)) for path in _sources() if not (path.parent / "__init__.py").is_file()]
+    assert not lost, f"without an __init__.py beside them these are left out of the wheel: {lost}"
+
+
+def test_no_source_file_is_too_long() -> None:
+    files = [*_sources(), *(ROOT / "tests").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    long = {name: count for name, count in lengths.items() if count > MAX_LINES}
+    assert not long, f"split by idea, not by size; at most {MAX_LINES} lines: {long}"
+
+
+def test_no_path_of_one_machine() -> None:
+    pattern = re.compile(r"(?<![\w.])/(home|root|Users|work|mnt|opt)/\w")
+    texts = [*_sources(), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    texts += [ROOT / name for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/run")]
+    texts += (ROOT / "experiments").rglob("*.md")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in texts
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, f"absolute paths of one machine: {found}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import specdec; specdec.__version__; dir(specdec)",
+        "from specdec.cli import app; app(['--help'], standalone_mode=False)",
+    ],
+    ids=["import specdec", "specdec --help"],
+)
+def test_torch_is_not_imported_before_it_is_needed(code: str) -> None:
+    code += "\nimport sys; print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_lazy_export_exists() -> None:
+    import specdec
+
+    for name in specdec.__all__:
+        assert getattr(specdec, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Speculater'"):
+        specdec.Speculater  # noqa: B018
