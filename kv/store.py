@@ -49,11 +49,24 @@ class ModelStore:
     def __init__(self, num_layers: int, num_rows: int, capacity: int):
         self.num_rows = num_rows
         self.capacity = capacity
-        self.keys: list[torch.Tensor | None] = [None] * num_layers
-        self.values: list[torch.Tensor | None] = [None] * num_layers
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._moves: dict[int, int] = {}
         self.filled = [0] * num_rows
         self.plan: WritePlan | None = None
         self.view = StoreView(self)
+
+    @property
+    def keys(self) -> list[torch.Tensor | None]:
+        """Per layer, None until it first writes."""
+        self._settle()
+        return self._keys
+
+    @property
+    def values(self) -> list[torch.Tensor | None]:
+        """Per layer, None until it first writes."""
+        self._settle()
+        return self._values
 
     def begin(self, plan: WritePlan) -> None:
         self.plan = plan
@@ -85,12 +98,23 @@ class ModelStore:
             tensor[index[0], :, index[2]] = tensor[index[0], :, index[1]]
 
     def swap(self, first: int, second: int) -> None:
-        for tensor in self._tensors():
-            stop = max(self.filled[first], self.filled[second])
-            kept = tensor[first, :, :stop].clone()
-            tensor[first, :, :stop] = tensor[second, :, :stop]
-            tensor[second, :, :stop] = kept
+        """Exchange two rows. The K/V moves when it is next looked at: many rows may finish in one step."""
+        moves = self._moves
+        moves[first], moves[second] = moves.get(second, second), moves.get(first, first)
         self.filled[first], self.filled[second] = self.filled[second], self.filled[first]
+
+    def _settle(self) -> None:
+        """Carry out the swaps noted so far, one gather per tensor."""
+        if not self._moves:
+            return
+        moves = [(row, source) for row, source in self._moves.items() if row != source]
+        self._moves = {}
+        stop = max((self.filled[row] for row, _ in moves), default=0)
+        if not stop:
+            return
+        rows, sources = (torch.tensor(side) for side in zip(*moves, strict=True))
+        for tensor in self._tensors():
+            tensor[rows.to(tensor.device), :, :stop] = tensor[sources.to(tensor.device), :, :stop]
 
     def fork(self, repeats: int) -> None:
         self.num_rows *= repeats

@@ -151,10 +151,11 @@ class DecodeLoop:
         """Append each row's run, cut it where plain decoding stops, retire finished rows, feed the streamer."""
         live = list(self.rows.live)
         runs, kinds = decision.runs, decision.kinds
+        self.rows.extend(runs)
         for i, row in enumerate(live):
-            self.rows.append(row, runs[i])
             path = decision.paths[i]
-            self.stop.scan(row, runs[i], self.collector.record(row, scores[i, path], logits[i, path]))
+            kept = self.collector.record(row, scores[i, path], logits[i, path]) if self.collector.keeps else None
+            self.stop.scan(row, runs[i], kept)
         for i in reversed(range(len(live))):
             row = live[i]
             columns = self.stop.final_columns(row)

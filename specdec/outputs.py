@@ -23,6 +23,7 @@ class Collector:
         self._rows = rows
         self.scores: list[list[Tensor]] = [[] for _ in range(rows.batch_size)]
         self.logits: list[list[Tensor]] = [[] for _ in range(rows.batch_size)]
+        self.keeps = request.keeps_scores or request.keeps_logits
         self._streamed = rows.prompt_length
         pad = request.config._pad_token_tensor
         self._pad = None if pad is None else int(pad)

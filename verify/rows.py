@@ -72,15 +72,21 @@ class Rows:
         columns = torch.tensor(list(starts), device=self.device)[:, None] + torch.arange(width, device=self.device)
         return self._padded(max(starts) + width)[torch.tensor(self.live, device=self.device)[:, None], columns]
 
-    def append(self, row: int, tokens: Sequence[int]) -> None:
-        """Add emitted tokens to an original row."""
-        self._padded(max(self.ends[row], self.num_tokens[row]) + len(tokens))
-        new = torch.tensor(list(tokens), device=self.device)
-        self.ids[row, self.ends[row] : self.ends[row] + len(tokens)] = new
+    def extend(self, runs: Sequence[Sequence[int]]) -> None:
+        """Add each live row's emitted tokens, all rows at once."""
+        pairs = list(zip(self.live, runs, strict=True))
+        self._padded(max(max(self.ends[row], self.num_tokens[row]) + len(run) for row, run in pairs))
+        rows = [row for row, run in pairs for _ in run]
+        tokens = [token for run in runs for token in run]
+        columns = [self.ends[row] + i for row, run in pairs for i in range(len(run))]
+        places = [self.num_tokens[row] + i for row, run in pairs for i in range(len(run))]
+        row, new, column, place = torch.tensor([rows, tokens, columns, places], device=self.device)
+        self.ids[row, column] = new
         if self.text is not self.ids:
-            self.text[row, self.num_tokens[row] : self.num_tokens[row] + len(tokens)] = new
-        self.ends[row] += len(tokens)
-        self.num_tokens[row] += len(tokens)
+            self.text[row, place] = new
+        for index, run in pairs:
+            self.ends[index] += len(run)
+            self.num_tokens[index] += len(run)
 
     def prefix(self, row: int) -> Tensor:
         """Int64 `[columns]`: the padded prefix of an original row, as plain decoding would see it."""
