@@ -31,8 +31,7 @@ class TreeForward:
         self._windows = _windows(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
-        # Learned absolute positions end here; nodes beyond it can never be emitted, so they are clamped.
-        self._last_position = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+        self._num_positions = _learned_positions(config)
 
     def prefill(self, cache: KVCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
         """Write K/V of tokens `starts[b] .. stops[b] - 1` of each row, in chunks, without keeping any logits.
@@ -59,6 +58,8 @@ class TreeForward:
             logits of the last `keep` columns (0 = all), `[rows, *, vocab]`.
         """
         width = tokens.shape[1]
+        if valid is not None:
+            self._check_positions([start + count for start, count in zip(starts, valid, strict=True)])
         with cache.writing(self.name, starts, width, valid) as read:
             device = tokens.device
             offsets = torch.arange(width, device=device)
@@ -104,13 +105,15 @@ class TreeForward:
 
     def tree(self, cache: KVCache, tree: DraftTree) -> Tensor:
         """One pass over every node of every row; logits `[rows, nodes, vocab]`."""
+        self._check_positions([length + 1 for length in cache.lengths[: cache.num_rows]])
         if tree.topology is not None and tree.topology.is_chain:
             return self.causal(cache, tree.tokens, cache.lengths[: cache.num_rows], None, keep=0)
         return self.nodes(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0)
 
     def _run(self, cache: KVCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
-        if self._last_position is not None:
-            positions = positions.clamp(max=self._last_position - 1)
+        if self._num_positions is not None:
+            # Drafted nodes and padding beyond the table can never be emitted: any position will do for them.
+            positions = positions.clamp(max=self._num_positions - 1)
         extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
         out = self.model(
             input_ids=tokens,
@@ -123,6 +126,14 @@ class TreeForward:
         )
         logits: Tensor = out.logits
         return logits[:, -keep:] if keep else logits
+
+    def _check_positions(self, counts: Sequence[int]) -> None:
+        """Refuse real tokens beyond a learned position table (on a GPU the lookup would kill the process's context)."""
+        if self._num_positions is not None and max(counts) > self._num_positions:
+            raise ValueError(
+                f"{type(self.model).__name__} has {self._num_positions} learned positions, but a row holds "
+                f"{max(counts)} tokens: shorten the prompt or lower max_new_tokens"
+            )
 
     def _may_skip_mask(self, read: int) -> bool:
         eager = text_config(self.model)._attn_implementation == "eager"
@@ -147,6 +158,13 @@ class TreeForward:
         dtype = self.model.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _learned_positions(config: Any) -> int | None:
+    """Length of a learned position table; None for rotary models, whose text may outgrow the config's maximum."""
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _windows(config: Any) -> dict[str, int | None]:
