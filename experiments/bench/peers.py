@@ -1,0 +1,197 @@
+"""The ways to generate that are compared. A new one is one small class and one line in `all_peers`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.drafters import NgramDrafter
+from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.bench.pair import Pair
+from specdec.report import SpecReport
+from specdec.speculator import Speculator
+
+PLAIN = "hf-plain"
+ASSISTED = "hf-assisted"
+
+
+class Output(NamedTuple):
+    """int64 `[batch, prompt + new]` ids, and the report of peers that have one."""
+
+    ids: Tensor
+    report: SpecReport | None
+
+
+Generate = Callable[[Tensor, int], Output]
+"""(int64 `[batch, prompt]` ids, seed) -> Output."""
+
+
+class Peer(ABC):
+    """One way to generate with one setting. `family` groups the settings of which the best one counts."""
+
+    family: str
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Unique, stable, made of the family and the setting."""
+
+    def refusal(self, options: BenchOptions) -> str | None:
+        """Why the peer cannot do this run, or None."""
+        return None
+
+    @abstractmethod
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        """Everything that is done once goes here, outside the clock."""
+
+
+class HFPlain(Peer):
+    """`target.generate(...)`."""
+
+    family = PLAIN
+    name = PLAIN
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        return _hf(pair, options)
+
+
+@dataclass(frozen=True)
+class HFAssisted(Peer):
+    """`target.generate(..., assistant_model=draft)` with a constant number of assistant tokens."""
+
+    k: int
+    family = ASSISTED
+
+    @property
+    def name(self) -> str:
+        return f"{ASSISTED}-k{self.k}"
+
+    def refusal(self, options: BenchOptions) -> str | None:
+        return None if options.batch == 1 else "transformers assists batch size 1 only"
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        generate = _hf(pair, options, assistant_model=pair.draft)
+
+        def assisted(ids: Tensor, seed: int) -> Output:
+            # transformers reads these three from the assistant's own generation config and ignores them as
+            # arguments of the target's generate (where 20 tokens and a threshold of 0.4 would stay in force).
+            config = pair.draft.generation_config
+            config.num_assistant_tokens = self.k
+            config.num_assistant_tokens_schedule = "constant"
+            config.assistant_confidence_threshold = 0.0
+            return generate(ids, seed)
+
+        return assisted
+
+
+@dataclass(frozen=True)
+class HFPromptLookup(Peer):
+    """`target.generate(..., prompt_lookup_num_tokens=k, max_matching_ngram_size=ngram)`."""
+
+    k: int
+    ngram: int
+    family = "hf-prompt-lookup"
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-k{self.k}-n{self.ngram}"
+
+    def refusal(self, options: BenchOptions) -> str | None:
+        return None if options.batch == 1 else "transformers assists batch size 1 only"
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        return _hf(pair, options, prompt_lookup_num_tokens=self.k, max_matching_ngram_size=self.ngram)
+
+
+@dataclass(frozen=True)
+class SpecModel(Peer):
+    """specdec with the pair's draft model, chains of k."""
+
+    k: int
+    family = "specdec-model"
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-k{self.k}"
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        return _specdec(Speculator(pair.target, pair.draft, k=self.k), options)
+
+
+@dataclass(frozen=True)
+class SpecNgram(Peer):
+    """specdec with prompt lookup, `branches` continuations of up to k tokens."""
+
+    k: int
+    branches: int
+    family = "specdec-ngram"
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-k{self.k}-b{self.branches}"
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        return _specdec(Speculator(pair.target, NgramDrafter(k=self.k, branches=self.branches)), options)
+
+
+def all_peers(quick: bool = False) -> list[Peer]:
+    """Every setting of every peer, plain generation first."""
+    if quick:
+        return [HFPlain(), HFAssisted(4), HFPromptLookup(10, 2), SpecModel(4), SpecNgram(5, 1)]
+    return [
+        HFPlain(),
+        *(HFAssisted(k) for k in (2, 3, 4, 5, 8)),
+        *(HFPromptLookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
+        *(SpecModel(k) for k in (2, 3, 4, 5)),
+        *(SpecNgram(k, branches) for k in (5, 10) for branches in (1, 2)),
+    ]
+
+
+def select(peers: list[Peer], wanted: tuple[str, ...]) -> list[Peer]:
+    """The peers whose name or family is wanted, and plain generation.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    known = {peer.name for peer in peers} | {peer.family for peer in peers}
+    unknown = sorted(set(wanted) - known)
+    if unknown:
+        raise ValueError(f"peers: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    return [peer for peer in peers if not wanted or peer.name == PLAIN or {peer.name, peer.family} & set(wanted)]
+
+
+def _sampling(options: BenchOptions) -> dict[str, Any]:
+    if not options.sampling:
+        return {"do_sample": False}
+    # top_k=0: transformers would otherwise cut every law to its default of 50 tokens.
+    return {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+
+
+def _hf(pair: Pair, options: BenchOptions, **kwargs: Any) -> Generate:
+    settings = {**_sampling(options), **kwargs}
+
+    def generate(ids: Tensor, seed: int) -> Output:
+        torch.manual_seed(seed)
+        mask = torch.ones_like(ids)
+        return Output(
+            pair.target.generate(ids, attention_mask=mask, max_new_tokens=options.new_tokens, **settings), None
+        )
+
+    return generate
+
+
+def _specdec(spec: Speculator, options: BenchOptions) -> Generate:
+    settings = _sampling(options)
+
+    def generate(ids: Tensor, seed: int) -> Output:
+        mask = torch.ones_like(ids)
+        out = spec.generate(ids, attention_mask=mask, max_new_tokens=options.new_tokens, seed=seed, **settings)
+        assert isinstance(out, Tensor)
+        return Output(out, spec.report)
+
+    return generate

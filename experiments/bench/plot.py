@@ -1,0 +1,60 @@
+"""The picture: one horizontal bar per peer, its speed relative to plain generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from specdec.experiments.bench.stats import Summary
+
+COLOURS = {
+    "hf-plain": "#8c8c8c",
+    "hf-assisted": "#c9a227",
+    "hf-prompt-lookup": "#d98032",
+    "specdec-model": "#1f6fb4",
+    "specdec-ngram": "#5ba3d9",
+}
+FAINT = 0.4
+"""Opacity of settings that are not their family's best."""
+
+
+def plot(summaries: Sequence[Summary], title: str, path: Path) -> bool:
+    """Write a PNG. Returns False, without an error, where matplotlib is not installed (extra `viz`)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    shown = [summary for summary in summaries if summary.speedup is not None]
+    figure = Figure(figsize=(8.5, 1.4 + 0.34 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row, summary in enumerate(shown):
+        assert summary.speedup is not None
+        assert summary.tokens_per_second is not None
+        middle, low, high = summary.speedup
+        axes.barh(
+            row,
+            middle,
+            xerr=[[middle - low], [high - middle]],
+            color=COLOURS.get(summary.family, "#444444"),
+            alpha=1.0 if summary.best else FAINT,
+            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
+        )
+        axes.text(
+            high,
+            row,
+            f"  {middle:.2f}x  ({summary.tokens_per_second.median:.0f} tokens/s)",
+            va="center",
+            fontsize=8,
+            fontweight="bold" if summary.best else "normal",
+        )
+    axes.set_yticks(range(len(shown)), [summary.peer for summary in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle="--")
+    axes.set_xlim(0, 1.3 * max(summary.speedup.high for summary in shown if summary.speedup is not None))
+    axes.set_xlabel("speed relative to HF plain generate (median over prompts, bars: quartiles)", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return True

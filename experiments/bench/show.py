@@ -1,0 +1,109 @@
+"""Results for people: the table and the sentences under it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from specdec.experiments.bench.equality import Difference
+from specdec.experiments.bench.memory import Memory
+from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.bench.stats import Spread, Summary
+
+
+def show(
+    console: Console,
+    summaries: Sequence[Summary],
+    memory: Mapping[str, Memory],
+    differences: Sequence[Difference],
+    options: BenchOptions,
+    source: Mapping[str, Any],
+) -> None:
+    """Print everything a reader needs to believe or doubt the numbers."""
+    mode = f"temperature {options.temperature:g}" if options.sampling else "greedy"
+    console.print(
+        f"{mode}, batch {options.batch}, {options.num_prompts} prompts x {options.prompt_tokens} tokens, "
+        f"{options.new_tokens} new tokens, {options.rounds} rounds, {options.dtype}, {options.threads} threads"
+    )
+    console.print(f"{source['gpu'] or source['cpu']}, torch {source['versions']['torch']}, "
+                  f"transformers {source['versions']['transformers']}")  # fmt: skip
+    console.print(_speed_table(summaries, options))
+    console.print(_cost_table(summaries, memory))
+    for line in verdict_lines(summaries, differences, options):
+        console.print(line)
+
+
+def _speed_table(summaries: Sequence[Summary], options: BenchOptions) -> Table:
+    table = Table(title="Speed (median [quartiles]; * = family's best setting)")
+    table.add_column("peer", no_wrap=True)
+    for name in ("tokens/s", "vs HF plain", "vs HF assisted", "tok/pass", "accepted", "by position", "equal"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for s in summaries:
+        if s.skipped is not None:
+            table.add_row(s.peer, "n/a", *[""] * 6)
+            continue
+        equal = "-" if options.sampling else "yes" if not s.different else f"{s.different} differ, {s.ties} ties"
+        table.add_row(
+            s.peer + (" *" if s.best else ""),
+            _spread(s.tokens_per_second, "{:.1f}"),
+            _spread(s.speedup, "{:.2f}"),
+            _spread(s.speedup_assisted, "{:.2f}"),
+            f"{s.tokens_per_pass:.2f}",
+            "-" if s.acceptance is None else f"{s.acceptance:.2f}",
+            " ".join(f"{rate:.2f}" for rate in s.acceptance_by_position[:5]) or "-",
+            equal,
+            style="bold" if s.best else None,
+        )
+    return table
+
+
+def _cost_table(summaries: Sequence[Summary], memory: Mapping[str, Memory]) -> Table:
+    table = Table(title="Where the time goes (ms per target pass), and memory (MiB)")
+    table.add_column("peer", no_wrap=True)
+    for name in ("in target", "in draft", "outside", "draft/verify/rest", "peak RSS", "of it in the call"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for s in summaries:
+        if not s.best:
+            continue
+        used = memory.get(s.peer)
+        table.add_row(
+            s.peer,
+            f"{s.ms_target:.2f}",
+            f"{s.ms_draft:.2f}",
+            f"{s.ms_outside:.2f}",
+            "-" if s.phases is None else " / ".join(f"{ms:.2f}" for ms in s.phases),
+            "-" if used is None else f"{used.peak:.0f}",
+            "-" if used is None else f"{used.added:.1f}",
+        )
+    return table
+
+
+def verdict_lines(summaries: Sequence[Summary], differences: Sequence[Difference], options: BenchOptions) -> list[str]:
+    """The run in sentences: who could not run, whose outputs differ and why, how fast specdec is."""
+    lines = [f"{s.peer}: n/a ({s.skipped})" for s in summaries if s.skipped is not None]
+    if not options.sampling and not differences:
+        lines.append("Every greedy output is equal to HF plain's, token for token.")
+    for d in differences:
+        kind = "a near tie" if d.near_tie else "NOT a tie"
+        lines.append(
+            f"{d.peer}: prompt {d.prompt} row {d.row} leaves HF plain at new token {d.position}: "
+            f"logits {d.gap:.1e} apart, {kind}"
+        )
+    for s in summaries:
+        if not (s.best and s.family.startswith("specdec")) or s.speedup is None:
+            continue
+        line = f"{s.peer}: {s.speedup.median:.2f}x HF plain"
+        if s.speedup_assisted is not None:
+            best = next(other for other in summaries if other.best and other.family == "hf-assisted")
+            line += f", {s.speedup_assisted.median:.2f}x {best.peer} (its best setting)"
+        lines.append(line)
+    return lines
+
+
+def _spread(spread: Spread | None, form: str) -> str:
+    if spread is None:
+        return "-"
+    return f"{form} [{form}-{form}]".format(*spread)

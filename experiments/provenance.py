@@ -1,0 +1,92 @@
+"""Where a number came from: everything a result file must say about the run that made it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTIONS = ("torch", "transformers", "accelerate", "numpy", "safetensors", "flash-attn")
+"""Distributions whose versions can change a measurement."""
+
+
+def provenance(*, seed: int, threads: int, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """Command, commit, versions, hardware, threads, seed and date of the running process, ready for JSON.
+
+    Args:
+        seed, threads, device: what the run uses.
+        more: anything else worth keeping (options, checksums of models).
+    """
+    import specdec
+
+    return {
+        "command": command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "specdec": specdec.__version__,
+        **git_state(Path(specdec.__file__).resolve().parent),
+        "python": platform.python_version(),
+        "versions": {name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "gpu": gpu_name() if device.startswith("cuda") else None,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "device": device,
+        "threads": threads,
+        "seed": seed,
+        **more,
+    }
+
+
+def command() -> str:
+    """The command line, with the program's name instead of its place on this machine."""
+    name = Path(sys.argv[0]).name
+    if name == "__main__.py":
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        name = "python -m " + (spec.parent if spec is not None else Path(sys.argv[0]).parent.name)
+    return " ".join([name, *sys.argv[1:]])
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit of the checkout that holds `folder` and whether it has uncommitted changes; None where there is none."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package inside somebody else's checkout must not claim their commit.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return {"git_commit": None, "git_dirty": None}
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain", "-uno"))}
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
