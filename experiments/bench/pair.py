@@ -32,13 +32,14 @@ class Pair:
 
 
 def _model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
     )
     # Without an end token every peer generates exactly `new_tokens`. `min_new_tokens` would do so too, but with a
     # logits processor that costs each peer a different amount of time.
     model.generation_config = GenerationConfig(pad_token_id=0)
-    return model.to(device).eval()
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def prompt_batches(pair: Pair, options: BenchOptions) -> list[Tensor]:

@@ -174,13 +174,12 @@ def _sampling(options: BenchOptions) -> dict[str, Any]:
 
 def _hf(pair: Pair, options: BenchOptions, **kwargs: Any) -> Generate:
     settings = {**_sampling(options), **kwargs}
+    target: Any = pair.target
 
     def generate(ids: Tensor, seed: int) -> Output:
         torch.manual_seed(seed)
         mask = torch.ones_like(ids)
-        return Output(
-            pair.target.generate(ids, attention_mask=mask, max_new_tokens=options.new_tokens, **settings), None
-        )
+        return Output(target.generate(ids, attention_mask=mask, max_new_tokens=options.new_tokens, **settings), None)
 
     return generate
 
