@@ -108,6 +108,8 @@ class DraftTree:
     q_row: int64 `[rows, nodes]` or None; for each *parent* node the row of `q` its sampled children came from,
         -1 where it has none.
     topology: the common shape when all rows share one (lets masks be built once, on the host).
+    replacement: how the sampled children of one parent were drawn from its row, in node order: without replacement
+        (each from the row without the ones before it, renormalised) or, when True, independently.
     """
 
     tokens: Tensor
@@ -117,6 +119,7 @@ class DraftTree:
     q: Tensor | None = None
     q_row: Tensor | None = None
     topology: Topology | None = None
+    replacement: bool = False
 
     @staticmethod
     def build(topology: Topology, tokens: Tensor, q: Tensor | None = None, sampled: Tensor | None = None) -> DraftTree:

@@ -1,0 +1,36 @@
+"""Which draft laws each rule is tested on, and the instances all its tests share."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+from oracle.enumerate import Draw, RandomChooser
+from oracle.instances import CHAINS, TREES, Instance, random_instance
+from oracle.reference import Tree
+
+NUM_INSTANCES = 300
+VOCAB = 4
+"""Smaller vocabularies are padded to this one with tokens of probability zero."""
+
+TAKES: dict[str, tuple[str, ...]] = {
+    "greedy": CHAINS + TREES,
+    "naive": CHAINS + TREES,
+    "rejection": CHAINS,
+    "block": CHAINS,
+}
+"""Draft laws by rule: everything a rule's `check` lets through."""
+
+CASES = [(rule, kind) for rule, kinds in TAKES.items() for kind in kinds]
+
+
+@cache
+def instances(kind: str) -> list[Instance]:
+    rng = random.Random(f"oracle {kind}")
+    return [random_instance(rng, kind, max_trees=64 if kind in CHAINS else 40) for _ in range(NUM_INSTANCES)]
+
+
+def random_trees(kind: str, seed: int, repeat: int = 1) -> list[Tree]:
+    """One random full tree per instance: ragged shapes and vocabularies side by side."""
+    rng = random.Random(seed)
+    return [Tree(instance, Draw(instance, RandomChooser(rng))).complete() for instance in instances(kind) * repeat]
