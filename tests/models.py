@@ -137,7 +137,7 @@ def build(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, seed: int
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() == 1:
-                    weight += 0.2 * torch.randn_like(weight)
+                    weight.add_(0.2 * torch.randn_like(weight))
             model.get_input_embeddings().weight *= 0.3
     return model.to(dtype).eval()
 
@@ -180,7 +180,7 @@ def noisy_copy(model: PreTrainedModel, scale: float, seed: int = 7) -> PreTraine
         for weight in noisy.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
             spread = weight.double().std() if weight.numel() > 1 else weight.double().abs()
-            weight += (scale * spread * noise).to(weight.dtype)
+            weight.add_((scale * spread * noise).to(weight.dtype))
     return noisy
 
 
