@@ -1,18 +1,65 @@
-"""The typer application: one sub-command per module, registered here."""
+"""The typer application: one sub-command per module, registered here, and what happens to their errors."""
 
 from __future__ import annotations
 
+import errno
+import sys
+from typing import Annotated, Any
+
 import typer
+from typer.core import TyperGroup
 
 import specdec
+from specdec.cli.chat import chat
+from specdec.cli.doctor import doctor
+from specdec.cli.generate import generate
+from specdec.experiments.bench.__main__ import bench
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it (128 + SIGINT). Usage errors exit with 2, everything else with 1."""
+
+
+class _Commands(TyperGroup):
+    """Turns errors that are meant for the user into one line on stderr; bugs keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if ctx.params.get("traceback") or not _is_for_the_user(error):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Library errors, missing files and memory. Looked up without importing torch, so that errors stay fast."""
+    if isinstance(error, OSError):
+        return error.errno != errno.EPIPE  # a closed pipe (`| head`) ends the program quietly: click sees to it
+    known: list[type[Exception]] = []
+    if "specdec.kv.errors" in sys.modules:
+        known.append(sys.modules["specdec.kv.errors"].SpecdecError)
+    if "torch" in sys.modules:
+        known.append(sys.modules["torch"].OutOfMemoryError)
+    return isinstance(error, tuple(known))
+
 
 app = typer.Typer(
     name="specdec",
+    cls=_Commands,
     help="Speculative decoding for Hugging Face causal language models, with exactly the same output.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+app.command()(generate)
+app.command()(chat)
+app.command()(bench)
+app.command()(doctor)
 
 
 def _print_version(value: bool) -> None:
@@ -23,11 +70,17 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
     """Entry point of the `specdec` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the program
     app()

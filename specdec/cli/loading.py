@@ -1,0 +1,122 @@
+"""From a choice on the command line to loaded models. Imports torch: commands import this module when they run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from specdec.cli.options import ModelChoice
+from specdec.kv.errors import SpecdecError
+from specdec.speculator import Speculator
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a command works with."""
+
+    speculator: Speculator
+    tokenizer: Any
+    device: torch.device
+
+    def encode(self, text: str) -> dict[str, Any]:
+        """`input_ids` and `attention_mask`, int64 `[1, tokens]`; an empty text becomes the begin-of-sequence token."""
+        ids = self.tokenizer(text).input_ids
+        if not ids:
+            start = self.tokenizer.bos_token_id
+            if start is None:
+                raise typer.BadParameter(
+                    "the prompt is empty and this model has no begin-of-sequence token: give a text"
+                )
+            ids = [start]
+        return self.batch(ids)
+
+    def batch(self, ids: list[int]) -> dict[str, Any]:
+        """One row of model inputs."""
+        tokens = torch.tensor([ids], device=self.device)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def load(choice: ModelChoice) -> Loaded:
+    """Load the target, its tokenizer and the drafter.
+
+    Raises:
+        typer.BadParameter: a device this machine does not have.
+        SpecdecError: a model that cannot be loaded, or cannot be decoded speculatively.
+    """
+    # Progress bars and advice on generation settings do not belong between a prompt and its answer.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if choice.threads is not None:
+        torch.set_num_threads(choice.threads)
+    device = pick_device(choice.device)
+    dtype = pick_dtype(choice.dtype, device)
+    target = load_model("target", choice.target, dtype, device)
+    tokenizer = load_tokenizer(choice.target)
+    draft: PreTrainedModel | str | None = choice.draft
+    if choice.draft is not None and choice.draft != "ngram":
+        draft = load_model("draft", choice.draft, dtype, device)
+        _warn_if_tokenizers_differ(tokenizer, choice)
+    speculator = Speculator(target, draft, k=choice.k, tree=choice.tree, rule=choice.rule, tokenizer=tokenizer)
+    return Loaded(speculator, tokenizer, device)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise typer.BadParameter(f"--device: expected auto, cpu, cuda or cuda:<index>, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"--device: got {name!r}, but this machine shows torch {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """Half precision is slower than float32 on most CPUs, so "auto" means float32 there."""
+    if name == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_model(role: str, name: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=Path(name).is_dir()
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise SpecdecError(f"{role}: could not load a causal language model from {name!r}: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise SpecdecError(f"target: could not load a tokenizer from {name!r}: {error}") from error
+
+
+def _warn_if_tokenizers_differ(tokenizer: Any, choice: ModelChoice) -> None:
+    """A drafter with other token ids is never wrong, only useless; say so. A draft saved without one is trusted."""
+    assert choice.draft is not None
+    try:
+        other = load_tokenizer(choice.draft)
+    except SpecdecError:
+        return
+    if other.get_vocab() != tokenizer.get_vocab():
+        typer.echo(
+            "warning: target and draft have different vocabularies; the text stays right, but hardly any draft will be "
+            "accepted. Use a draft model of the target's family, or --draft ngram.",
+            err=True,
+        )
