@@ -45,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=("tiny", "cpu", "gpu"), default="cpu", help="size of the run")
     parser.add_argument("--tokens", type=int, help="tokens of the joint phase (default: the preset's)")
+    parser.add_argument(
+        "--scheduled-tokens", type=int, help="shorten a run: the --tokens it was started with (with --cooldown-step)"
+    )
+    parser.add_argument(
+        "--cooldown-step", type=int, help="shorten a run: step from which the rate falls to 0 at the new --tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/stdlib-python"), help="folder of the run")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -53,7 +59,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     recipe = preset(args.preset)
-    return replace(recipe, seed=args.seed, tokens=args.tokens if args.tokens is not None else recipe.tokens)
+    return replace(
+        recipe,
+        seed=args.seed,
+        tokens=args.tokens if args.tokens is not None else recipe.tokens,
+        scheduled_tokens=args.scheduled_tokens,
+        cooldown_step=args.cooldown_step,
+    )
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -75,7 +75,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, l
     """Mean cross-entropy per token over the first windows of every held-out file."""
     total, count = 0.0, 0
     for text in held_out_texts():
-        ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False)[: WINDOWS_PER_FILE * length])
+        ids = torch.tensor(tokenizer.backend_tokenizer.encode(text).ids[: WINDOWS_PER_FILE * length])
         for window in ids.split(length):
             if len(window) > 1:
                 logits = model(window[None], use_cache=False).logits[0, :-1].float()

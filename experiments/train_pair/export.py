@@ -28,7 +28,8 @@ def better_half(model: LlamaForCausalLM) -> torch.dtype:
 def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> torch.dtype:
     """Save a half-precision copy of `model` with its tokenizer; returns the precision."""
     dtype = better_half(model)
-    half = copy.deepcopy(model).cpu().to(dtype)
+    half = copy.deepcopy(model)
+    torch.nn.Module.to(half, "cpu", dtype)
     half.config.use_cache = True
     half.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -66,7 +66,7 @@ def run_joint_phase(state: TrainingState, session: Session, *, compile_layers: b
     state.draft.train()
     recipe = state.recipe
     with (
-        session.progress("joint", recipe.num_steps, state.step, unit_tokens=recipe.tokens_per_step) as bar,
+        session.progress("joint", recipe.num_steps, state.step, recipe.tokens_per_step) as bar,
         compiled(state, compile_layers) as loss_function,
     ):
         while state.step < recipe.num_steps:

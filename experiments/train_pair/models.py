@@ -41,5 +41,5 @@ def build_models(recipe: Recipe, eos_token_id: int) -> tuple[LlamaForCausalLM, L
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     parameter.mul_(scale)
         # The padding row of nn.Embedding gets no gradient; here the padding id is also end-of-text, which must learn.
-        model.get_input_embeddings().padding_idx = None
+        model.model.embed_tokens.padding_idx = None
     return target.float(), draft.float()

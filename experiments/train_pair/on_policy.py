@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 
 from specdec.experiments.train_pair.data import WindowStream
 from specdec.experiments.train_pair.losses import top_law, top_law_loss
@@ -27,7 +27,7 @@ def batch_path(state: TrainingState, index: int) -> Path:
 
 @torch.inference_mode()
 def continue_prompts(
-    model: torch.nn.Module, prompts: Tensor, length: int, num_top: int, generator: torch.Generator
+    model: LlamaForCausalLM, prompts: Tensor, length: int, num_top: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Let the model write on to `length` tokens: even rows greedily, odd rows by sampling.
 
@@ -97,7 +97,7 @@ def run_on_policy_phase(state: TrainingState, session: Session) -> None:
     missing = [i for i in range(recipe.on_policy_batches) if not batch_path(state, i).exists()]
     tokens_per_batch = recipe.on_policy_rows * recipe.on_policy_length
     done = recipe.on_policy_batches - len(missing)
-    with session.progress("texts", recipe.on_policy_batches, done, unit_tokens=tokens_per_batch) as bar:
+    with session.progress("texts", recipe.on_policy_batches, done, tokens_per_batch) as bar:
         for index in missing:
             write_batch(state, index)
             bar.advance({})
@@ -106,7 +106,7 @@ def run_on_policy_phase(state: TrainingState, session: Session) -> None:
     texts = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     state.draft.train()
     total = num_draft_steps(state)
-    with session.progress("draft", total, state.step, unit_tokens=recipe.tokens_per_step) as bar:
+    with session.progress("draft", total, state.step, recipe.tokens_per_step) as bar:
         while state.step < total:
             values = draft_step(state, texts)
             state.step += 1

@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: nothing here needs one
         """One update; matrices of the same shape (transposed where tall) are orthogonalised together."""
         for group in self.param_groups:
             stacks: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
@@ -60,6 +60,10 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(step if step.shape == parameter.shape else step.mT, alpha=-group["lr"] * scale)
 
 
+def adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=weight_decay, fused=True)
+
+
 class PairOptimizer:
     """The optimizers of one model behind one learning-rate factor, with a flat state for checkpoints."""
 
@@ -67,16 +71,12 @@ class PairOptimizer:
         self.named = dict(model.named_parameters())  # tied weights appear once
         matrices = [n for n, p in self.named.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
         others = [name for name in self.named if name not in set(matrices)]
-        adamw = {"betas": (0.9, 0.95), "eps": 1e-10, "fused": True}
+        hidden: torch.optim.Optimizer
         if kind == "muon":
-            hidden: torch.optim.Optimizer = Muon(
-                [self.named[n] for n in matrices], lr=hidden_lr, weight_decay=weight_decay
-            )
+            hidden = Muon([self.named[n] for n in matrices], lr=hidden_lr, weight_decay=weight_decay)
         else:
-            hidden = torch.optim.AdamW(
-                [self.named[n] for n in matrices], lr=hidden_lr, weight_decay=weight_decay, **adamw
-            )
-        rest = torch.optim.AdamW([self.named[n] for n in others], lr=other_lr, weight_decay=0.0, **adamw)
+            hidden = adamw([self.named[n] for n in matrices], hidden_lr, weight_decay)
+        rest = adamw([self.named[n] for n in others], other_lr, 0.0)
         self.parts = [(hidden, hidden_lr), (rest, other_lr)]
 
     def step(self, factor: float, max_norm: float = 1.0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -44,7 +44,7 @@ class Recipe:
     long_length: int = 512
     long_fraction: float = 1 / 3  # the last part of the joint phase sees long windows
     warmup_steps: int = 60
-    decay_fraction: float = 0.8  # the learning rate falls linearly to 0 over this last part of the joint phase
+    decay_fraction: float = 0.76  # the learning rate falls linearly to 0 over this last part of the joint phase
     hidden_lr: float = 5e-3
     other_lr: float = 3e-3
     weight_decay: float = 0.01
@@ -57,7 +57,11 @@ class Recipe:
     on_policy_lr: float = 0.5  # times the learning rates above
     on_policy_hard: float = 0.3  # weight of the cross-entropy to the target's own argmax
     on_policy_top: int = 64  # target probabilities kept per position; the rest is one pooled outcome
-    optimizer: str = field(default="muon")
+    optimizer: str = "muon"
+    # A run that has less time than planned is brought to a good end by a steeper decay: until `cooldown_step` it
+    # follows the schedule of `scheduled_tokens`, from there the rate falls linearly to 0 at `tokens`.
+    scheduled_tokens: int | None = None
+    cooldown_step: int | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size > 2**15:
@@ -76,6 +80,16 @@ class Recipe:
             )
         if self.tokens < self.tokens_per_step:
             raise ValueError(f"expected tokens >= {self.tokens_per_step} (one step), got {self.tokens}")
+        if (self.scheduled_tokens is None) != (self.cooldown_step is None):
+            raise ValueError(
+                "expected scheduled_tokens and cooldown_step together or neither, got "
+                f"{self.scheduled_tokens}, {self.cooldown_step}"
+            )
+        if self.cooldown_step is not None and not 0 <= self.cooldown_step < self.num_steps <= self.scheduled_steps:
+            raise ValueError(
+                f"expected 0 <= cooldown_step < {self.num_steps} steps <= {self.scheduled_steps} scheduled steps, "
+                f"got cooldown_step={self.cooldown_step}"
+            )
         if not 0 < self.on_policy_prompt < self.on_policy_length <= self.max_positions:
             raise ValueError(
                 f"expected 0 < on_policy_prompt < on_policy_length <= {self.max_positions}, got "
@@ -84,15 +98,21 @@ class Recipe:
 
     @property
     def num_steps(self) -> int:
+        """Steps of the joint phase."""
         return self.tokens // self.tokens_per_step
 
     @property
+    def scheduled_steps(self) -> int:
+        """Steps that the schedule is made for; more than `num_steps` in a run that was shortened."""
+        return (self.scheduled_tokens or self.tokens) // self.tokens_per_step
+
+    @property
     def first_long_step(self) -> int:
-        return self.num_steps - round(self.num_steps * self.long_fraction)
+        return self.scheduled_steps - round(self.scheduled_steps * self.long_fraction)
 
     @property
     def first_decay_step(self) -> int:
-        return self.num_steps - round(self.num_steps * self.decay_fraction)
+        return self.scheduled_steps - round(self.scheduled_steps * self.decay_fraction)
 
     def length_at(self, step: int) -> int:
         """Window length of joint step `step`."""
@@ -100,8 +120,11 @@ class Recipe:
 
     def rate_at(self, step: int) -> float:
         """Learning-rate factor of joint step `step`: warm-up, flat, then linearly down to 0 at the planned end."""
+        if self.cooldown_step is not None and step > self.cooldown_step:
+            left = (self.num_steps - step) / (self.num_steps - self.cooldown_step)
+            return self.rate_at(self.cooldown_step) * left
         warmup = min(1.0, (step + 1) / self.warmup_steps)
-        decay = (self.num_steps - step) / max(1, self.num_steps - self.first_decay_step)
+        decay = (self.scheduled_steps - step) / max(1, self.scheduled_steps - self.first_decay_step)
         return min(warmup, decay, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,15 +135,19 @@ class Recipe:
         values = dict(values)
         return cls(**{**values, "target": Shape(**values["target"]), "draft": Shape(**values["draft"])})
 
-    def accepts_change_to(self, other: Recipe, step: int) -> bool:
-        """Whether a run of this recipe, stopped before `step`, is also the beginning of a run of `other`.
+    def same_until(self, other: Recipe, step: int) -> bool:
+        """Whether the first `step` joint steps of both recipes are the same, so that one run can go on as the other.
 
-        Only the planned length may differ, and only while neither plan has begun to decay or to use long windows:
-        until then both runs are the same, step by step.
+        Only the plan (how long, how it ends) and the second phase may differ.
         """
-        if replace(self, tokens=other.tokens) != other:
-            return False
-        return self == other or all(step <= min(r.first_long_step, r.first_decay_step) for r in (self, other))
+        free = ("tokens", "scheduled_tokens", "cooldown_step")
+        mine, others = (
+            {k: v for k, v in asdict(recipe).items() if k not in free and not k.startswith("on_policy_")}
+            for recipe in (self, other)
+        )
+        return mine == others and all(
+            self.rate_at(i) == other.rate_at(i) and self.length_at(i) == other.length_at(i) for i in range(step)
+        )
 
 
 def preset(name: str) -> Recipe:
@@ -150,7 +177,7 @@ def preset(name: str) -> Recipe:
             on_policy_top=8,
         )
     if name == "cpu":
-        return Recipe(tokens=1_500_000)
+        return Recipe(tokens=1_300_000)
     if name == "gpu":
         return Recipe(
             tokens=16_000_000, tokens_per_step=8192, micro_batch_tokens=8192, on_policy_batches=96, on_policy_epochs=6

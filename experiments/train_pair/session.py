@@ -18,14 +18,15 @@ class Interrupted(Exception):
 
 
 class Bar:
-    """A tqdm bar that shows the latest losses; quiet enough for a log file when there is no terminal."""
+    """A tqdm bar that counts tokens and shows the latest losses."""
 
-    def __init__(self, bar: tqdm):
-        self.bar = bar
+    def __init__(self, bar: tqdm, tokens_per_step: int):
+        self.bar, self.tokens_per_step = bar, tokens_per_step
 
-    def advance(self, values: dict[str, float], num: int = 1) -> None:
+    def advance(self, values: dict[str, float]) -> None:
+        """One step is done."""
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-        self.bar.update(num * self.bar.unit_tokens)
+        self.bar.update(self.tokens_per_step)
 
 
 class Session:
@@ -42,7 +43,7 @@ class Session:
 
         def ask(signum: int, _frame: object) -> None:
             self.stop_asked = True
-            signal.signal(signum, old[signum])
+            signal.signal(signum, old[signal.Signals(signum)])
 
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -52,11 +53,12 @@ class Session:
                 signal.signal(number, handler)
 
     @contextmanager
-    def progress(self, name: str, total: int, done: int, unit_tokens: int = 1) -> Iterator[Bar]:
+    def progress(self, name: str, num_steps: int, done: int, tokens_per_step: int) -> Iterator[Bar]:
+        """A progress bar with ETA; one line per half minute where there is no terminal, so that logs stay short."""
         interval = 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(
-            total=total * unit_tokens,
-            initial=done * unit_tokens,
+            total=num_steps * tokens_per_step,
+            initial=done * tokens_per_step,
             desc=name,
             unit="tok",
             unit_scale=True,
@@ -64,8 +66,7 @@ class Session:
             maxinterval=interval,
             disable=self.quiet,
         ) as bar:
-            bar.unit_tokens = unit_tokens
-            yield Bar(bar)
+            yield Bar(bar, tokens_per_step)
 
     def after_step(self, state: TrainingState) -> None:
         """Save if it is time.

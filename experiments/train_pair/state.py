@@ -24,6 +24,10 @@ CHECKPOINT = "checkpoint.safetensors"
 JOINT, ON_POLICY, DONE = "joint", "on_policy", "done"
 
 
+def pair_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> PairOptimizer:
+    return PairOptimizer(model, recipe.optimizer, recipe.hidden_lr, recipe.other_lr, recipe.weight_decay)
+
+
 @dataclass
 class TrainingState:
     """Models, optimizers and the position in the plan. `phase` and `step` name the next step to take."""
@@ -60,19 +64,27 @@ class TrainingState:
             tokenizer = train_tokenizer(texts, recipe.vocab_size, recipe.max_positions)
             tokenizer.save_pretrained(out)
         stream = WindowStream(encode_files(tokenizer, texts), recipe.long_length, recipe.seed)
-        target, draft = (model.to(device) for model in build_models(recipe, tokenizer.eos_token_id))
-        optimizers = [
-            PairOptimizer(model, recipe.optimizer, recipe.hidden_lr, recipe.other_lr, recipe.weight_decay)
-            for model in (target, draft)
-        ]
-        sha256 = corpus_record().sha256
-        state = cls(recipe, out, device, tokenizer, stream, target, draft, *optimizers, corpus_sha256=sha256)
+        target, draft = build_models(recipe, tokenizer.eos_token_id)
+        torch.nn.Module.to(target, device)
+        torch.nn.Module.to(draft, device)
+        state = cls(
+            recipe,
+            out,
+            device,
+            tokenizer,
+            stream,
+            target,
+            draft,
+            target_optimizer=pair_optimizer(target, recipe),
+            draft_optimizer=pair_optimizer(draft, recipe),
+            corpus_sha256=corpus_record().sha256,
+        )
         if checkpoint.exists():
             state._load(checkpoint)
         return state
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for role, model, optimizer in self._parts():
             tensors |= {f"{role}.{name}": value.detach() for name, value in model.named_parameters()}
             tensors |= {f"{role}_optimizer.{label}": value for label, value in optimizer.state_tensors().items()}
@@ -98,10 +110,11 @@ class TrainingState:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         saved, phase, step = Recipe.from_dict(json.loads(metadata["recipe"])), metadata["phase"], int(metadata["step"])
-        if not (saved == self.recipe or (phase == JOINT and saved.accepts_change_to(self.recipe, step))):
+        if not (saved == self.recipe or (phase == JOINT and saved.same_until(self.recipe, step))):
             raise ValueError(
-                f"expected the recipe of {path} ({saved}), got {self.recipe}; only --tokens may change, and only "
-                "before the learning rate decays or windows get longer: use the same flags, or name another --out"
+                f"expected the recipe of {path} ({saved}), got {self.recipe}, which differs before step {step}; use "
+                "the flags the run was started with (--tokens may change as long as the steps taken stay the same, see "
+                "--cooldown-step), or name another --out"
             )
         if metadata["corpus_sha256"] != self.corpus_sha256:
             raise ValueError(
