@@ -80,8 +80,8 @@ class ModelDrafter(Drafter):
             return DraftTree.root_only(roots)
         tokens = roots.new_zeros(len(rows.live), topology.num_nodes)
         tokens[:, 0] = roots
-        parents = torch.tensor(topology.parents, device=roots.device).expand(tokens.shape)
-        depths = torch.tensor(topology.depths, device=roots.device).expand(tokens.shape)
+        parents = topology.parents_on(roots.device).expand(tokens.shape)
+        depths = topology.depths_on(roots.device).expand(tokens.shape)
         laws: list[Tensor] = []
         with attention_of(self.model):
             logits = self._root_logits()

@@ -28,6 +28,12 @@ class Verdict(NamedTuple):
     next_token: Tensor
 
 
+@lru_cache(maxsize=1024)
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be used outside inference mode later
+        return torch.tensor(values, device=device)
+
+
 @dataclass(frozen=True)
 class Topology:
     """The shape of one tree, shared by all rows and steps that use it: node 0 is the root, parents come first.
@@ -83,6 +89,14 @@ class Topology:
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, self.num_nodes - 1))
 
+    def parents_on(self, device: torch.device) -> Tensor:
+        """`parents` as int64 `[nodes]`. Shared by every tree of this shape: never written to."""
+        return _constant(self.parents, device)
+
+    def depths_on(self, device: torch.device) -> Tensor:
+        """`depths` as int64 `[nodes]`. Shared by every tree of this shape: never written to."""
+        return _constant(self.depths, device)
+
     @cached_property
     def ancestor_mask(self) -> Tensor:
         """Bool `[nodes, nodes]`: `[i, j]` is True when j is i itself or one of its ancestors."""
@@ -132,7 +146,7 @@ class DraftTree:
         """
         rows, nodes = tokens.shape
         device = tokens.device
-        parents = torch.tensor(topology.parents, device=device).expand(rows, nodes)
+        parents = topology.parents_on(device).expand(rows, nodes)
         if sampled is None:
             sampled = torch.zeros(rows, nodes, dtype=torch.bool, device=device)
             if q is not None:
@@ -172,7 +186,7 @@ class DraftTree:
     def depths(self) -> Tensor:
         """Int64 `[rows, nodes]`: distance from the root; a node's position is `lengths[row] + depth`."""
         if self.topology is not None:
-            return torch.tensor(self.topology.depths, device=self.tokens.device).expand(self.tokens.shape)
+            return self.topology.depths_on(self.tokens.device).expand(self.tokens.shape)
         return self.ancestor_mask.sum(-1) - 1
 
     @cached_property
