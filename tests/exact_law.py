@@ -1,0 +1,80 @@
+"""The exact law of a tiny model's first tokens: every prefix, through plain forwards and the caller's processors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+
+PAD = 0
+
+
+def tiny_llama(seed: int, vocab: int = 8, layers: int = 1) -> LlamaForCausalLM:
+    """A random float64 Llama whose next-token laws are far from uniform and far from one-hot."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.4, bos_token_id=None,
+            eos_token_id=None, pad_token_id=PAD,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).double().eval()
+
+
+def noisy_copy(model: LlamaForCausalLM, seed: int, noise: float = 0.15) -> LlamaForCausalLM:
+    """A drafter that often agrees with `model`: its weights plus Gaussian noise."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return other
+
+
+def processors_of(model: PreTrainedModel, prompt: Tensor, mask: Tensor, **sampling: Any) -> LogitsProcessorList:
+    """The processors that plain `generate` builds for these arguments, in its order."""
+    seen: list[LogitsProcessorList] = []
+
+    def capture(
+        model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList, **rest: Any
+    ) -> Tensor:
+        seen.append(logits_processor)
+        return input_ids
+
+    model.generate(prompt, attention_mask=mask, do_sample=True, max_new_tokens=1, custom_generate=capture, **sampling)
+    return seen[0]
+
+
+@torch.no_grad()
+def next_laws(model: PreTrainedModel, prompt: Tensor, mask: Tensor, tails: Tensor, **sampling: Any) -> Tensor:
+    """p(. | prompt + tail) for every row of `tails` `[n, length]`: float64 `[n, vocab]`."""
+    count = tails.shape[0]
+    ids = torch.cat([prompt.expand(count, -1), tails], dim=1)
+    real = torch.cat([mask.expand(count, -1), torch.ones_like(tails)], dim=1)
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=real, position_ids=positions).logits[:, -1].float()
+    scores = processors_of(model, prompt, mask, **sampling)(ids, logits)
+    return scores.double().softmax(-1)
+
+
+def joint_law(model: PreTrainedModel, prompt: Tensor, mask: Tensor, length: int, **sampling: Any) -> Tensor:
+    """Probability of every continuation of `length` tokens, float64 `[vocab] * length`.
+
+    An `eos_token_id` among the arguments is absorbing: what follows it is padding.
+    """
+    vocab = model.config.vocab_size
+    ends = sampling.get("eos_token_id")
+    law = torch.ones(1, dtype=torch.float64)
+    tails = torch.zeros(1, 0, dtype=torch.int64)
+    for _ in range(length):
+        rows = next_laws(model, prompt, mask, tails, **sampling)
+        if ends is not None:
+            over = (tails == ends).any(1)
+            rows[over] = torch.nn.functional.one_hot(torch.tensor(PAD), vocab).double()
+        law = (law[:, None] * rows).flatten()
+        tails = torch.tensor(list(itertools.product(range(vocab), repeat=tails.shape[1] + 1)))
+    return law.view([vocab] * length)
