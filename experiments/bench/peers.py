@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.drafters import NgramDrafter
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.pair import Pair
+from specdec.kv import UnsupportedArgumentError
 from specdec.report import SpecReport
 from specdec.speculator import Speculator
 
@@ -156,12 +157,14 @@ def select(peers: list[Peer], wanted: tuple[str, ...]) -> list[Peer]:
     """The peers whose name or family is wanted, and plain generation.
 
     Raises:
-        ValueError: a name that is neither.
+        UnsupportedArgumentError: a name that is neither.
     """
     known = {peer.name for peer in peers} | {peer.family for peer in peers}
     unknown = sorted(set(wanted) - known)
     if unknown:
-        raise ValueError(f"peers: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+        raise UnsupportedArgumentError(
+            f"peers: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}"
+        )
     return [peer for peer in peers if not wanted or peer.name == PLAIN or {peer.name, peer.family} & set(wanted)]
 
 
