@@ -15,7 +15,7 @@ from specdec import ModelDrafter, NgramDrafter, Speculator
 
 TARGET = tiny_llama(0)
 DRAFT = noisy_copy(TARGET, 1)
-PROMPT = torch.tensor([[3, 5, 1, 6, 3, 5]])  # repeats itself, so that n-grams are found
+PROMPT = torch.tensor([[3, 5, 2, 6, 3, 5]])  # repeats itself, so that n-grams are found
 NO_TOP_K: dict[str, Any] = {"top_k": 0}
 COMBINED: dict[str, Any] = {
     "temperature": 1.3, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4,
@@ -53,100 +53,89 @@ def test_joint_law_of_first_tokens(name: str) -> None:
     check_joint_law(Speculator(TARGET, drafter(), rule=rule), PROMPT, **sampling)
 
 
-@pytest.mark.parametrize(
-    ("drafter", "rule", "sampling"),
-    [
-        (chain, "rejection", NO_TOP_K),
-        (chain, "block", NO_TOP_K),
-        (lambda: tree(2, 2), "naive", NO_TOP_K),
-        (lambda: NgramDrafter(k=4), "block", NO_TOP_K),
-    ],
-    ids=["chain, rejection", "chain, block", "tree, naive", "n-gram, block"],
-)
-def test_second_step_ignores_the_noise_of_the_first(drafter: Any, rule: str, sampling: dict[str, Any]) -> None:
-    check_second_step(Speculator(TARGET, drafter(), rule=rule), PROMPT, 12_000, **sampling)
-
-
-@pytest.mark.parametrize(
+DRAFTED = pytest.mark.parametrize(
     ("drafter", "rule"),
     [
-        (chain, "rejection"),
-        (chain, "block"),
-        (chain, "naive"),
-        (lambda: tree(2, 2), "naive"),
-        (lambda: NgramDrafter(k=4), "block"),
+        pytest.param(chain, "rejection", id="chain, rejection"),
+        pytest.param(chain, "block", id="chain, block"),
+        pytest.param(chain, "naive", id="chain, naive"),
+        pytest.param(lambda: tree(2, 2), "naive", id="tree, naive"),
+        pytest.param(lambda: NgramDrafter(k=3), "block", id="n-gram, block"),
     ],
-    ids=["chain, rejection", "chain, block", "chain, naive", "tree, naive", "n-gram, block"],
 )
+
+
+@DRAFTED
+def test_second_step_ignores_the_noise_of_the_first(drafter: Any, rule: str) -> None:
+    check_second_step(Speculator(TARGET, drafter(), rule=rule), PROMPT, 8_000, **NO_TOP_K)
+
+
+@DRAFTED
 def test_accepted_tokens_match_the_theory_of_the_very_draft(drafter: Any, rule: str) -> None:
-    check_acceptance(Speculator(TARGET, drafter(), rule=rule), PROMPT, 12_000, **NO_TOP_K)
+    check_acceptance(Speculator(TARGET, drafter(), rule=rule), PROMPT, 8_000, **NO_TOP_K)
+
+
+RAGGED = torch.tensor([[3, 5, 2, 6, 3, 5], [0, 0, 7, 4, 4, 2], [0, 0, 0, 0, 0, 6]])
+REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
 
 
 def test_joint_law_of_a_left_padded_batch() -> None:
-    prompts = torch.tensor([[3, 5, 1, 6, 3, 5], [0, 0, 7, 4, 4, 2], [0, 0, 0, 0, 0, 6]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
-    check_joint_law(Speculator(TARGET, chain()), prompts, mask, top_k=2, temperature=1.5)
+    check_joint_law(Speculator(TARGET, chain()), RAGGED, REAL, top_k=2, temperature=1.5)
 
 
 @pytest.mark.slow
 def test_joint_law_of_a_left_padded_batch_with_everything() -> None:
-    prompts = torch.tensor([[3, 5, 1, 6, 3, 5], [0, 0, 7, 4, 4, 2], [0, 0, 0, 0, 0, 6]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
     sampling = {"top_k": 3, "temperature": 1.2, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.3}
-    check_joint_law(Speculator(TARGET, tree(2, 1), rule="naive"), prompts, mask, **sampling)
+    check_joint_law(Speculator(TARGET, tree(2, 1), rule="naive"), RAGGED, REAL, **sampling)
 
 
 @pytest.mark.parametrize(
-    "drafter", [chain, lambda: tree(2, 2), lambda: NgramDrafter(k=4)], ids=["chain", "tree", "n-gram"]
+    "drafter",
+    [
+        pytest.param(chain, id="chain"),
+        pytest.param(lambda: tree(2, 2), id="tree"),
+        pytest.param(lambda: NgramDrafter(k=3), id="n-gram"),
+    ],
 )
-def test_batch_of_one_draws_the_rows_of_the_judged_batch(drafter: Any) -> None:
-    """The law of a batch of one is that of the big batches above, because it is the same function of the seed."""
+def test_batch_of_one_draws_the_rows_of_a_big_batch(drafter: Any) -> None:
+    """A batch of one follows the law judged on the big batches: it is the same function of the seed."""
     spec = Speculator(TARGET, drafter())
-    prompts = PROMPT.expand(60, -1)
-    together = spec.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        max_new_tokens=12,
-        seed=list(range(60)),
-        **COMBINED,
-    )
-    for row in range(60):
-        alone = spec.generate(
-            PROMPT, attention_mask=torch.ones_like(PROMPT), do_sample=True, max_new_tokens=12, seed=row, **COMBINED
-        )
+    prompts = PROMPT.expand(30, -1)
+    sampling = {**COMBINED, "do_sample": True, "max_new_tokens": 6}
+    together = spec.generate(prompts, attention_mask=torch.ones_like(prompts), seed=list(range(30)), **sampling)
+    assert isinstance(together, torch.Tensor)
+    for row in range(30):
+        alone = spec.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), seed=row, **sampling)
         assert torch.equal(alone[0], together[row])
-    assert len({tuple(row) for row in together.tolist()}) > 50
+    assert len({tuple(row) for row in together.tolist()}) > 15
 
 
 @pytest.mark.slow
-def test_every_draw_of_a_smaller_vocabulary_alone() -> None:
-    """Batches of one, judged directly: two tokens of three, one call per sample."""
+def test_batches_of_one_judged_directly() -> None:
     target = tiny_llama(5, vocab=3)
     spec = Speculator(target, ModelDrafter(noisy_copy(target, 6, 0.3), k=2))
     prompt = torch.tensor([[1, 2]])
     mask = torch.ones_like(prompt)
-    counts = torch.zeros(3, 3)
-    for seed in range(1500):
+    counts = np.zeros((3, 3))
+    for seed in range(2000):
         out = spec.generate(prompt, attention_mask=mask, do_sample=True, max_new_tokens=2, seed=seed, top_k=0)
+        assert isinstance(out, torch.Tensor)
         counts[int(out[0, 2]), int(out[0, 3])] += 1
-    judge(g_test(counts.numpy(), joint_law(target, prompt, mask, 2, top_k=0).numpy()), "1500 batches of one")
+    judge(g_test(counts, joint_law(target, prompt, mask, 2, top_k=0).numpy()), "2000 batches of one")
 
 
-def test_the_tests_have_the_power_they_promise() -> None:
-    """Tilt a law by exactly TV in the direction hardest to see; the G-test must refuse it as often as promised."""
+def test_the_judgement_has_the_power_it_promises() -> None:
+    """A law off by exactly TV, spread in the direction hardest to see, is refused as often as promised."""
     law = joint_law(TARGET, PROMPT, torch.ones_like(PROMPT), 3, top_k=3).numpy().ravel()
     law = law[law > 0]
-    half = np.argsort(law)[::2]
-    tilted = law.copy()
-    tilted[half] += TV * law[half] / law[half].sum()
-    rest = np.setdiff1d(np.arange(len(law)), half)
-    tilted[rest] -= TV * law[rest] / law[rest].sum()
-    assert abs(abs(tilted - law).sum() / 2 - TV) < 1e-12
-    draws = np.random.default_rng(0).multinomial(samples_for(law), tilted, size=400)
-    assert np.mean([g_test(row, law).p_value < ALPHA for row in draws]) >= POWER - 0.02
+    up = np.zeros(len(law), dtype=bool)
+    up[np.argsort(law)[::2]] = True
+    wrong = law + TV * np.where(up, law / law[up].sum(), -law / law[~up].sum())
+    assert abs(abs(wrong - law).sum() / 2 - TV) < 1e-12
+    drawn = np.random.default_rng(0).multinomial(samples_for(law), wrong, size=400)
+    assert np.mean([g_test(counts, law).p_value < ALPHA for counts in drawn]) >= POWER - 0.02
     honest = np.random.default_rng(1).multinomial(samples_for(law), law, size=400)
-    assert 0.2 < np.mean([g_test(row, law).p_value < 0.5 for row in honest]) < 0.8
+    assert 0.4 < np.mean([g_test(counts, law).p_value < 0.5 for counts in honest]) < 0.6
 
 
 def test_sample_sizes_grow_with_the_cells() -> None:
