@@ -27,7 +27,7 @@ class TreeForward:
     def __init__(self, model: PreTrainedModel, name: str):
         self.model = model
         self.name = name
-        config = text_config(model)
+        config = self._config = text_config(model)
         self._windows = _windows(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
@@ -62,13 +62,12 @@ class TreeForward:
             self._check_positions([start + count for start, count in zip(starts, valid, strict=True)])
         with cache.writing(self.name, starts, width, valid) as read:
             device = tokens.device
-            offsets = torch.arange(width, device=device)
-            if all(start == starts[0] for start in starts):
-                positions = (offsets + starts[0]).expand(tokens.shape)
-            else:
-                positions = torch.tensor(list(starts), device=device)[:, None] + offsets
-            plain = width == 1 or read == width
             same = all(start == starts[0] for start in starts)
+            if same:
+                positions = torch.arange(starts[0], starts[0] + width, device=device).expand(tokens.shape)
+            else:
+                positions = torch.tensor(list(starts), device=device)[:, None] + torch.arange(width, device=device)
+            plain = width == 1 or read == width
             mask: Any = None
             if not (plain and same) or not self._may_skip_mask(read):
                 visible = torch.arange(read, device=device) <= positions[:, :, None]
@@ -136,7 +135,7 @@ class TreeForward:
             )
 
     def _may_skip_mask(self, read: int) -> bool:
-        eager = text_config(self.model)._attn_implementation == "eager"
+        eager = self._config._attn_implementation == "eager"
         return not eager and all(window is None or read <= window for window in self._windows.values())
 
     def _masks(self, visible: Tensor, positions: Tensor, slot_positions: Tensor) -> Any:
