@@ -1,0 +1,218 @@
+"""Every KV layout keeps one contract: random histories against a model made of Python lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec.kv import CacheStateError, KVCache, SharedKVCache
+
+NAMES = ("target", "draft")
+LAYERS = {"target": 2, "draft": 1}
+HEADS, DIM = 2, 3
+
+# A new layout joins by adding its factory `(num_layers, num_rows) -> KVCache`; the small capacity makes it grow early.
+CACHES: dict[str, Callable[[dict[str, int], int], KVCache]] = {
+    "contiguous": lambda layers, rows: SharedKVCache(layers, rows, capacity=2),
+}
+
+everywhere = pytest.mark.parametrize("kind", list(CACHES))
+
+
+class Lists:
+    """The contract said with lists: `slots[name][row]` are the values of the filled slots."""
+
+    def __init__(self, rows: int) -> None:
+        self.num_rows = rows
+        self.lengths = [0] * rows
+        self.slots: dict[str, list[list[float]]] = {name: [[] for _ in range(rows)] for name in NAMES}
+
+    def commit(self, paths: list[list[int]]) -> None:
+        for row, path in enumerate(paths):
+            base = self.lengths[row]
+            for name in NAMES:
+                held = self.slots[name][row]
+                if len(held) < base:
+                    continue
+                tail, kept = held[base:], []
+                for node in path:
+                    if node >= len(tail):
+                        break
+                    kept.append(tail[node])
+                self.slots[name][row] = held[:base] + kept
+            self.lengths[row] += len(path)
+
+    def retire(self, row: int) -> None:
+        last = self.num_rows - 1
+        for values in (self.lengths, *self.slots.values()):
+            values[row], values[last] = values[last], values[row]  # type: ignore[index]
+        self.num_rows = last
+
+
+class Pair:
+    """A cache and its list model, driven by the same calls."""
+
+    def __init__(self, kind: str, rows: int) -> None:
+        self.cache = CACHES[kind](LAYERS, rows)
+        self.lists = Lists(rows)
+        self.next_value = 1.0
+
+    def write(self, name: str, starts: list[int], width: int, valid: list[int]) -> None:
+        rows = self.lists.num_rows
+        fresh = torch.arange(rows * width, dtype=torch.float64).view(rows, 1, width, 1) + self.next_value
+        self.next_value += rows * width
+        states = fresh.expand(rows, HEADS, width, DIM)
+        with self.cache.writing(name, starts, width, valid) as read:
+            assert read == max(starts) + width
+            for layer in range(LAYERS[name]):
+                keys, values = self.cache.view(name).update(states + 0.25 * layer, -states, layer)
+                assert keys.shape == values.shape == (rows, HEADS, read, DIM)
+        for row, (start, count) in enumerate(zip(starts, valid, strict=True)):
+            held = self.lists.slots[name][row]
+            self.lists.slots[name][row] = held[:start] + fresh[row, 0, :count, 0].tolist()
+            assert keys[row, 0, : start + count, 0].tolist() == [
+                value + 0.25 * (LAYERS[name] - 1) for value in self.lists.slots[name][row]
+            ]
+
+    def check(self) -> None:
+        lists, cache = self.lists, self.cache
+        assert cache.num_rows == lists.num_rows
+        assert list(cache.lengths) == lists.lengths
+        for name in NAMES:
+            assert cache.filled(name) == [len(held) for held in lists.slots[name][: lists.num_rows]]
+            for row, held in enumerate(lists.slots[name]):
+                wanted = torch.tensor(held[: lists.lengths[row]], dtype=torch.float64)[None, :, None]
+                for layer, (keys, values) in enumerate(cache.layers(name, row)):
+                    shape = (HEADS, wanted.shape[1], DIM)
+                    assert torch.equal(keys, (wanted + 0.25 * layer).expand(shape))
+                    assert torch.equal(values, (-wanted).expand(shape))
+
+
+def _write(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    name = draw(st.sampled_from(NAMES))
+    width = draw(st.integers(1, 4))
+    starts, valid = [], []
+    for row in range(lists.num_rows):
+        held = len(lists.slots[name][row])
+        starts.append(draw(st.integers(min(held, lists.lengths[row]), held)))
+        valid.append(draw(st.integers(1, width)))
+    pair.write(name, starts, width, valid)
+
+
+def _commit(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    paths = []
+    for row in range(lists.num_rows):
+        nodes = max(0, len(lists.slots["target"][row]) - lists.lengths[row])
+        chosen = draw(st.lists(st.booleans(), min_size=nodes, max_size=nodes))
+        paths.append([node for node, keep in enumerate(chosen) if keep])
+    pair.cache.commit(paths)
+    lists.commit(paths)
+
+
+def _rollback(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    pair.cache.rollback()
+    for name in NAMES:
+        for row in range(lists.num_rows):
+            del lists.slots[name][row][lists.lengths[row] :]
+
+
+def _truncate(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    row = draw(st.integers(0, lists.num_rows - 1))
+    length = draw(st.integers(0, lists.lengths[row]))
+    pair.cache.truncate(row, length)
+    lists.lengths[row] = length
+    for name in NAMES:
+        del lists.slots[name][row][length:]
+
+
+def _retire(pair: Pair, draw: Callable[..., Any]) -> None:
+    if pair.lists.num_rows > 1:
+        row = draw(st.integers(0, pair.lists.num_rows - 1))
+        pair.cache.retire(row)
+        pair.lists.retire(row)
+
+
+def _forget(pair: Pair, draw: Callable[..., Any]) -> None:
+    pair.cache.forget("draft")
+    pair.lists.slots["draft"] = [[] for _ in pair.lists.lengths]
+
+
+def _fork(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    if lists.num_rows == len(lists.lengths) <= 3:
+        pair.cache.fork(2)
+        lists.num_rows *= 2
+        lists.lengths = [length for length in lists.lengths for _ in range(2)]
+        lists.slots = {name: [list(held) for held in rows for _ in range(2)] for name, rows in lists.slots.items()}
+
+
+STEPS = (_write, _write, _write, _commit, _commit, _rollback, _truncate, _retire, _forget, _fork)
+
+
+@everywhere
+@settings(max_examples=150)
+@given(data=st.data())
+def test_random_histories(kind: str, data: st.DataObject) -> None:
+    pair = Pair(kind, data.draw(st.integers(1, 4)))
+    for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=4, max_size=16)):
+        step(pair, data.draw)
+        pair.check()
+
+
+@everywhere
+def test_a_non_first_branch_is_moved_down_for_both_models(kind: str) -> None:
+    pair = Pair(kind, 2)
+    for name, width in (("target", 3), ("draft", 3)):
+        pair.write(name, [0, 0], width, [width, width])
+    for row, length in enumerate((3, 2)):
+        pair.cache.set_length(row, length)
+        pair.lists.lengths[row] = length
+    pair.write("target", [3, 2], 6, [6, 6])
+    pair.write("draft", [3, 2], 3, [3, 3])  # a drafter never runs its deepest level
+    pair.cache.commit([[0, 2, 5], [0, 1]])
+    pair.lists.commit([[0, 2, 5], [0, 1]])
+    pair.check()
+    assert pair.cache.filled("draft") == [5, 4]  # row 0 lags behind lengths 6: it never ran node 5
+
+
+@everywhere
+def test_a_failed_pass_moves_nothing(kind: str) -> None:
+    pair = Pair(kind, 2)
+    pair.write("target", [0, 0], 3, [3, 2])
+    with pytest.raises(RuntimeError, match="out of something"), pair.cache.writing("target", [3, 2], 4):
+        raise RuntimeError("out of something")
+    assert pair.cache.filled("target") == [3, 2]
+
+
+@everywhere
+def test_misuse_is_refused(kind: str) -> None:
+    cache = CACHES[kind](LAYERS, 2)
+    misuses: list[tuple[str, Callable[[], object]]] = [
+        ("hole", lambda: cache.writing("target", [1, 0], 2).__enter__()),
+        ("one start for each", lambda: cache.writing("target", [0], 2).__enter__()),
+        ("one path for each", lambda: cache.commit([[0]])),
+        ("cannot truncate", lambda: cache.truncate(0, 1)),
+        ("not active", lambda: cache.retire(2)),
+    ]
+    for message, misuse in misuses:
+        with pytest.raises(CacheStateError, match=message):
+            misuse()
+    assert list(cache.lengths) == [0, 0]
+
+
+@everywhere
+def test_the_contract_test_catches_a_commit_that_skips_the_gather(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = type(CACHES[kind](LAYERS, 1))
+    original = cls.commit
+    monkeypatch.setattr(cls, "commit", lambda self, paths: original(self, [list(range(len(path))) for path in paths]))
+    with pytest.raises(AssertionError):
+        test_a_non_first_branch_is_moved_down_for_both_models(kind)
