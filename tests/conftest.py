@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub at import: no test may reach for a model hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("specdec")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `target/` and `draft/`: tiny random models with a byte-level tokenizer."""
+    from tiny_pair import save_pair
+
+    return save_pair(tmp_path_factory.mktemp("tiny-pair"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,7 +53,7 @@ TreeWidths = Annotated[
 ]
 Rule = Annotated[
     str,
-    _option("--rule", panel=_DRAFTS, show_default=True, help="Acceptance rule: auto, greedy, rejection, block, naive."),
+    _option("--rule", panel=_DRAFTS, show_default=True, help="Acceptance rule by name; auto picks the best exact one."),
 ]
 MaxNewTokens = Annotated[
     int, _option("--max-new-tokens", "-n", panel=_TEXT, min=1, show_default=True, help="Tokens to generate at most.")
