@@ -31,7 +31,7 @@ class TreeForward:
         self._windows = _windows(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
-        self._num_positions = _learned_positions(config)
+        self._num_positions = _usable_positions(config)
 
     def prefill(self, cache: KVCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
         """Write K/V of tokens `starts[b] .. stops[b] - 1` of each row, in chunks, without keeping any logits.
@@ -127,11 +127,12 @@ class TreeForward:
         return logits[:, -keep:] if keep else logits
 
     def _check_positions(self, counts: Sequence[int]) -> None:
-        """Refuse real tokens beyond a learned position table (on a GPU the lookup would kill the process's context)."""
+        """Refuse real tokens beyond the last usable position (on a GPU a table look-up there kills the context)."""
         if self._num_positions is not None and max(counts) > self._num_positions:
             raise ValueError(
-                f"{type(self.model).__name__} has {self._num_positions} learned positions, but a row holds "
-                f"{max(counts)} tokens: shorten the prompt or lower max_new_tokens"
+                f"{type(self.model).__name__} has {self._num_positions} positions (learned, or before its rotary "
+                f"frequencies start to depend on the length of the pass), but a row holds {max(counts)} tokens: "
+                "shorten the prompt or lower max_new_tokens"
             )
 
     def _may_skip_mask(self, read: int) -> bool:
@@ -159,11 +160,20 @@ class TreeForward:
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
-def _learned_positions(config: Any) -> int | None:
-    """Length of a learned position table; None for rotary models, whose text may outgrow the config's maximum."""
-    if getattr(config, "rope_parameters", None):
-        return None
-    return getattr(config, "max_position_embeddings", None)
+def _usable_positions(config: Any) -> int | None:
+    """Positions at which a pass may place tokens; None when there is no such limit.
+
+    A learned table ends. "dynamic" and "longrope" rotary scaling recompute their frequencies from the longest
+    position *in the pass*: beyond the original length a drafted node would change the law of the nodes before it.
+    Other rotary models may outgrow their configured maximum.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        return getattr(config, "max_position_embeddings", None)
+    for scaling in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if scaling.get("rope_type") in ("dynamic", "longrope"):
+            return int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return None
 
 
 def _windows(config: Any) -> dict[str, int | None]:
