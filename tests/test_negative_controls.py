@@ -56,6 +56,21 @@ class StopsAtFirstReject(Block):
         return super().__call__(tree, p, noise._replace(accept=accept))
 
 
+class TokenwiseResidualInBlock(Block):
+    """Block acceptance with the residual of token-wise rejection, (p - q)+ instead of (P p - q)+."""
+
+    def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
+        verdict = super().__call__(tree, p, noise)
+        reject_all = noise._replace(accept=torch.ones_like(noise.accept))
+        law = row_at(p, verdict.num_accepted)
+        if tree.q is None:
+            return verdict
+        last = verdict.num_accepted >= tree.num_nodes - 1
+        q = row_at(tree.q, verdict.num_accepted.clamp(max=tree.q.shape[1] - 1))
+        residual = torch.where(last[:, None], law, (law - q).clamp(min=0) + 1e-30)
+        return verdict._replace(next_token=sample_from(residual, reject_all.residual))
+
+
 class OneCoin(Naive):
     """Every node of a row decides by the same coin."""
 
@@ -144,6 +159,14 @@ def test_wrong_chain_rules_are_caught(bug: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(RULES, bug.name, bug)
     with must_be_caught():
         check_joint_law(Speculator(TARGET, chain(), rule=bug.name), PROMPT, samples=SAMPLES, **SAMPLING)
+
+
+def test_the_residual_of_another_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shows only where P_1 is far below 1 and the second token is refused: a drafter that is badly off."""
+    monkeypatch.setitem(RULES, "block", TokenwiseResidualInBlock)
+    drafter = ModelDrafter(noisy_copy(TARGET, 4, 1.0), k=2, temperature=0.7)
+    with must_be_caught():
+        check_joint_law(Speculator(TARGET, drafter, rule="block"), PROMPT, samples=40_000, **SAMPLING)
 
 
 @pytest.mark.parametrize("bug", [AcceptsAlways, StopsAtFirstReject])
