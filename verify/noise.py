@@ -74,9 +74,9 @@ class NoiseStream:
         seeds, requests: per row, its key. A row's noise does not depend on the rows around it.
     """
 
-    BLOCK = 32
+    BLOCK = 128
     """Steps tabulated at once for a few rows: one kernel launch sequence then serves that many steps."""
-    BLOCK_ENTRIES = 4096
+    BLOCK_ENTRIES = 1024
     """Rows times steps of a table; large batches tabulate fewer steps, down to one."""
 
     def __init__(self, seeds: Sequence[int], requests: Sequence[int], device: torch.device):
