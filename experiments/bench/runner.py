@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,33 +47,37 @@ def run(options: BenchOptions) -> int:
     )
     pair = Pair.load(folder, options)
     batches = prompt_batches(pair, options)
-    with _progress(options) as progress:
-        calls = len(runnable) * (1 + options.rounds * len(batches))
-        task = progress.add_task("warm-up", total=calls)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
+    written: dict[str, list[dict[str, Any]]] = {}
+
+    def write(kind: str, entries: Iterable[dict[str, Any]]) -> None:
+        """Append to the file at once: an interrupted run keeps what it has measured."""
+        written[kind] = list(entries)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"kind": kind, **entry}) + "\n" for entry in written[kind])
+
+    write("provenance", [source])
+    with _progress() as progress:
+        task = progress.add_task("warm-up", total=len(runnable) * (1 + options.rounds * len(batches)))
         runs, found = measure(
             pair, runnable, batches, options, lambda name: progress.update(task, advance=1, description=name)
         )
+        write("run", ({**asdict(run), "tokens_per_second": run.tokens_per_second} for run in runs))
+        write("difference", map(asdict, found))
         summaries = summarise(peers, runs, found, skipped)
+        write("summary", (summary.to_dict() for summary in summaries))
         memory = []
         if options.memory:
             best = [summary.peer for summary in summaries if summary.best]
             task = progress.add_task("memory", total=len(best))
             memory = measure_memory(best, options, lambda name: progress.update(task, advance=1, description=name))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
-    records: list[tuple[str, Iterable[Mapping[str, Any]]]] = [
-        ("provenance", [source]),
-        ("run", [{**asdict(run), "tokens_per_second": run.tokens_per_second} for run in runs]),
-        ("difference", [asdict(difference) for difference in found]),
-        ("memory", [{**asdict(entry), "added": entry.added} for entry in memory]),
-        ("summary", [summary.to_dict() for summary in summaries]),
-    ]
-    _write(path, records)
+        write("memory", ({**asdict(entry), "added": entry.added} for entry in memory))
     mode = f"temperature {options.temperature:g}" if options.sampling else "greedy"
     title = f"{folder.name}: {mode}, batch {options.batch}, {options.dtype}, {options.threads} threads, {source['cpu']}"
     drawn = plot(summaries, title, path.with_suffix(".png"))
     if options.json:
-        print(json.dumps({kind: list(entries) for kind, entries in records if kind != "run"}))
+        print(json.dumps({kind: entries for kind, entries in written.items() if kind != "run"}))
     else:
         console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
         show(console, summaries, {entry.peer: entry for entry in memory}, found, options, source)
@@ -82,16 +85,9 @@ def run(options: BenchOptions) -> int:
     return int(any(d.peer.startswith("specdec") and not d.near_tie for d in found))
 
 
-def _progress(options: BenchOptions) -> Progress:
+def _progress() -> Progress:
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # At most two redraws a second: the bar must not compete with what it watches.
     return Progress(
         *columns, console=Console(stderr=True), refresh_per_second=2, transient=True, disable=not sys.stderr.isatty()
     )
-
-
-def _write(path: Path, records: Iterable[tuple[str, Iterable[Mapping[str, Any]]]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for kind, entries in records:
-            for entry in entries:
-                file.write(json.dumps({"kind": kind, **entry}) + "\n")
