@@ -85,7 +85,9 @@ class DecodeLoop:
             with self.watch.phase("verify"):
                 tree, logits = self._verify(tree)
             scores = self.law(logits, self.rows, tree.tokens, tree.parents, range(tree.tokens.shape[1]))
-            rule = make_rule(self.rule_name) if self.rule_name != "auto" else auto_rule(tree, self.sampling)
+            # At temperature 0 every rule is greedy matching; the others read `law` as probabilities, which it is not.
+            chosen = self.sampling and self.rule_name != "auto"
+            rule = make_rule(self.rule_name) if chosen else auto_rule(tree, self.sampling)
             law = F.softmax(scores, dim=-1) if self.sampling else scores
             noise = self.noise.accept(self.rows.live, self.report.num_steps, tree.tokens.shape[1])
             verdict = rule(tree, law, noise)
