@@ -83,13 +83,25 @@ class SamplingLaw:
         self.prefix_free = kinds <= PREFIX_FREE
         self.row_free = kinds <= ROW_FREE
 
-    def __call__(self, logits: Tensor, rows: Rows, tokens: Tensor, parents: Tensor, nodes: range) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        tokens: Tensor,
+        parents: Tensor,
+        nodes: range,
+        impossible: Tensor | None = None,
+    ) -> Tensor:
         """Processed scores of `nodes`.
+
+        Processors are never shown a prefix that plain decoding could not reach: below a token that the law itself
+        rules out (a grammar's forbidden token, say) scores are left raw, and no rule can get there.
 
         Args:
             logits: `[live, len(nodes), vocab]`; never mutated.
             tokens, parents: int64 `[live, >= nodes.stop]`, the tree so far (node 0 = root = last emitted token).
-            nodes: which nodes the logits belong to.
+            nodes: which nodes the logits belong to, parents before children.
+            impossible: bool `[live, >= nodes.stop]`, nodes known to be ruled out (parents outside `nodes`).
 
         Returns:
             float32 `[live, len(nodes), vocab]`, as in plain `generate`.
@@ -101,19 +113,30 @@ class SamplingLaw:
             flat = scores.view(-1, scores.shape[-1])
             none = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
             return self.processors(none, flat).view_as(scores)
-        groups: dict[int, list[tuple[int, int, Tensor]]] = {}
         token_rows, parent_rows = tokens.tolist(), parents.tolist()
+        dead = [[False] * tokens.shape[1] for _ in rows.live] if impossible is None else impossible.tolist()
+        levels: dict[int, dict[int, list[tuple[int, int, Tensor]]]] = {}
         for i, row in enumerate(rows.live):
             prefix = rows.prefix(row)
             for j, node in enumerate(nodes):
                 path = _path(token_rows[i], parent_rows[i], node)
                 full = torch.cat([prefix, prefix.new_tensor(path)]) if path else prefix
-                groups.setdefault(len(full), []).append((i, j, full))
-        for length, members in groups.items():
-            if self.row_free:
-                self._call(scores, rows, members)
-            else:
-                self._call_in_place(scores, rows, length, members)
+                levels.setdefault(len(path), {}).setdefault(len(full), []).append((i, j, full))
+        for _, lengths in sorted(levels.items()):
+            for length, members in lengths.items():
+                alive = []
+                for i, j, full in members:
+                    node = nodes[j]
+                    parent = parent_rows[i][node]
+                    if parent >= nodes.start:
+                        ruled_out = float(scores[i, parent - nodes.start, token_rows[i][node]]) == float("-inf")
+                        dead[i][node] = dead[i][node] or dead[i][parent] or ruled_out
+                    if not dead[i][node]:
+                        alive.append((i, j, full))
+                if alive and self.row_free:
+                    self._call(scores, rows, alive)
+                elif alive:
+                    self._call_in_place(scores, rows, length, alive)
         return scores
 
     def _call(self, scores: Tensor, rows: Rows, members: list[tuple[int, int, Tensor]]) -> None:
