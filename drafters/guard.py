@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
-from specdec.verify.tree import DraftTree, Verdict
+from specdec.kv.errors import InvalidTreeError
+from specdec.verify.tree import DraftTree, Topology, Verdict
 
 T = TypeVar("T")
 
 MAX_CONSECUTIVE_FAULTS = 8
 """After so many faults in a row the drafter is left alone for the rest of the call."""
+
+
+def finite_levels(tree: DraftTree) -> DraftTree | None:
+    """The leading levels of a sampled chain whose laws are numbers; None when there are none, or no chain.
+
+    Whether a later law is NaN depends on the tokens sampled before it (one poisoned embedding row is enough). To
+    withdraw those tokens because of it would bias the output (algorithms B.5); to stop there does not.
+    """
+    if tree.q is None or tree.q_row is None or tree.topology is None or not tree.topology.is_chain:
+        return None
+    levels = tree.q.shape[1]
+    own = torch.arange(levels, device=tree.q.device)
+    if levels != tree.tokens.shape[1] - 1 or not bool((tree.q_row[:, :levels] == own).all()):
+        return None
+    sick = tree.q.sum(-1).isnan().any(0).nonzero()
+    length = int(sick[0]) if len(sick) else 0
+    if not length:
+        return None
+    sampled = tree.sampled[:, : length + 1]
+    kept = DraftTree.build(Topology.chain(length), tree.tokens[:, : length + 1], tree.q[:, :length], sampled)
+    return replace(kept, num_nodes=tree.num_nodes.clamp(max=length + 1))
 
 
 class DrafterFaultWarning(UserWarning):
@@ -55,11 +78,11 @@ class FallbackGuard(Drafter):
         roots = self._session.rows.roots()
         if budget.max_depth <= 0 or budget.max_nodes <= 0 or self._consecutive >= MAX_CONSECUTIVE_FAULTS:
             return DraftTree.root_only(roots)
+        faults = self.num_faults
         tree = self._run(lambda: self._checked(budget, uniforms, roots))
-        if tree is None:
-            return DraftTree.root_only(roots)
-        self._consecutive = 0
-        return tree
+        if self.num_faults == faults:
+            self._consecutive = 0
+        return DraftTree.root_only(roots) if tree is None else tree
 
     def observe(self, verdict: Verdict, logits: Tensor) -> None:
         self._run(lambda: self.inner.observe(verdict, logits))
@@ -74,7 +97,15 @@ class FallbackGuard(Drafter):
             raise TypeError(f"propose() must return a DraftTree, got {type(tree).__name__}")
         if tree.tokens.dim() != 2 or tree.tokens.shape[1] > self.max_nodes + 1:
             raise ValueError(f"expected tokens [rows, <= {self.max_nodes + 1}], got {tuple(tree.tokens.shape)}")
-        tree.validate(self._session.vocab, roots)
+        try:
+            tree.validate(self._session.vocab, roots)
+        except InvalidTreeError as fault:
+            kept = finite_levels(tree)
+            if kept is None:
+                raise
+            kept.validate(self._session.vocab, roots)
+            self._record(fault)
+            return kept
         return tree
 
     def _run(self, call: Callable[[], T]) -> T | None:

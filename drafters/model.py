@@ -75,6 +75,8 @@ class ModelDrafter(Drafter):
         widths = self._affordable(budget)
         topology = Topology.widths(widths)
         chain = topology.is_chain
+        # By the full shape, not this step's: how a row drafts must not depend on its companions' budgets.
+        samples = self._session.do_sample and self.max_nodes == self.max_depth
         roots = rows.roots()
         if not widths:
             return DraftTree.root_only(roots)
@@ -83,6 +85,7 @@ class ModelDrafter(Drafter):
         parents = topology.parents_on(roots.device).expand(tokens.shape)
         depths = topology.depths_on(roots.device).expand(tokens.shape)
         laws: list[Tensor] = []
+        peaks: list[Tensor] = []
         with attention_of(self.model):
             logits = self._root_logits()
             for depth in range(1, len(topology.levels)):
@@ -90,13 +93,16 @@ class ModelDrafter(Drafter):
                 frontier = range(parent_level[0], parent_level[-1] + 1)
                 scores = self._session.law(self._fit(logits), rows, tokens, parents, frontier)
                 first, count = level[0], len(level)
-                if chain and self._session.do_sample:
+                if samples:
                     laws.append(F.softmax(scores[:, 0] / self.temperature, dim=-1))
                     tokens[:, first] = sample_from(laws[-1], uniforms[:, depth])
                 elif widths[depth - 1] == 1:
-                    tokens[:, first : first + count] = scores.argmax(-1)
+                    peak, tokens[:, first : first + count] = scores.max(-1)
+                    peaks.append(peak)
                 else:
-                    tokens[:, first : first + count] = scores.topk(widths[depth - 1], dim=-1).indices.flatten(1)
+                    peak, best = scores.topk(widths[depth - 1], dim=-1)
+                    peaks.append(peak.flatten(1))
+                    tokens[:, first : first + count] = best.flatten(1)
                 if depth + 1 == len(topology.levels):
                     break
                 new = tokens[:, first : first + count]
@@ -107,6 +113,8 @@ class ModelDrafter(Drafter):
                     mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
                     ancestors = mask.expand(len(rows.live), -1, -1)
                     logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
+        if peaks and bool(torch.cat(peaks, dim=1).isnan().any()):  # sampled laws are checked with the tree
+            raise FloatingPointError("NaN in the draft model's logits")
         tree = DraftTree.build(topology, tokens, torch.stack(laws, dim=1) if laws else None)
         return self._limited(tree, budget)
 

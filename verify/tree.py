@@ -227,9 +227,9 @@ class DraftTree:
                 raise InvalidTreeError(f"draft tree: {problem}")
 
         require(rows == roots.shape[0], f"expected {roots.shape[0]} rows, got {rows}")
-        for name in ("parents", "sampled"):
+        for name, wanted in (("parents", (rows, nodes)), ("sampled", (rows, nodes)), ("num_nodes", (rows,))):
             shape = tuple(getattr(self, name).shape)
-            require(shape == (rows, nodes), f"expected {name} of shape {(rows, nodes)}, got {shape}")
+            require(shape == wanted, f"expected {name} of shape {wanted}, got {shape}")
         require(self.tokens.dtype == torch.int64, f"expected int64 tokens, got {self.tokens.dtype}")
         require((self.tokens[:, 0] == roots).all(), "node 0 is not the last emitted token")
         require(((self.num_nodes >= 1) & (self.num_nodes <= nodes)).all(), f"num_nodes outside 1..{nodes}")
@@ -238,11 +238,16 @@ class DraftTree:
             index = torch.arange(nodes, device=self.tokens.device)
             ordered = (self.parents >= 0) & (self.parents < index)
             require((self.parents[:, 0] == -1).all() and ordered[:, 1:].all(), "a parent does not precede its child")
+        else:
+            count = self.topology.num_nodes
+            require(count == nodes, f"topology has {count} nodes, tokens have {nodes}")
+            require((self.parents == self.topology.parents_on(self.tokens.device)).all(), "parents contradict topology")
         if self.q is None or self.q_row is None:
             require(not self.sampled.any(), "nodes are marked as sampled but no q was given")
             return
         q_shape = tuple(self.q.shape)
         require(len(q_shape) == 3 and q_shape[0] == rows and q_shape[2] == vocab, f"q has shape {q_shape}")
+        require(self.q_row.shape == (rows, nodes), f"q_row has shape {tuple(self.q_row.shape)}")
         require((self.q_row < q_shape[1]).all(), "q_row points beyond q")
         require((self.q >= 0).all() and ((self.q.sum(-1) - 1).abs() <= Q_SUM_TOLERANCE).all(), "a q row is not a law")
         drawn = self.sampled & self.valid
