@@ -104,7 +104,7 @@ class DecodeLoop:
         # A row emits one token more than it accepts, so the last token of the limit needs no draft.
         deepest = self.drafter.max_depth
         left = [self.stop.remaining(row) for row in self.rows.live]
-        depths = tuple(deepest if count is None else min(deepest, count - 1) for count in left)
+        depths = tuple(deepest if count is None else max(0, min(deepest, count - 1)) for count in left)
         budget = Budget(depths, self.drafter.max_nodes)
         uniforms = self.noise.draft(self.rows.live, self.report.num_steps, self.drafter.max_nodes + 1)
         return self.drafter.propose(budget, uniforms)

@@ -151,14 +151,14 @@ def _caller_cache(cache: Any, input_ids: Tensor) -> tuple[DynamicCache | None, i
     if cache is None:
         return None, 0
     columns = cached_tokens(cache)
-    if columns == 0:
+    if columns == 0 and not getattr(cache, "_is_user_defined", False):
         return (cache if isinstance(cache, DynamicCache) else None), 0
     if columns >= input_ids.shape[1]:
         raise UnsupportedArgumentError(
             f"past_key_values holds {columns} tokens but input_ids only {input_ids.shape[1]}: pass the whole text, the "
             "cached part included, and at least one token that is not cached."
         )
-    return check_adoptable(cache, input_ids.shape[0]), columns
+    return check_adoptable(cache, input_ids.shape[0]), columns  # an empty cache of the caller's is filled for them
 
 
 def _check_positions(position_ids: Tensor | None, real: Tensor | None, input_ids: Tensor) -> None:

@@ -55,6 +55,8 @@ class StopRules:
         if self.pads_finished or self._rows.batch_size == 1 or stopped is None or stopped == self.max_columns:
             return stopped  # at the length limit no other row can move the finish line further
         line = self.finish_line()
+        if line is None and self.max_columns is not None and self._stopped_at.get(row) == self.max_columns:
+            line = self.max_columns  # no text is longer: the row need not wait for the others
         return None if line is None or self._rows.ends[row] < line else line
 
     def finish_line(self) -> int | None:
