@@ -28,7 +28,7 @@ def folded_attention(
     """Scaled dot-product attention of `T` tree nodes over `S` cache slots without `repeat_kv`.
 
     The `g` query heads that share a K/V head become `g * T` query rows of that head (the mask is tiled `g` times),
-    so K and V are read once. Bitwise equal to repeating them on a CPU.
+    so K and V are read once. On a CPU bitwise equal to repeating them for T > 1; for T = 1 equal up to rounding.
 
     Args:
         query: `[rows, heads, T, head_dim]`; key, value: `[rows, kv_heads, S, *]`.
