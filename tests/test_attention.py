@@ -1,0 +1,107 @@
+"""The folded attention function: the same numbers as repeating K/V heads, on models of either implementation."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from checker import Case, Drafting, NearTies, compare
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from specdec.verify.attention import NAME, attention_of, folded_attention
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Repeat every K/V head for its query heads, as transformers does."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    causal = mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    return out.transpose(1, 2)
+
+
+def states(heads: int, kv_heads: int, nodes: int, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(heads * 100 + nodes)
+    shapes = ((2, heads, nodes, 16), (2, kv_heads, slots, 16), (2, kv_heads, slots, 16))
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+MODULE = torch.nn.Module()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize(("nodes", "slots"), [(1, 9), (1, 1), (5, 5), (7, 40), (16, 130)])
+def test_folding_is_bitwise_repeating_with_a_mask(heads: int, kv_heads: int, nodes: int, slots: int) -> None:
+    """Bitwise for trees; folding turns a single node into several query rows, for which a CPU takes another kernel."""
+    query, key, value = states(heads, kv_heads, nodes, slots, torch.float32)
+    visible = torch.rand(2, 1, nodes, slots, generator=torch.Generator().manual_seed(1)) < 0.6
+    visible[..., 0] = True
+    mask = torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    out, weights = folded_attention(MODULE, query, key, value, mask)
+    assert weights is None
+    assert out.is_contiguous()
+    if nodes > 1 or heads == kv_heads:
+        assert torch.equal(out, reference(query, key, value, mask))
+    else:
+        torch.testing.assert_close(out, reference(query, key, value, mask), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (4, 1)])
+@pytest.mark.parametrize(("nodes", "slots"), [(1, 12), (6, 6)])
+def test_without_a_mask(heads: int, kv_heads: int, nodes: int, slots: int) -> None:
+    """One node sees every slot; as many nodes as slots are plainly causal."""
+    query, key, value = states(heads, kv_heads, nodes, slots, torch.float64)
+    out, _ = folded_attention(MODULE, query, key, value, None)
+    torch.testing.assert_close(out, reference(query, key, value, None), rtol=1e-13, atol=1e-13)
+
+
+def test_scaling_reaches_the_kernel() -> None:
+    query, key, value = states(4, 2, 1, 9, torch.float64)
+    out, _ = folded_attention(MODULE, query, key, value, None, scaling=0.01)
+    scaled, _ = folded_attention(MODULE, query * (0.01 * 4), key, value, None)
+    torch.testing.assert_close(out, scaled)
+    assert not torch.allclose(out, folded_attention(MODULE, query, key, value, None)[0])
+
+
+def test_both_registries_know_the_name() -> None:
+    """With a function but no mask function registered, transformers would drop masks without a word."""
+    assert NAME in AttentionInterface.valid_keys(AttentionInterface())
+    assert NAME in AttentionMaskInterface.valid_keys(AttentionMaskInterface())
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_the_models_own_attention_comes_back_even_after_an_error(own: str) -> None:
+    model = models.target("llama-gqa", attention=own)
+
+    def fail_inside() -> None:
+        with attention_of(model) as used:
+            assert used == ("eager" if own == "eager" else NAME)
+            assert model.config._attn_implementation == used
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail_inside()
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "mistral-window", "qwen2-mixed-window", "gpt2", "gemma2"])
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_models_of_either_implementation_decode_correctly(family: str, own: str) -> None:
+    for drafting in (Drafting("tree", "near", widths=(2, 2, 1)), Drafting("chain", "near", k=5)):
+        ties = NearTies()
+        compare(Case(family, "fp32", (7, 3), drafting, 16, attention=own), ties, eos_token_id=None)
+        assert ties.ties == 0
+
+
+def test_the_folded_function_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counting(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return folded_attention(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, counting)
+    compare(Case("llama-gqa", "fp32", (5,), Drafting("none"), 4), NearTies())
+    assert calls
