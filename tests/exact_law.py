@@ -45,7 +45,8 @@ def processors_of(model: PreTrainedModel, prompt: Tensor, mask: Tensor, **sampli
         seen.append(logits_processor)
         return input_ids
 
-    model.generate(prompt, attention_mask=mask, do_sample=True, max_new_tokens=1, custom_generate=capture, **sampling)
+    generate: Any = model.generate
+    generate(prompt, attention_mask=mask, do_sample=True, max_new_tokens=1, custom_generate=capture, **sampling)
     return seen[0]
 
 
@@ -57,7 +58,8 @@ def next_laws(model: PreTrainedModel, prompt: Tensor, mask: Tensor, tails: Tenso
     real = torch.cat([mask.expand(count, -1), torch.ones_like(tails)], dim=1)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=real, position_ids=positions).logits[:, -1].float()
-    scores = processors_of(model, prompt, mask, **sampling)(ids, logits)
+    processors: Any = processors_of(model, prompt, mask, **sampling)
+    scores: Tensor = processors(ids, logits)
     return scores.double().softmax(-1)
 
 

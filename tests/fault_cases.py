@@ -12,7 +12,7 @@ import torch
 from exact_law import noisy_copy, tiny_llama
 from torch import Tensor
 
-from specdec import ModelDrafter
+from specdec import ModelDrafter, Speculator
 from specdec.drafters import Budget, DrafterFaultWarning, Session
 from specdec.verify import DraftTree, Topology
 
@@ -123,7 +123,13 @@ def one_warning() -> Iterator[None]:
 
 
 def plain_greedy(prompt: Tensor = PROMPT, **arguments: Any) -> Any:
-    return MODEL.generate(prompt, **{**GREEDY, **arguments})  # type: ignore[arg-type]
+    generate: Any = MODEL.generate
+    return generate(prompt, **{**GREEDY, **arguments})
+
+
+def plain(arguments: dict[str, Any]) -> Any:
+    """The library's own decoding without a drafter, same arguments, same noise."""
+    return Speculator(MODEL).generate(PROMPT, **arguments)
 
 
 def assert_same_cache(ours: Any, theirs: Any) -> None:
