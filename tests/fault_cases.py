@@ -123,8 +123,8 @@ def one_warning() -> Iterator[None]:
 
 
 def plain_greedy(prompt: Tensor = PROMPT, **arguments: Any) -> Any:
-    generate: Any = MODEL.generate
-    return generate(prompt, **{**GREEDY, **arguments})
+    model: Any = MODEL
+    return model.generate(prompt, **{**GREEDY, **arguments})
 
 
 def plain(arguments: dict[str, Any]) -> Any:
