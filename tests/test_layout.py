@@ -195,3 +195,10 @@ def test_every_lazy_export_exists() -> None:
         assert getattr(specdec, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Speculater'"):
         specdec.Speculater  # noqa: B018
+
+
+def test_the_structure_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "structure.md").read_text()
+    named = set(re.findall(r"^- `([\w/]+\.py)`: \S", page, flags=re.MULTILINE))
+    here = {str(path.relative_to(ROOT)) for path in _sources() if path.name != "__init__.py"}
+    assert named == here, "docs/structure.md has one sentence per module"
