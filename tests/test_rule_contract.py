@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.noise import Noise
-from specdec.verify.rules import RULES, UnsupportedTreeError, make_rule
+from specdec.verify.rules import RULES, UnsupportedTreeError, auto_rule, make_rule
 from specdec.verify.tree import DraftTree, Topology, Verdict
 
 LAST = 1.0 - 2.0**-53
@@ -25,7 +26,8 @@ class Problem(NamedTuple):
     noise: Noise
 
 
-def problem(kind: str, seed: int, dtype: torch.dtype = torch.float64) -> Problem:
+@cache
+def problem(kind: str, seed: int = 11, dtype: torch.dtype = torch.float64) -> Problem:
     """300 ragged trees with width padding, coins that include the ends of [0, 1), padding that looks acceptable."""
     rows = batch(random_trees(kind, seed), VOCAB, extra=2, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +52,7 @@ def ends(verdict: Verdict) -> Tensor:
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_path_leads_from_the_root_over_real_nodes(rule: str, kind: str, dtype: torch.dtype):
-    given = problem(kind, seed=11, dtype=dtype)
+    given = problem(kind, dtype=dtype)
     tree, verdict = given.rows.tree, run(rule, given)
     assert verdict.path.dtype == verdict.num_accepted.dtype == verdict.next_token.dtype == torch.int64
     rows = (verdict.path, verdict.num_accepted, tree.num_nodes, tree.parents)
@@ -66,7 +68,7 @@ def test_path_leads_from_the_root_over_real_nodes(rule: str, kind: str, dtype: t
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tokens_of_probability_zero_are_never_emitted(rule: str, kind: str, dtype: torch.dtype):
-    given = problem(kind, seed=12, dtype=dtype)
+    given = problem(kind, dtype=dtype)
     tree, p, verdict = given.rows.tree, given.rows.p, run(rule, given)
     index = torch.arange(p.shape[0])
     for column in range(1, verdict.path.shape[1]):
@@ -78,7 +80,7 @@ def test_tokens_of_probability_zero_are_never_emitted(rule: str, kind: str, dtyp
 
 @every_case
 def test_float32_decides_as_float64(rule: str, kind: str):
-    single, double = (run(rule, problem(kind, 13, dtype)) for dtype in (torch.float32, torch.float64))
+    single, double = (run(rule, problem(kind, dtype=dtype)) for dtype in (torch.float32, torch.float64))
     same = (ends(single) == ends(double)) & (single.next_token == double.next_token)
     # Coins at 0 and 1 - 2^-53 lie on thresholds; everywhere else the two agree.
     assert same.double().mean() > 0.97
@@ -86,7 +88,7 @@ def test_float32_decides_as_float64(rule: str, kind: str):
 
 @every_case
 def test_a_row_does_not_depend_on_the_rows_around_it(rule: str, kind: str):
-    given = problem(kind, seed=14)
+    given = problem(kind)
     together = run(rule, given)
     for row in range(0, given.rows.p.shape[0], 9):
         only = given.rows.take(torch.tensor([row]))
@@ -99,7 +101,7 @@ def test_a_row_does_not_depend_on_the_rows_around_it(rule: str, kind: str):
 
 @every_case
 def test_a_rule_is_a_pure_function_without_global_randomness(rule: str, kind: str):
-    given = problem(kind, seed=15)
+    given = problem(kind)
     before = [tensor.clone() for tensor in (given.rows.p, given.rows.tree.tokens, *given.noise)]
     state = torch.random.get_rng_state()
     first, second = run(rule, given), run(rule, given)
@@ -154,3 +156,26 @@ def test_a_shared_topology_changes_nothing(rule: str):
     shared, own = make_rule(rule)(tree, p, noise), make_rule(rule)(loose, p, noise)
     assert torch.equal(ends(shared), ends(own))
     assert torch.equal(shared.next_token, own.next_token)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "mixed", "deterministic"])
+@pytest.mark.parametrize("rule", ["traversal", "budget_flow"])
+def test_on_a_chain_the_tree_rules_are_block_verification_coin_for_coin(rule: str, kind: str):
+    given = problem(kind)
+    inside = ((given.noise.accept > 0) & (given.noise.accept < LAST)) | ~given.rows.tree.valid
+    clear = inside[:, 1:].all(1) & (given.noise.residual > 0) & (given.noise.residual < LAST)
+    expected, verdict = run("block", given), run(rule, given)
+    assert int(clear.sum()) > 100
+    assert torch.equal(ends(verdict)[clear], ends(expected)[clear])
+    assert torch.equal(verdict.next_token[clear], expected.next_token[clear])
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule"), [("sampled", "block"), ("mixed", "block"), ("one_sampled", "budget_flow"), ("fixed", "naive")]
+)
+def test_the_automatic_rule_takes_the_tree_it_is_chosen_for(kind: str, rule: str):
+    given = problem(kind)
+    chosen = auto_rule(given.rows.tree, do_sample=True)
+    assert chosen.name == rule
+    chosen.check(given.rows.tree)
+    assert auto_rule(given.rows.tree, do_sample=False).name == "greedy"

@@ -7,6 +7,7 @@ from functools import cache
 
 from oracle.enumerate import Draw, RandomChooser
 from oracle.instances import CHAINS, TREES, Instance, random_instance
+from oracle.production import Drafted, draft_everything
 from oracle.reference import Tree
 
 NUM_INSTANCES = 300
@@ -18,6 +19,9 @@ TAKES: dict[str, tuple[str, ...]] = {
     "naive": CHAINS + TREES,
     "rejection": CHAINS,
     "block": CHAINS,
+    "recursive_rejection": CHAINS + TREES,
+    "traversal": CHAINS + TREES,
+    "budget_flow": (*CHAINS, "fixed", "one_sampled"),
 }
 """Draft laws by rule: everything a rule's `check` lets through."""
 
@@ -27,9 +31,17 @@ CASES = [(rule, kind) for rule, kinds in TAKES.items() for kind in kinds]
 @cache
 def instances(kind: str) -> list[Instance]:
     rng = random.Random(f"oracle {kind}")
-    return [random_instance(rng, kind, max_trees=64 if kind in CHAINS else 40) for _ in range(NUM_INSTANCES)]
+    small = 64 if kind in CHAINS else 24
+    sizes = [200 if number % 30 == 0 else small for number in range(NUM_INSTANCES)]  # a few large ones, for time's sake
+    return [random_instance(rng, kind, max_trees=size) for size in sizes]
 
 
+@cache
+def drafted(kind: str) -> Drafted:
+    return draft_everything(instances(kind), VOCAB)
+
+
+@cache
 def random_trees(kind: str, seed: int, repeat: int = 1) -> list[Tree]:
     """One random full tree per instance: ragged shapes and vocabularies side by side."""
     rng = random.Random(seed)

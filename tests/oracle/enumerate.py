@@ -96,15 +96,15 @@ class StepLaw(NamedTuple):
     tau: Number
 
 
-def step_law(instance: Instance, rule: Rule) -> StepLaw:
+def step_law(instance: Instance, rule: Rule, shown: Instance | None = None) -> StepLaw:
     """The whole law of one step of a scalar rule, in the instance's arithmetic.
 
     Children are revealed only when the rule asks for them, which leaves the law unchanged (what is never looked at
-    integrates to one) and the enumeration small.
+    integrates to one) and the enumeration small. `shown` is what the rule is told when that is not the truth.
     """
 
     def run(chooser: Chooser) -> tuple[Prefix, Law]:
-        tree = Tree(instance, Draw(instance, chooser))
+        tree = Tree(shown or instance, Draw(instance, chooser))
         node, residual = rule(tree, BranchingCoins(chooser))
         return tree.prefixes[node], residual
 
@@ -140,4 +140,7 @@ def completed(instance: Instance, emitted: Mapping[Prefix, Number]) -> dict[Pref
 
 def distance(instance: Instance, emitted: Mapping[Prefix, Number]) -> Number:
     """Total variation distance between the step's law and the target's, over `depth + 1` tokens."""
-    return sum(abs(have - want) for have, want in completed(instance, emitted).values()) / 2
+    total: Number = 0
+    for have, want in completed(instance, emitted).values():
+        total += max(have - want, want - have) / 2
+    return total

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 
 Prefix = tuple[int, ...]
 Number = Fraction | float
@@ -68,13 +69,16 @@ def prefixes(vocab: int, depth: int) -> Iterator[Prefix]:
         yield from itertools.product(range(vocab), repeat=length)
 
 
+_fraction = cache(Fraction)  # few different ones occur, and reducing them costs more than looking them up
+
+
 def law(rng: random.Random, vocab: int, allowed: list[int] | None = None) -> Law:
     """A random rational law with zeros and ties, on the `allowed` tokens."""
     allowed = list(range(vocab)) if allowed is None else allowed
     counts = [rng.choice((0, 0, 1, 1, 2, 3, 5)) if y in allowed else 0 for y in range(vocab)]
     if not any(counts):
         counts[rng.choice(allowed)] = 1
-    return tuple(Fraction(count, sum(counts)) for count in counts)
+    return tuple(_fraction(count, sum(counts)) for count in counts)
 
 
 def pair_of_laws(rng: random.Random, vocab: int, off: tuple[int, ...]) -> tuple[Law, Law]:

@@ -104,35 +104,46 @@ class Outcome(NamedTuple):
     num_probes: int
 
 
-def production_law(instances: Sequence[Instance], rule: Rule, verify: Verify, vocab: int = 4) -> Outcome:
+class Drafted(NamedTuple):
+    """Every draft tree of some instances as one batch, with each tree's probability and instance."""
+
+    instances: Sequence[Instance]
+    trees: list[tuple[Tree, float, int]]
+    rows: Batch
+
+
+def draft_everything(instances: Sequence[Instance], vocab: int = 4) -> Drafted:
+    trees = [
+        (tree, float(weight), at)
+        for at, instance in enumerate(instances)
+        for tree, weight in full_trees(instance.as_float())
+    ]
+    return Drafted(instances, trees, batch([tree for tree, _, _ in trees], vocab))
+
+
+def production_law(drafted: Drafted, rule: Rule, verify: Verify) -> Outcome:
     """The step law of a production rule, integrated over its coins box by box.
 
     Thresholds of the production rule lie within 2 * INSET of the boxes' edges whenever no probe is wrong, so the law
     found here is its law up to that times the number of edges.
     """
-    trees: list[Tree] = []
-    owner: list[int] = []
-    found: list[Probe] = []
-    for at, instance in enumerate(instances):
-        for tree, weight in full_trees(instance.as_float()):
-            found += probes(tree, len(trees), float(weight), rule)
-            trees.append(tree)
-            owner.append(at)
-    laws: list[dict[Prefix, float]] = [{} for _ in instances]
-    tau = [0.0] * len(instances)
+    trees = drafted.trees
+    found = [probe for at, (tree, weight, _) in enumerate(trees) for probe in probes(tree, at, weight, rule)]
+    laws: list[dict[Prefix, float]] = [{} for _ in drafted.instances]
+    tau = [0.0] * len(drafted.instances)
     wrong = 0
-    everything = batch(trees, vocab)
     for start in range(0, len(found), CHUNK):
         part = found[start : start + CHUNK]
-        rows = everything.take(torch.tensor([probe.tree for probe in part]))
+        rows = drafted.rows.take(torch.tensor([probe.tree for probe in part]))
         verdict = verify(rows.tree, rows.p, noise_of(part, rows.tree.tokens.shape[1]))
         ends = verdict.path.gather(1, verdict.num_accepted[:, None])[:, 0].tolist()
         for probe, node, token in zip(part, ends, verdict.next_token.tolist(), strict=True):
             wrong += (node, token) != (probe.node, probe.token)
-            prefix = (*trees[probe.tree].prefixes[node], token)
-            law = laws[owner[probe.tree]]
+            tree, _, owner = trees[probe.tree]
+            prefix = (*tree.prefixes[node], token)
+            law = laws[owner]
             law[prefix] = law.get(prefix, 0.0) + probe.weight
-            tau[owner[probe.tree]] += probe.weight * (len(prefix) - 1)
+            tau[owner] += probe.weight * (len(prefix) - 1)
     return Outcome(laws, tau, wrong, len(found))
 
 

@@ -157,11 +157,11 @@ def block(tree: Tree, coins: Coins) -> tuple[int, Law]:
     nodes, weights, accepts = block_laws(tree)
     for i in range(len(nodes) - 1, 0, -1):
         if coins.accept(nodes[i], accepts[i - 1]):
-            return nodes[i], _block_residual(tree, nodes, weights, i)
-    return 0, _block_residual(tree, nodes, weights, 0)
+            return nodes[i], block_residual(tree, nodes, weights, i)
+    return 0, block_residual(tree, nodes, weights, 0)
 
 
-def _block_residual(tree: Tree, nodes: list[int], weights: list[Number], kept: int) -> Law:
+def block_residual(tree: Tree, nodes: list[int], weights: list[Number], kept: int) -> Law:
     p = tree.p(nodes[kept])
     if kept == len(nodes) - 1:
         return p
@@ -169,4 +169,11 @@ def _block_residual(tree: Tree, nodes: list[int], weights: list[Number], kept: i
     return positive([weights[kept] * a - b for a, b in zip(p, q, strict=True)])
 
 
-REFERENCES: dict[str, Rule] = {"greedy": greedy, "naive": naive, "rejection": rejection, "block": block}
+def norm(values: Law) -> Law:
+    """`values` divided by their sum; all zeros stay."""
+    total = sum(values)
+    return tuple(value / total if total else value for value in values)
+
+
+def without(values: Law, token: int) -> Law:
+    return tuple(0 * value if y == token else value for y, value in enumerate(values))
