@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -74,6 +75,10 @@ class Drafter(ABC):
     def num_cache_layers(self) -> int:
         """Layers of storage it needs in the shared cache; 0 when it keeps no K/V."""
         return 0
+
+    def running(self) -> AbstractContextManager[object]:
+        """Entered around a whole call, before `start`: what the drafter needs set up while it may be asked."""
+        return nullcontext()
 
     @abstractmethod
     def start(self, session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -65,6 +66,9 @@ class FallbackGuard(Drafter):
     @property
     def num_cache_layers(self) -> int:
         return self.inner.num_cache_layers
+
+    def running(self) -> AbstractContextManager[object]:
+        return self.inner.running()
 
     def start(self, session: Session) -> None:
         self._session = session

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,8 +14,7 @@ from transformers import PreTrainedModel
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.support import check_model, num_cache_layers
-from specdec.verify.attention import attention_of
-from specdec.verify.forward import PREFILL_CHUNK, TreeForward
+from specdec.verify.forward import PREFILL_CHUNK, TreeForward, prepared
 from specdec.verify.rules.base import sample_from
 from specdec.verify.tree import DraftTree, Topology
 
@@ -65,6 +66,11 @@ class ModelDrafter(Drafter):
     def num_cache_layers(self) -> int:
         return num_cache_layers(self.model)
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with prepared(self.model):
+            yield
+
     def start(self, session: Session) -> None:
         self._session = session
 
@@ -84,35 +90,38 @@ class ModelDrafter(Drafter):
         tokens[:, 0] = roots
         parents = topology.parents_on(roots.device).expand(tokens.shape)
         depths = topology.depths_on(roots.device).expand(tokens.shape)
+        impossible = torch.zeros_like(tokens, dtype=torch.bool)
         laws: list[Tensor] = []
         peaks: list[Tensor] = []
-        with attention_of(self.model):
-            logits = self._root_logits()
-            for depth in range(1, len(topology.levels)):
-                parent_level, level = topology.levels[depth - 1], topology.levels[depth]
-                frontier = range(parent_level[0], parent_level[-1] + 1)
-                scores = self._session.law(self._fit(logits), rows, tokens, parents, frontier)
-                first, count = level[0], len(level)
-                if samples:
-                    laws.append(F.softmax(scores[:, 0] / self.temperature, dim=-1))
-                    tokens[:, first] = sample_from(laws[-1], uniforms[:, depth])
-                elif widths[depth - 1] == 1:
-                    peak, tokens[:, first : first + count] = scores.max(-1)
-                    peaks.append(peak)
-                else:
-                    peak, best = scores.topk(widths[depth - 1], dim=-1)
-                    peaks.append(peak.flatten(1))
-                    tokens[:, first : first + count] = best.flatten(1)
-                if depth + 1 == len(topology.levels):
-                    break
-                new = tokens[:, first : first + count]
-                if chain:
-                    starts = [length + first for length in cache.lengths[: cache.num_rows]]
-                    logits = self._forward.causal(cache, new, starts, None, keep=0)
-                else:
-                    mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
-                    ancestors = mask.expand(len(rows.live), -1, -1)
-                    logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
+        logits = self._root_logits()
+        for depth in range(1, len(topology.levels)):
+            parent_level, level = topology.levels[depth - 1], topology.levels[depth]
+            frontier = range(parent_level[0], parent_level[-1] + 1)
+            scores = self._session.law(self._fit(logits), rows, tokens, parents, frontier, impossible)
+            first, count = level[0], len(level)
+            if samples:
+                laws.append(F.softmax(scores[:, 0] / self.temperature, dim=-1))
+                tokens[:, first] = sample_from(laws[-1], uniforms[:, depth])
+            elif widths[depth - 1] == 1:
+                peak, tokens[:, first : first + count] = scores.max(-1)
+                peaks.append(peak)
+            else:
+                peak, best = scores.topk(widths[depth - 1], dim=-1)
+                peaks.append(peak.flatten(1))
+                tokens[:, first : first + count] = best.flatten(1)
+                # More children than the law allows tokens: the rest can never be accepted, nor their descendants.
+                ruled_out = impossible[:, parents[0, first : first + count]]
+                impossible[:, first : first + count] = (peaks[-1] == float("-inf")) | ruled_out
+            if depth + 1 == len(topology.levels):
+                break
+            new = tokens[:, first : first + count]
+            if chain:
+                starts = [length + first for length in cache.lengths[: cache.num_rows]]
+                logits = self._forward.causal(cache, new, starts, None, keep=0)
+            else:
+                mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
+                ancestors = mask.expand(len(rows.live), -1, -1)
+                logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
         if peaks and bool(torch.cat(peaks, dim=1).isnan().any()):  # sampled laws are checked with the tree
             raise FloatingPointError("NaN in the draft model's logits")
         tree = DraftTree.build(topology, tokens, torch.stack(laws, dim=1) if laws else None)

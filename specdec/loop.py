@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,7 @@ from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
 from specdec.stopping import StopRules
 from specdec.verify import DraftTree, NoiseStream, Rows, SamplingLaw, TreeForward, make_rule
-from specdec.verify.attention import attention_of
-from specdec.verify.forward import PREFILL_CHUNK
+from specdec.verify.forward import PREFILL_CHUNK, prepared
 from specdec.verify.rules import auto_rule
 from specdec.verify.tree import Verdict
 
@@ -62,7 +63,8 @@ class DecodeLoop:
         self.cache = SharedKVCache(layers, self.rows.batch_size // request.repeats, slots)
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
-        with self.watch.phase("total"), attention_of(self.target):
+        drafting = nullcontext() if self.drafter is None else self.drafter.running()
+        with self.watch.phase("total"), prepared(self.target), drafting:
             with self.watch.phase("prefill"):
                 self._prefill()
             if self.drafter is not None:

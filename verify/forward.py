@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,19 @@ from transformers import PreTrainedModel
 
 from specdec.kv.base import KVCache
 from specdec.kv.support import text_config
+from specdec.verify.attention import attention_of
+from specdec.verify.linear import few_row_linears
 from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per prefill pass: bounds the mask and activation memory of long prompts."""
+
+
+@contextmanager
+def prepared(model: PreTrainedModel) -> Iterator[None]:
+    """Run `model` with the folded attention and few-row linear layers inside the block; it is restored afterwards."""
+    with attention_of(model), few_row_linears(model):
+        yield
 
 
 class TreeForward:

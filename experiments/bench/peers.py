@@ -148,7 +148,7 @@ def all_peers(quick: bool = False) -> list[Peer]:
         HFPlain(),
         *(HFAssisted(k) for k in (2, 3, 4, 5, 8)),
         *(HFPromptLookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
-        *(SpecModel(k) for k in (2, 3, 4, 5)),
+        *(SpecModel(k) for k in (2, 3, 4, 5, 8)),
         *(SpecNgram(k, branches) for k in (5, 10) for branches in (1, 2)),
     ]
 

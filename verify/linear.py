@@ -1,0 +1,104 @@
+"""Linear layers for a handful of rows on a CPU: a verify pass of 2-8 nodes should cost what one token costs.
+
+`F.linear` with few rows goes through a GEMM whose tiles are cut for many rows; with 2-8 rows it can cost 2-3 times
+the one-row product although both read the same weights once. `(W @ x.T).T` puts the long side first and keeps the
+rows together. Which form wins depends on shape, library, threads and machine, so it is measured, once per process.
+The forms differ in the last bits, as any two kernels do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_ROWS = 8
+"""Most rows (batch x nodes) another form than F.linear is considered for."""
+
+_MIN_WEIGHTS = 1 << 15
+"""Smaller layers are all call overhead; they are left alone."""
+_CLEAR_GAIN = 0.9
+"""Another form must take at most this fraction of F.linear's time: ties go to the form everyone else uses."""
+_TRIALS = 24
+_POOL_BYTES = 48 << 20
+"""Weights are timed in turn from a pool of this size: in a model they come from memory, not from a warm cache."""
+
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
+def rows_last(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear(x, weight)` as `(weight @ x.T).T`; x `[..., in]`, weight `[out, in]`."""
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.mm(weight, flat.t()).t().view(*x.shape[:-1], weight.shape[0])
+
+
+def doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """`rows_last` of one row written twice: two rows use all threads where one does not."""
+    flat = x.reshape(1, -1).expand(2, -1).contiguous()
+    return torch.mm(weight, flat.t())[:, 0].view(*x.shape[:-1], weight.shape[0])
+
+
+@lru_cache(maxsize=1024)
+def best_form(features_in: int, features_out: int, rows: int, threads: int) -> Form:
+    """The fastest form for this shape on this machine with `threads` torch threads, measured once per process."""
+    count = max(2, min(48, _POOL_BYTES // (4 * features_in * features_out)))
+    pool = [torch.ones(features_out, features_in) for _ in range(count)]
+    x = torch.ones(rows, features_in)
+    forms: list[Form] = [F.linear, rows_last]
+    if rows == 1:
+        forms.append(doubled)
+    times: list[list[float]] = [[] for _ in forms]
+    for trial in range(_TRIALS):
+        for i, form in enumerate(forms):
+            weight = pool[(trial * len(forms) + i) % count]
+            start = perf_counter()
+            form(x, weight)
+            times[i].append(perf_counter() - start)
+    typical = [sorted(measured)[_TRIALS // 3] for measured in times]
+    fastest = min(range(len(forms)), key=lambda i: typical[i])
+    return forms[fastest] if typical[fastest] < _CLEAR_GAIN * typical[0] else F.linear
+
+
+@contextmanager
+def few_row_linears(model: nn.Module) -> Iterator[None]:
+    """Inside the block, float32 CPU `nn.Linear` layers of `model` use their best form; afterwards their own again.
+
+    Subclasses (quantised layers), layers with a bias or with a wrapped forward (offloading hooks) are left alone.
+    """
+    layers = [layer for layer in model.modules() if _is_plain(layer)]
+    for layer in layers:
+        layer.__dict__["forward"] = _forward(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if type(layer) is not nn.Linear or layer.bias is not None or "forward" in layer.__dict__:
+        return False
+    weight = layer.weight
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _MIN_WEIGHTS
+
+
+def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    weight, features_in, features_out = layer.weight, layer.in_features, layer.out_features
+    threads = torch.get_num_threads()
+    forms: dict[int, Form] = {}
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.numel() // features_in
+        if not 0 < rows <= MAX_ROWS:
+            return F.linear(x, weight)
+        form = forms.get(rows)
+        if form is None:
+            form = forms[rows] = best_form(features_in, features_out, rows, threads)
+        return form(x, weight)
+
+    return forward
