@@ -156,10 +156,8 @@ def test_export_writes_a_pair_that_loads(tmp_path: Path):
 # --- the shipped pair ---------------------------------------------------------------------------------------------
 
 SHIPPED = Path(specdec.__file__).parent / "pairs" / "stdlib-python"
-shipped = pytest.mark.skipif(not (SHIPPED / "training.json").exists(), reason="the trained pair is not exported yet")
 
 
-@shipped
 def test_the_shipped_pair_is_complete_and_small():
     for role in ("target", "draft"):
         names = {path.name for path in (SHIPPED / role).iterdir()}
@@ -171,7 +169,6 @@ def test_the_shipped_pair_is_complete_and_small():
     assert "--tokens" in card
 
 
-@shipped
 def test_the_shipped_pair_loads_offline_with_one_tokenizer():
     models, tokenizers = [], []
     for role in ("target", "draft"):
@@ -191,7 +188,6 @@ def test_the_shipped_pair_loads_offline_with_one_tokenizer():
     assert models[0].num_parameters() > 6 * models[1].num_parameters()
 
 
-@shipped
 def test_the_shipped_tokenizer_gives_back_any_text():
     tokenizer = load_tokenizer(SHIPPED / "target")
 
@@ -202,12 +198,11 @@ def test_the_shipped_tokenizer_gives_back_any_text():
     round_trip()
 
 
-@shipped
 def test_the_shipped_draft_is_accepted_on_held_out_prompts():
     target, draft, tokenizer = load_pair(SHIPPED)
     prompts = torch.tensor(held_out_prompts(tokenizer, num=12, prompt_tokens=48))
     texts = acceptance.continue_text(target, prompts, 64)
     rows = acceptance.greedy_agreement(draft, texts, 48, tokenizer.eos_token_id)
-    assert sum(map(sum, rows)) / sum(map(len, rows)) > 0.5  # another Python release holds out other text
+    assert sum(map(sum, rows)) / sum(map(len, rows)) > 0.7  # 0.93 measured; another Python release holds out other text
     shuffled = acceptance.greedy_agreement(draft, texts.flip(1), 48, tokenizer.eos_token_id)
     assert sum(map(sum, shuffled)) / sum(map(len, shuffled)) < 0.5  # the measure can tell the difference

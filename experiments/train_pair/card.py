@@ -32,7 +32,8 @@ def format_report(report: PairReport) -> str:
             f"repeated 8-grams in greedy texts   {report.repeated_share:.2f}",
             f"step cost, target                  {report.target_step_ms:.2f} ms",
             f"step cost, draft                   {report.draft_step_ms:.2f} ms",
-            f"target step / draft step           {report.cost_ratio:.2f}  ({report.threads} threads)",
+            f"target step / draft step           {report.cost_ratio:.2f} median, "
+            f"{report.cost_ratio_fastest:.2f} fastest  ({report.threads} threads)",
             f"measured on                        {report.num_prompts} prompts of {report.prompt_tokens} tokens, "
             f"{report.new_tokens} new tokens",
         ]
@@ -73,16 +74,16 @@ standard library. They exist to demonstrate, test and benchmark speculative deco
 ```
 
 Plain `transformers` forwards on prompts from held-out files; "per position" is conditional on the position being
-reached. Times are medians on a {report.cpu} CPU and matter as a ratio.
+reached. Times were taken beside other work on the same {report.cpu} cores: they matter as a ratio.
 `python -m specdec.experiments.train_pair evaluate --pair DIR` prints them again.
 
 ## Data
 
 Source files of the CPython {corpus["python_version"]} standard library (licence: PSF-2.0), read from the running
 interpreter: {corpus["num_training_files"]} files, {corpus["num_training_bytes"]:,} bytes,
-{training["tokens_per_epoch"]:,} tokens; {corpus["num_held_out_files"]} whole files
-({corpus["num_held_out_bytes"]:,} bytes) are held out by a hash of their path. sha256 of paths and texts:
-`{corpus["sha256"]}`. No text is redistributed here beyond what the weights remember.
+{training["tokens_per_epoch"]:,} tokens. {corpus["num_held_out_files"]} more files ({corpus["num_held_out_bytes"]:,} bytes) are held out whole, by a hash of
+their path. The text itself is not redistributed here. sha256 of all paths and texts:
+`{corpus["sha256"]}`.
 
 ## Recipe
 
@@ -95,7 +96,8 @@ python -m specdec.experiments.train_pair --preset cpu --tokens {recipe["tokens"]
 2. The target is frozen and writes {written:,} tokens, half of the texts greedily and half at temperature 1; the draft
    reads them {recipe["on_policy_epochs"]} times, learning the target's law at every position.
 
-Muon for hidden matrices, AdamW for the rest, float32. `training.json` holds every setting.
+Muon for hidden matrices, AdamW for the rest, float32. `training.json` holds every setting. The order of the data is a
+function of the seed; the last digits of the weights depend on machine, threads and `--compile`.
 
 ## Limits
 

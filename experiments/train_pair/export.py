@@ -32,6 +32,8 @@ def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, di
     torch.nn.Module.to(half, "cpu", dtype)
     half.config.use_cache = True
     half.save_pretrained(directory)
+    for setting in ("local_files_only", "is_local"):  # how it was loaded here is no property of the tokenizer
+        tokenizer.init_kwargs.pop(setting, None)
     tokenizer.save_pretrained(directory)
     return dtype
 

@@ -49,11 +49,11 @@ class Recipe:
     other_lr: float = 3e-3
     weight_decay: float = 0.01
     distillation_ce: float = 0.1  # weight of the plain cross-entropy beside the soft one, in the joint phase
-    on_policy_batches: int = 24
+    on_policy_batches: int = 16
     on_policy_rows: int = 64
     on_policy_prompt: int = 64
     on_policy_length: int = 256  # prompt included
-    on_policy_epochs: int = 4
+    on_policy_epochs: int = 5
     on_policy_lr: float = 0.5  # times the learning rates above
     on_policy_hard: float = 0.3  # weight of the cross-entropy to the target's own argmax
     on_policy_top: int = 64  # target probabilities kept per position; the rest is one pooled outcome
