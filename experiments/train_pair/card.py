@@ -81,8 +81,9 @@ reached. Times were taken beside other work on the same {report.cpu} cores: they
 
 Source files of the CPython {corpus["python_version"]} standard library (licence: PSF-2.0), read from the running
 interpreter: {corpus["num_training_files"]} files, {corpus["num_training_bytes"]:,} bytes,
-{training["tokens_per_epoch"]:,} tokens. {corpus["num_held_out_files"]} more files ({corpus["num_held_out_bytes"]:,} bytes) are held out whole, by a hash of
-their path. The text itself is not redistributed here. sha256 of all paths and texts:
+{training["tokens_per_epoch"]:,} tokens. {corpus["num_held_out_files"]} more files
+({corpus["num_held_out_bytes"]:,} bytes) are held out whole, by a hash of their path. The text itself is not
+redistributed here. sha256 of all paths and texts:
 `{corpus["sha256"]}`.
 
 ## Recipe
