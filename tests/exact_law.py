@@ -58,7 +58,8 @@ def next_laws(model: PreTrainedModel, prompt: Tensor, mask: Tensor, tails: Tenso
     real = torch.cat([mask.expand(count, -1), torch.ones_like(tails)], dim=1)
     positions = (real.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=real, position_ids=positions).logits[:, -1].float()
-    processors: Any = processors_of(model, prompt, mask, **sampling)
+    # Built for as many rows as there are prefixes: the repetition penalty counts each row's own padding.
+    processors: Any = processors_of(model, ids[:, : prompt.shape[1]], real[:, : prompt.shape[1]], **sampling)
     scores: Tensor = processors(ids, logits)
     return scores.double().softmax(-1)
 
