@@ -165,6 +165,8 @@ class ModelDrafter(Drafter):
         """Cut or pad the drafter's vocabulary to the target's; padding can never be drafted."""
         assert self._session is not None
         missing = self._session.vocab - logits.shape[-1]
+        if missing == 0:
+            return logits
         if missing <= 0:
             return logits[..., : self._session.vocab]
         return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)

@@ -139,8 +139,9 @@ class ModelStore:
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             shape = (self.num_rows, key.shape[1], self.capacity)
-            keys = self.keys[layer] = key.new_zeros(*shape, key.shape[3])
-            values = self.values[layer] = value.new_zeros(*shape, value.shape[3])
+            with torch.inference_mode(False):  # storage outlives the pass and is written to outside of it
+                keys = self.keys[layer] = key.new_zeros(*shape, key.shape[3])
+                values = self.values[layer] = value.new_zeros(*shape, value.shape[3])
         return keys, values
 
     def _reserve(self, slots: int) -> None:

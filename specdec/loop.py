@@ -19,7 +19,7 @@ from specdec.outputs import Collector
 from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
 from specdec.stopping import StopRules
-from specdec.verify import DraftTree, NoiseStream, Rows, SamplingLaw, TreeForward, make_rule
+from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw, TreeForward, make_rule
 from specdec.verify.forward import PREFILL_CHUNK, prepared
 from specdec.verify.rules import auto_rule
 from specdec.verify.tree import Verdict
@@ -49,6 +49,7 @@ class DecodeLoop:
         self.collector = Collector(request, self.rows)
         self.law = SamplingLaw(request.processors)
         self.noise = NoiseStream(request.seeds, request.requests, self.rows.device)
+        self.still = torch.zeros((), dtype=torch.float64, device=self.rows.device)
         self.forward = TreeForward(target, TARGET)
         self.watch = Stopwatch()
         self.report = SpecReport(num_rows=self.rows.batch_size, num_prompt_tokens=sum(self.rows.num_tokens))
@@ -91,8 +92,7 @@ class DecodeLoop:
             chosen = self.sampling and self.rule_name != "auto"
             rule = make_rule(self.rule_name) if chosen else auto_rule(tree, self.sampling)
             law = F.softmax(scores, dim=-1) if self.sampling else scores
-            noise = self.noise.accept(self.rows.live, self.report.num_steps, tree.tokens.shape[1])
-            verdict = rule(tree, law, noise)
+            verdict = rule(tree, law, self._accept_noise(tree.tokens.shape[1]))
             decision = self._read(tree, law, verdict)
             self.cache.commit(decision.paths)
             trace, reached = self._emit(decision, scores, logits)
@@ -108,8 +108,17 @@ class DecodeLoop:
         left = [self.stop.remaining(row) for row in self.rows.live]
         depths = tuple(deepest if count is None else max(0, min(deepest, count - 1)) for count in left)
         budget = Budget(depths, self.drafter.max_nodes)
-        uniforms = self.noise.draft(self.rows.live, self.report.num_steps, self.drafter.max_nodes + 1)
-        return self.drafter.propose(budget, uniforms)
+        count = self.drafter.max_nodes + 1
+        if not self.sampling:
+            return self.drafter.propose(budget, self.still.expand(len(left), count))
+        return self.drafter.propose(budget, self.noise.draft(self.rows.live, self.report.num_steps, count))
+
+    def _accept_noise(self, nodes: int) -> Noise:
+        """Fresh uniforms for this step's rule; zeros in greedy decoding, where nothing is random."""
+        if not self.sampling:
+            rows = len(self.rows.live)
+            return Noise(self.still.expand(rows, nodes), self.still.expand(rows))
+        return self.noise.accept(self.rows.live, self.report.num_steps, nodes)
 
     def _verify(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """The target's logits of every node. Out of memory: once more without the draft, then a typed error."""
@@ -139,11 +148,15 @@ class DecodeLoop:
 
     def _read(self, tree: DraftTree, law: Tensor, verdict: Verdict) -> Decision:
         """Bring the verdict to the host: the one synchronisation of a step."""
-        node = verdict.path.gather(1, verdict.num_accepted[:, None])
-        children = ((tree.parents == node) & tree.valid).any(1)
-        tokens = tree.tokens.gather(1, verdict.path.clamp(min=0))
-        sick = law.amax(-1).isnan().any(1)
         drafted = tree.num_nodes - 1
+        if tree.topology is not None and tree.topology.is_chain:  # a path is a prefix of the nodes
+            children = verdict.num_accepted < drafted
+            tokens = tree.tokens
+        else:
+            node = verdict.path.gather(1, verdict.num_accepted[:, None])
+            children = ((tree.parents == node) & tree.valid).any(1)
+            tokens = tree.tokens.gather(1, verdict.path.clamp(min=0))
+        sick = law.amax(-1).isnan().any(1)
         reached = verdict.num_accepted + children
         head = torch.stack([verdict.num_accepted, verdict.next_token, children, sick, drafted, reached], dim=1)
         packed = torch.cat([head, verdict.path, tokens], dim=1).tolist()

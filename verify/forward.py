@@ -81,7 +81,8 @@ class TreeForward:
             mask: Any = None
             if not (plain and same) or not self._may_skip_mask(read):
                 visible = torch.arange(read, device=device) <= positions[:, :, None]
-                mask = self._masks(visible, positions, torch.arange(read, device=device).expand(len(starts), read))
+                slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
+                mask = self._masks(visible, positions, slots)
             return self._run(cache, tokens, positions, mask, keep)
 
     def nodes(self, cache: KVCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
@@ -106,10 +107,11 @@ class TreeForward:
             visible = (slots < committed)[:, None, :].expand(-1, width, -1).contiguous()
             tail = (committed + torch.arange(first + width, device=device))[:, None, :].expand(-1, width, -1)
             visible.scatter_(2, tail, ancestors)
-            slot_positions = slots.expand(len(lengths), read)
+            slot_positions = None
             if self._windows:
                 # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
-                slot_positions = slot_positions.clone().scatter_(1, tail[:, 0], committed + depths)
+                slot_positions = slots.expand(len(lengths), read).clone()
+                slot_positions.scatter_(1, tail[:, 0], committed + depths)
             return self._run(cache, tree_tokens, positions, self._masks(visible, positions, slot_positions), 0)
 
     def tree(self, cache: KVCache, tree: DraftTree) -> Tensor:
@@ -124,15 +126,18 @@ class TreeForward:
             # Drafted nodes and padding beyond the table can never be emitted: any position will do for them.
             positions = positions.clamp(max=self._num_positions - 1)
         extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
-        out = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache.view(self.name),
-            use_cache=True,
-            return_dict=True,
-            **extra,
-        )
+        # Inference mode spares every operation its autograd bookkeeping. Offloading hooks create parameters during
+        # the pass, which must stay ordinary ones.
+        with torch.inference_mode(not hasattr(self.model, "_hf_hook")):
+            out = self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache.view(self.name),
+                use_cache=True,
+                return_dict=True,
+                **extra,
+            )
         logits: Tensor = out.logits
         return logits[:, -keep:] if keep else logits
 
@@ -149,12 +154,12 @@ class TreeForward:
         eager = self._config._attn_implementation == "eager"
         return not eager and all(window is None or read <= window for window in self._windows.values())
 
-    def _masks(self, visible: Tensor, positions: Tensor, slot_positions: Tensor) -> Any:
+    def _masks(self, visible: Tensor, positions: Tensor, slot_positions: Tensor | None) -> Any:
         """Additive 4-D mask(s) from bool `[rows, M, read]`; a dict by layer type when layers differ.
 
         Float, not bool: eager attention *adds* its mask, and SDPA would convert a bool mask in every layer.
         """
-        if not self._windows:
+        if slot_positions is None:
             return self._additive(visible)
         masks: dict[str, Tensor] = {}
         for kind, window in self._windows.items():
@@ -165,7 +170,8 @@ class TreeForward:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _additive(self, visible: Tensor) -> Tensor:
-        dtype = self.model.dtype
+        embeddings: Any = self.model.get_input_embeddings()
+        dtype = embeddings.weight.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

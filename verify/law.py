@@ -104,11 +104,11 @@ class SamplingLaw:
             impossible: bool `[live, >= nodes.stop]`, nodes known to be ruled out (parents outside `nodes`).
 
         Returns:
-            float32 `[live, len(nodes), vocab]`, as in plain `generate`.
+            float32 `[live, len(nodes), vocab]`, as in plain `generate`; not to be written to.
         """
-        scores = logits.to(torch.float32, copy=True)
         if not self.processors:
-            return scores
+            return logits.to(torch.float32)
+        scores = logits.to(torch.float32, copy=True)
         if self.prefix_free:
             flat = scores.view(-1, scores.shape[-1])
             none = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)

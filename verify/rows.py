@@ -58,6 +58,9 @@ class Rows:
 
     def roots(self) -> Tensor:
         """Int64 `[live]`: the last token of each live row."""
+        if len(self.live) == 1:
+            row = self.live[0]
+            return self.text[row, self.num_tokens[row] - 1 : self.num_tokens[row]]
         last = torch.tensor([count - 1 for count in self.lengths()], device=self.device)
         return self.text[self.live, last]
 
@@ -76,6 +79,9 @@ class Rows:
         """Add each live row's emitted tokens, all rows at once."""
         pairs = list(zip(self.live, runs, strict=True))
         self._padded(max(max(self.ends[row], self.num_tokens[row]) + len(run) for row, run in pairs))
+        if len(pairs) == 1:
+            self._extend_one(*pairs[0])
+            return
         rows = [row for row, run in pairs for _ in run]
         tokens = [token for run in runs for token in run]
         columns = [self.ends[row] + i for row, run in pairs for i in range(len(run))]
@@ -87,6 +93,14 @@ class Rows:
         for index, run in pairs:
             self.ends[index] += len(run)
             self.num_tokens[index] += len(run)
+
+    def _extend_one(self, row: int, run: Sequence[int]) -> None:
+        new = torch.tensor(run, device=self.device)
+        self.ids[row, self.ends[row] : self.ends[row] + len(run)] = new
+        if self.text is not self.ids:
+            self.text[row, self.num_tokens[row] : self.num_tokens[row] + len(run)] = new
+        self.ends[row] += len(run)
+        self.num_tokens[row] += len(run)
 
     def prefix(self, row: int) -> Tensor:
         """Int64 `[columns]`: the padded prefix of an original row, as plain decoding would see it."""

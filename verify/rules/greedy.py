@@ -23,6 +23,10 @@ class Greedy(AcceptanceRule):
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         choice = p.argmax(-1)
+        if tree.is_chain:
+            matches = (tree.tokens[:, 1:] == choice[:, :-1]) & tree.valid[:, 1:]
+            node = matches.long().cumprod(1).sum(1)
+            return verdict_at(tree, node, choice.gather(1, node[:, None])[:, 0])
         wanted = choice.gather(1, tree.parents.clamp(min=0))
         matches = (tree.tokens == wanted) & tree.valid
         matches[:, 0] = True
