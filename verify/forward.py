@@ -15,6 +15,7 @@ from specdec.kv.base import KVCache
 from specdec.kv.support import text_config
 from specdec.verify.attention import attention_of
 from specdec.verify.linear import few_row_linears
+from specdec.verify.masks import BAND_SLOTS, CausalBand
 from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
@@ -38,6 +39,9 @@ class TreeForward:
         self.model = model
         self.name = name
         config = self._config = text_config(model)
+        self._band = CausalBand()
+        # Offloading hooks create parameters during the pass, which must stay ordinary ones.
+        self._inference = not hasattr(model, "_hf_hook")
         self._windows = _windows(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
@@ -73,12 +77,19 @@ class TreeForward:
         with cache.writing(self.name, starts, width, valid) as read:
             device = tokens.device
             same = all(start == starts[0] for start in starts)
+            if same and not self._windows and read <= BAND_SLOTS:
+                # The common case, from tables: one or two views instead of a dozen small operations.
+                positions = self._band.positions(starts[0], width, device).expand(tokens.shape)
+                mask = None
+                if width > 1 and (read != width or not self._may_skip_mask(read)):
+                    mask = self._band.mask(starts[0], width, self._dtype(), device)
+                return self._run(cache, tokens, positions, mask, keep)
             if same:
                 positions = torch.arange(starts[0], starts[0] + width, device=device).expand(tokens.shape)
             else:
                 positions = torch.tensor(list(starts), device=device)[:, None] + torch.arange(width, device=device)
             plain = width == 1 or read == width
-            mask: Any = None
+            mask = None
             if not (plain and same) or not self._may_skip_mask(read):
                 visible = torch.arange(read, device=device) <= positions[:, :, None]
                 slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
@@ -126,9 +137,7 @@ class TreeForward:
             # Drafted nodes and padding beyond the table can never be emitted: any position will do for them.
             positions = positions.clamp(max=self._num_positions - 1)
         extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
-        # Inference mode spares every operation its autograd bookkeeping. Offloading hooks create parameters during
-        # the pass, which must stay ordinary ones.
-        with torch.inference_mode(not hasattr(self.model, "_hf_hook")):
+        with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
             out = self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -140,6 +149,11 @@ class TreeForward:
             )
         logits: Tensor = out.logits
         return logits[:, -keep:] if keep else logits
+
+    def _dtype(self) -> torch.dtype:
+        embeddings: Any = self.model.get_input_embeddings()
+        dtype: torch.dtype = embeddings.weight.dtype
+        return dtype
 
     def _check_positions(self, counts: Sequence[int]) -> None:
         """Refuse real tokens beyond the last usable position (on a GPU a table look-up there kills the context)."""
@@ -170,8 +184,7 @@ class TreeForward:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _additive(self, visible: Tensor) -> Tensor:
-        embeddings: Any = self.model.get_input_embeddings()
-        dtype = embeddings.weight.dtype
+        dtype = self._dtype()
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 

@@ -58,12 +58,11 @@ def sample_from(weights: Tensor, u: Tensor) -> Tensor:
     Returns:
         int64 `[...]`; an index of zero weight is never returned.
     """
-    cumulative = weights.to(torch.float64).cumsum(-1)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]
-    index = torch.searchsorted(cumulative, (u[..., None] * total).contiguous(), right=True)
-    # u * total may round up to total: the last index with positive weight is where the sum reaches its total.
-    last = (cumulative >= total).to(torch.int8).argmax(-1, keepdim=True)
-    return torch.minimum(index, last)[..., 0]
+    # u * total may round up to total. Below it, the first larger entry is one that its own weight has raised.
+    point = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point.contiguous(), right=True)[..., 0]
 
 
 def residual_or(weights: Tensor, p: Tensor) -> Tensor:
