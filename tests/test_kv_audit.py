@@ -20,7 +20,7 @@ TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
 
 def fresh_cache(model: Any, text: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per layer `(keys, values)` `[kv_heads, tokens, head_dim]` of a plain prefill on transformers' own cache."""
-    cache = DynamicCache()  # without a config no layer drops tokens, windowed ones included
+    cache: Any = DynamicCache()  # without a config no layer drops tokens, windowed ones included
     config = model.config.get_text_config()
     inside, config._attn_implementation = config._attn_implementation, "sdpa"  # a decode loop may be running
     try:
@@ -104,7 +104,7 @@ def test_kv_equals_a_fresh_prefill_after_every_step(
 
 def test_sampled_histories_and_non_first_branches_are_covered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rejections in the middle of a run, gathers of later siblings and a lagging drafter all occur in the audit."""
-    gathered = []
+    gathered: list[list[int]] = []
     original = SharedKVCache.commit
 
     def commit(self: SharedKVCache, paths: list[list[int]]) -> None:
@@ -150,7 +150,8 @@ def test_a_chain_of_accepted_drafts_is_bitwise_the_same_passes_on_a_plain_cache(
     out = case.speculator().generate(
         **inputs, return_dict_in_generate=True, on_step=lambda trace: widths.append(1 + trace.drafted[0])
     )
-    cache, start = DynamicCache(), 5
+    cache: Any = DynamicCache()
+    start = 5
     with torch.no_grad():
         target(input_ids=out.sequences[:, :start], past_key_values=cache, use_cache=True)
         for width in widths:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +26,7 @@ def test_greedy_output_does_not_depend_on_the_rule(rule: str) -> None:
     )
     model = LlamaForCausalLM(config).double().eval()
     prompt = torch.tensor([[5, 6, 7]])
-    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+    settings: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(prompt, **settings)
-    ours = specdec.Speculator(model, model, k=3, rule=rule).generate(prompt, **settings)
+    ours: Any = specdec.Speculator(model, model, k=3, rule=rule).generate(prompt, **settings)
     assert torch.equal(ours, plain)

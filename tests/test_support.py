@@ -72,7 +72,8 @@ def test_arguments_are_refused_by_name(name: str, target: Any) -> None:
 
 def test_inputs_embeds_are_refused(target: Any) -> None:
     embeds = torch.zeros(1, 3, 32, dtype=torch.float64)
-    for inputs in ({}, {"input_ids": IDS[:1]}):
+    prompts: list[dict[str, Any]] = [{}, {"input_ids": IDS[:1]}]
+    for inputs in prompts:
         with pytest.raises((UnsupportedArgumentError, ValueError), match="inputs_embeds"):
             specdec.Speculator(target, "ngram").generate(**inputs, inputs_embeds=embeds, max_new_tokens=4)
 
@@ -104,7 +105,7 @@ def recurrent() -> Any:
 
 def hybrid() -> Any:
     return tf.RecurrentGemmaForCausalLM(
-        tf.RecurrentGemmaConfig(**SMALL, num_attention_heads=2, head_dim=8, lru_width=16, attention_window_size=8)
+        tf.RecurrentGemmaConfig(**SMALL, num_attention_heads=2, lru_width=16, attention_window_size=8)
     )
 
 

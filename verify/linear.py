@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,9 @@ def few_row_linears(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear or layer.bias is not None or "forward" in layer.__dict__:
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    # nn.Linear declares `bias: Tensor` although it is None without one
+    if type(layer) is not nn.Linear or cast("Tensor | None", layer.bias) is not None or "forward" in layer.__dict__:
         return False
     weight = layer.weight
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _MIN_WEIGHTS

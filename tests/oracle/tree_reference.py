@@ -79,7 +79,7 @@ def flow_shares(tree: Tree, node: int, w: Number) -> tuple[list[tuple[int, Numbe
     assert len(drawn) <= 1, "budget flow was given several sampled siblings"
     flow = [w * p[y] if y in fixed else min(q[y], w * p[y]) if drawn else 0 * w for y in range(len(p))]
     left = 1 - sum(flow[y] for y in range(len(p)) if y not in fixed)
-    share = 0 * p[0]
+    share: Number = 0 * p[0]
     for child in drawn:
         token = tree.token(child)
         share = 0 * p[0] if token in fixed else min(1 + 0 * p[0], w * p[token] / q[token])
