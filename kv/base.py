@@ -78,6 +78,10 @@ class KVCache(ABC):
         """Swap `row` behind the active rows and shrink `num_rows`; the last active row takes its place."""
 
     @abstractmethod
+    def revive(self) -> None:
+        """Make every retired row active again, where it lies."""
+
+    @abstractmethod
     def fork(self, repeats: int) -> None:
         """Replace each row by `repeats` copies of itself, adjacent (`repeat_interleave`), once, after a prefill."""
 

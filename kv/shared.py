@@ -112,6 +112,9 @@ class SharedKVCache(KVCache):
             self.lengths[row], self.lengths[last] = self.lengths[last], self.lengths[row]
         self.num_rows = last
 
+    def revive(self) -> None:
+        self.num_rows = len(self.lengths)
+
     def fork(self, repeats: int) -> None:
         self.num_rows *= repeats
         self.lengths = [length for length in self.lengths for _ in range(repeats)]

@@ -72,6 +72,8 @@ class DecodeLoop:
                 self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.vocab))
             while self.rows.live:
                 self.step()
+            if self.request.wants_dict or self.request.cache_is_callers:
+                self._fill_finished_rows()
         self.report.ms_prefill = self.watch.take("prefill")
         self.report.ms_total = self.watch.take("total")
         self.report.kv_bytes = self.cache.num_bytes()
@@ -205,6 +207,26 @@ class DecodeLoop:
         self.report.add(trace, reached)
         if self.request.on_step is not None:
             self.request.on_step(trace)
+
+    def _fill_finished_rows(self) -> None:
+        """K/V of what plain decoding feeds rows that ended early: their last token, then padding.
+
+        Only a returned cache shows them; a caller who continues from it may attend to them.
+        """
+        width = max(self.rows.ends)
+        if min(self.rows.ends) == width:
+            return
+        pad = int(self.request.config._pad_token_tensor)
+        text = torch.full((self.rows.batch_size, width), pad, device=self.rows.device)
+        stops = [0] * self.rows.batch_size
+        for row, place in self.storage.items():
+            count = self.rows.num_tokens[row]
+            text[place, :count] = self.rows.text[row, :count]
+            stops[place] = count + width - self.rows.ends[row] - 1
+        self.cache.revive()
+        self.forward.prefill(self.cache, text, self.cache.filled(TARGET), stops, PREFILL_CHUNK)
+        for place, stop in enumerate(stops):
+            self.cache.set_length(place, stop)
 
     def _prefill(self) -> None:
         """Everything but each row's last token goes into the target's K/V; equal prompts are run once."""

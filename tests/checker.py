@@ -43,14 +43,17 @@ class Drafting:
 TREES = ((2,), (2, 2), (3, 2, 1), (1, 2, 2), (4, 1, 1, 1), (2, 1, 2, 1))
 
 
-def draftings(models_from: tuple[str, ...] = models.DRAFTS) -> st.SearchStrategy[Drafting]:
-    kinds = st.sampled_from(models_from)
-    return st.one_of(
-        st.builds(Drafting, st.just("chain"), kinds, st.integers(1, 16)),
-        st.builds(Drafting, st.just("tree"), kinds, st.just(0), st.sampled_from(TREES)),
-        st.builds(Drafting, st.just("ngram"), k=st.integers(1, 16), branches=st.integers(1, 3)),
-        st.just(Drafting("none")),
-    )
+def draftings(
+    models_from: tuple[str, ...] = models.DRAFTS, kinds: tuple[str, ...] = ("chain", "tree", "ngram", "none")
+) -> st.SearchStrategy[Drafting]:
+    names = st.sampled_from(models_from)
+    by_kind = {
+        "chain": st.builds(Drafting, st.just("chain"), names, st.integers(1, 16)),
+        "tree": st.builds(Drafting, st.just("tree"), names, st.just(0), st.sampled_from(TREES)),
+        "ngram": st.builds(Drafting, st.just("ngram"), k=st.integers(1, 16), branches=st.integers(1, 3)),
+        "none": st.just(Drafting("none")),
+    }
+    return st.one_of(*(by_kind[kind] for kind in kinds))
 
 
 @dataclass(frozen=True)

@@ -123,21 +123,35 @@ class SamplingLaw:
                 full = torch.cat([prefix, prefix.new_tensor(path)]) if path else prefix
                 levels.setdefault(len(path), {}).setdefault(len(full), []).append((i, j, full))
         for _, lengths in sorted(levels.items()):
+            self._rule_out(scores, lengths, nodes, token_rows, parent_rows, dead)
             for length, members in lengths.items():
-                alive = []
-                for i, j, full in members:
-                    node = nodes[j]
-                    parent = parent_rows[i][node]
-                    if parent >= nodes.start:
-                        ruled_out = float(scores[i, parent - nodes.start, token_rows[i][node]]) == float("-inf")
-                        dead[i][node] = dead[i][node] or dead[i][parent] or ruled_out
-                    if not dead[i][node]:
-                        alive.append((i, j, full))
+                alive = [member for member in members if not dead[member[0]][nodes[member[1]]]]
                 if alive and self.row_free:
                     self._call(scores, rows, alive)
                 elif alive:
                     self._call_in_place(scores, rows, length, alive)
         return scores
+
+    def _rule_out(
+        self,
+        scores: Tensor,
+        lengths: dict[int, list[tuple[int, int, Tensor]]],
+        nodes: range,
+        tokens: list[list[int]],
+        parents: list[list[int]],
+        dead: list[list[bool]],
+    ) -> None:
+        """Mark the level's nodes whose parent is dead, or whose token the parent's finished scores exclude."""
+        places = [(i, nodes[j]) for members in lengths.values() for i, j, _ in members]
+        places = [(i, node) for i, node in places if parents[i][node] >= nodes.start]
+        if not places:
+            return
+        row = [i for i, _ in places]
+        parent = [parents[i][node] - nodes.start for i, node in places]
+        token = [tokens[i][node] for i, node in places]
+        excluded = scores[row, parent, token].isneginf().tolist()
+        for (i, node), gone in zip(places, excluded, strict=True):
+            dead[i][node] = dead[i][node] or dead[i][parents[i][node]] or gone
 
     def _call(self, scores: Tensor, rows: Rows, members: list[tuple[int, int, Tensor]]) -> None:
         row = [i for i, _, _ in members]

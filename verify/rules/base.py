@@ -62,7 +62,8 @@ def sample_from(weights: Tensor, u: Tensor) -> Tensor:
     total = cumulative[..., -1:]
     # u * total may round up to total. Below it, the first larger entry is one that its own weight has raised.
     point = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point.contiguous(), right=True)[..., 0]
+    index = torch.searchsorted(cumulative, point.contiguous(), right=True)[..., 0]
+    return index.clamp(max=weights.shape[-1] - 1)  # NaN weights give some index: whoever checks for NaN must not crash
 
 
 def residual_or(weights: Tensor, p: Tensor) -> Tensor:
