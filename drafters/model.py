@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.kv.support import check_model, num_cache_layers
+from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.forward import PREFILL_CHUNK, TreeForward, prepared
 from specdec.verify.rules.base import sample_from
 from specdec.verify.tree import DraftTree, Topology
@@ -60,6 +60,7 @@ class ModelDrafter(Drafter):
         self.max_depth = len(self.widths)
         self.max_nodes = Topology.widths(self.widths).num_nodes - 1
         self._forward = TreeForward(model, CACHE_NAME)
+        self._vocab = int(text_config(model).vocab_size)
         self._session: Session | None = None
 
     @property
@@ -114,7 +115,7 @@ class ModelDrafter(Drafter):
                 impossible[:, first : first + count] = (peaks[-1] == float("-inf")) | ruled_out
             if depth + 1 == len(topology.levels):
                 break
-            new = tokens[:, first : first + count]
+            new = self._known(tokens[:, first : first + count])
             if chain:
                 starts = [length + first for length in cache.lengths[: cache.num_rows]]
                 logits = self._forward.causal(cache, new, starts, None, keep=0)
@@ -149,17 +150,22 @@ class ModelDrafter(Drafter):
         lengths = cache.lengths[: cache.num_rows]
         filled = cache.filled(CACHE_NAME)
         if max(length - have for length, have in zip(lengths, filled, strict=True)) > 8:
-            text = rows.window([0] * len(rows.live), max(lengths))
+            text = self._known(rows.window([0] * len(rows.live), max(lengths)))
             self._forward.prefill(cache, text, filled, lengths, PREFILL_CHUNK)
             filled = cache.filled(CACHE_NAME)
         lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
         width = max(lag)
-        tokens = rows.window(filled, width)
+        tokens = self._known(rows.window(filled, width))
         logits = self._forward.causal(cache, tokens, filled, lag, keep=0)
         if all(count == width for count in lag):
             return logits[:, -1:]
         last = torch.tensor(lag, device=logits.device) - 1
         return logits[torch.arange(len(lag), device=logits.device), last][:, None]
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Ids the drafter has no embedding for become its last one: it may read anything, the target decides."""
+        assert self._session is not None
+        return tokens.clamp(max=self._vocab - 1) if self._vocab < self._session.vocab else tokens
 
     def _fit(self, logits: Tensor) -> Tensor:
         """Cut or pad the drafter's vocabulary to the target's; padding can never be drafted."""

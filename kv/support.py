@@ -66,6 +66,11 @@ def check_model(model: object, role: str) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{role}: {name} carries recurrent state, which cannot be rolled back; use an attention-only model."
         )
+    if getattr(config, "alibi", False) or "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UnsupportedModelError(
+            f"{role}: {name} places tokens by cache slot (ALiBi or local attention layers) instead of by position, so "
+            "siblings of a draft tree cannot share one."
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
             f"{role}: {name} shares K/V between layers, which the shared cache does not support."

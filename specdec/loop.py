@@ -47,7 +47,7 @@ class DecodeLoop:
         self.rows = Rows(request.input_ids, request.real, capacity)
         self.stop = StopRules(request.criteria, self.rows)
         self.collector = Collector(request, self.rows)
-        self.law = SamplingLaw(request.processors)
+        self.law = SamplingLaw(request.processors, self.stop.ends)
         self.noise = NoiseStream(request.seeds, request.requests, self.rows.device)
         self.still = torch.zeros((), dtype=torch.float64, device=self.rows.device)
         self.forward = TreeForward(target, TARGET)
@@ -72,6 +72,7 @@ class DecodeLoop:
                 self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.vocab))
             while self.rows.live:
                 self.step()
+            self._cut_at_finish_line()
             if self.request.wants_dict or self.request.cache_is_callers:
                 self._fill_finished_rows()
         self.report.ms_prefill = self.watch.take("prefill")
@@ -188,7 +189,7 @@ class DecodeLoop:
             self.cache.truncate(i, self.rows.num_tokens[row] - 1)
             self.final[row] = columns
             self._retire(i, row)
-        self.collector.stream(self.final)
+        self.collector.stream(self.final, self.stop.finish_line())
         trace = StepTrace(self.report.num_steps, live, decision.drafted, decision.accepted, runs, kinds, 0.0, 0.0, 0.0)
         return trace, decision.reached
 
@@ -207,6 +208,15 @@ class DecodeLoop:
         self.report.add(trace, reached)
         if self.request.on_step is not None:
             self.request.on_step(trace)
+
+    def _cut_at_finish_line(self) -> None:
+        """Rows extended up to the length limit while others were still running end where the last one stopped."""
+        line = self.stop.finish_line()
+        for row, end in enumerate(self.rows.ends):
+            if line is not None and end > line:
+                self.rows.ends[row] = line
+                self.rows.num_tokens[row] -= end - line
+                self.cache.truncate(self.storage[row], self.rows.num_tokens[row] - 1)
 
     def _fill_finished_rows(self) -> None:
         """K/V of what plain decoding feeds rows that ended early: their last token, then padding.

@@ -41,17 +41,19 @@ class Collector:
         shown = tuple(score[None] for score in self.scores[row])
         return [shown[: before + j + 1] for j in range(scores.shape[0])]
 
-    def stream(self, final: dict[int, int]) -> None:
+    def stream(self, final: dict[int, int], line: int | None) -> None:
         """Feed the streamer every column that is complete, one token per row at a time.
 
         Args:
             final: columns of each finished row.
+            line: where the sequences will be cut, if already known.
         """
         if self._request.streamer is None:
             return
         rows = self._rows
         running = [rows.ends[row] for row in range(rows.batch_size) if row not in final]
         stop = min(running) if running else max(final.values())
+        stop = stop if line is None else min(stop, line)
         for column in range(self._streamed, stop):
             token = rows.ids[:, column].clone()
             for row, columns in final.items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.exchange import cached_tokens, check_adoptable
@@ -64,6 +65,10 @@ def refuse_config(config: GenerationConfig) -> None:
     def refuse(argument: str, why: str) -> None:
         raise UnsupportedArgumentError(f"{argument} cannot be combined with speculative decoding: {why}")
 
+    mode = config.get_generation_mode()
+    if (config.num_beams or 1) == 1 and mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if config.prompt_lookup_num_tokens is None:
+            refuse(f"generation mode {mode.value!r}", "only greedy decoding and sampling are verified token by token.")
     if (config.num_beams or 1) > 1:
         refuse(f"num_beams={config.num_beams}", "beams share no single text to draft for. Use num_beams=1.")
     if config.use_cache is False:
@@ -187,5 +192,6 @@ def _noise_keys(
         return [int(value) for value in seed], [0] * rows
     if seed is None:
         # As plain sampling does, take randomness from torch's global generator: torch.manual_seed works.
-        seed = int(torch.randint(2**62, (), generator=generator)) if do_sample else 0
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device)) if do_sample else 0
     return [int(seed)] * rows, list(range(rows))

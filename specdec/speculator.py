@@ -42,6 +42,9 @@ class Speculator:
         rule: acceptance rule; "auto" takes greedy at temperature 0, block for chains, naive for trees.
         tokenizer: needed only for `stop_strings`.
 
+    One Speculator decodes one call at a time. While it does, the target's attention function and few-row linear
+    layers are exchanged, so calls on one target from several threads must not overlap.
+
     Attributes:
         report: `SpecReport` of the last finished call, None before the first.
 
@@ -67,6 +70,7 @@ class Speculator:
         drafter = make_drafter(draft, self.target, k, None if tree is None else tuple(tree))
         self.drafter = None if drafter is None else FallbackGuard(drafter)
         self.report: SpecReport | None = None
+        self._busy = False
 
     def generate(
         self,
@@ -175,9 +179,21 @@ class Speculator:
         device: torch.device = embeddings.weight.device
         if device.type == "meta":  # offloaded: weights arrive with each forward
             device = input_ids.device
+        if self.rule == "greedy" and config.do_sample:
+            raise UnsupportedArgumentError(
+                "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
+            )
         request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
-        loop = DecodeLoop(request, self.target, self.drafter, self.rule)
-        out = loop.run()
+        if self._busy:
+            raise UnsupportedArgumentError(
+                "this Speculator is already decoding (a call from a callback or another thread): build another one"
+            )
+        self._busy = True
+        try:
+            loop = DecodeLoop(request, self.target, self.drafter, self.rule)
+            out = loop.run()
+        finally:
+            self._busy = False
         self.report = loop.report
         if isinstance(out, Tensor):
             return out.to(input_ids.device)

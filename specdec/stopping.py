@@ -52,18 +52,23 @@ class StopRules:
     def final_columns(self, row: int) -> int | None:
         """Columns of `ids` that plain decoding keeps of a row, or None while the row must go on."""
         stopped = self._stopped_at.get(row)
-        if self.pads_finished or self._rows.batch_size == 1 or stopped is None or stopped == self.max_columns:
-            return stopped  # at the length limit no other row can move the finish line further
+        if self.pads_finished or self._rows.batch_size == 1 or stopped is None:
+            return stopped
+        if self.max_columns is not None and self._rows.ends[row] >= self.max_columns:
+            return self.max_columns  # it cannot grow further; `finish_line` may still cut it in the end
         line = self.finish_line()
-        if line is None and self.max_columns is not None and self._stopped_at.get(row) == self.max_columns:
-            line = self.max_columns  # no text is longer: the row need not wait for the others
         return None if line is None or self._rows.ends[row] < line else line
 
     def finish_line(self) -> int | None:
-        """Columns of the final sequences once every row has met a criterion, else None."""
-        if len(self._stopped_at) < self._rows.batch_size:
+        """Columns of the final sequences, once known, where finished rows are extended instead of padded."""
+        if self.pads_finished or len(self._stopped_at) < self._rows.batch_size:
             return None
         return max(self._stopped_at.values())
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """End-of-sequence ids."""
+        return frozenset(self._eos)
 
     def remaining(self, row: int) -> int | None:
         """Tokens the row may still emit before its length limit."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "specdec_fold"
 
@@ -40,6 +40,11 @@ def folded_attention(
     """
     rows, heads, nodes, _ = query.shape
     groups = heads // key.shape[1]
+    if attention_mask is None and nodes > 1 and key.shape[2] != nodes:
+        raise ValueError(
+            f"{NAME}: {nodes} queries over {key.shape[2]} slots need a mask, because SDPA's causal flag is aligned to "
+            "the first slot; pass attention_mask, or call the model outside of a running generate"
+        )
     if attention_mask is None and nodes > 1:
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
@@ -53,12 +58,10 @@ def folded_attention(
     return out.reshape(rows, heads, nodes, -1).transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks are built by TreeForward; without a registered function transformers would drop them silently."""
-
-
 AttentionInterface.register(NAME, folded_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+# TreeForward brings its own 4-D masks. Whoever calls the model while a generate runs (a callback, a criterion) relies
+# on transformers' masks: without a registered function they would be dropped silently, padding included.
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager

@@ -64,11 +64,15 @@ class SamplingLaw:
     length when processors read only the prefix; else (the caller's own processors, per-row constraints) one call
     per prefix length with the *original* batch, so that processors that know rows by position still work.
 
+    Args:
+        ends: end-of-sequence ids; nothing below a drafted one is shown to processors.
+
     Raises:
-        UnsupportedArgumentError: a processor that keeps state between calls.
+        UnsupportedArgumentError: a processor known to keep state between calls.
     """
 
-    def __init__(self, processors: LogitsProcessorList):
+    def __init__(self, processors: LogitsProcessorList, ends: Collection[int] = ()):
+        self._ends = frozenset(ends)
         self.processors: Any  # a LogitsProcessorList; its stubs insist on LongTensor
         for processor in processors:
             if type(processor) in STATEFUL:
@@ -143,6 +147,8 @@ class SamplingLaw:
     ) -> None:
         """Mark the level's nodes whose parent is dead, or whose token the parent's finished scores exclude."""
         places = [(i, nodes[j]) for members in lengths.values() for i, j, _ in members]
+        for i, node in places:  # a text ends there, and plain decoding asks nothing beyond its end
+            dead[i][node] = dead[i][node] or (node > 0 and tokens[i][node] in self._ends)
         places = [(i, node) for i, node in places if parents[i][node] >= nodes.start]
         if not places:
             return

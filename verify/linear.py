@@ -48,8 +48,8 @@ def doubled(x: Tensor, weight: Tensor) -> Tensor:
 def best_form(features_in: int, features_out: int, rows: int, threads: int) -> Form:
     """The fastest form for this shape on this machine with `threads` torch threads, measured once per process."""
     count = max(2, min(48, _POOL_BYTES // (4 * features_in * features_out)))
-    pool = [torch.ones(features_out, features_in) for _ in range(count)]
-    x = torch.ones(rows, features_in)
+    pool = [torch.ones(features_out, features_in, dtype=torch.float32, device="cpu") for _ in range(count)]
+    x = torch.ones(rows, features_in, dtype=torch.float32, device="cpu")
     forms: list[Form] = [F.linear, rows_last]
     if rows == 1:
         forms.append(doubled)
