@@ -226,7 +226,9 @@ class DecodeLoop:
         width = max(self.rows.ends)
         if min(self.rows.ends) == width:
             return
-        pad = int(self.request.config._pad_token_tensor)
+        padding = self.request.config._pad_token_tensor
+        assert padding is not None, "rows end apart only where finished rows are padded"
+        pad = int(padding)
         text = torch.full((self.rows.batch_size, width), pad, device=self.rows.device)
         stops = [0] * self.rows.batch_size
         for row, place in self.storage.items():

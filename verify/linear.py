@@ -8,9 +8,8 @@ The forms differ in the last bits, as any two kernels do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from time import perf_counter
 from typing import TypeGuard, cast
 
@@ -25,9 +24,9 @@ _MIN_WEIGHTS = 1 << 15
 """Smaller layers are all call overhead; they are left alone."""
 _CLEAR_GAIN = 0.9
 """Another form must take at most this fraction of F.linear's time: ties go to the form everyone else uses."""
-_TRIALS = 24
-_POOL_BYTES = 48 << 20
-"""Weights are timed in turn from a pool of this size: in a model they come from memory, not from a warm cache."""
+_TRIALS = 9
+_CACHE_BYTES = 32 << 20
+"""Between two timings so many bytes of the model's other weights are read: in a pass weights come from memory."""
 
 Form = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,19 +43,41 @@ def doubled(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(weight, flat.t())[:, 0].view(*x.shape[:-1], weight.shape[0])
 
 
-@lru_cache(maxsize=1024)
-def best_form(features_in: int, features_out: int, rows: int, threads: int) -> Form:
-    """The fastest form for this shape on this machine with `threads` torch threads, measured once per process."""
-    count = max(2, min(48, _POOL_BYTES // (4 * features_in * features_out)))
-    pool = [torch.ones(features_out, features_in, dtype=torch.float32, device="cpu") for _ in range(count)]
-    x = torch.ones(rows, features_in, dtype=torch.float32, device="cpu")
+class FormTable:
+    """The fastest form per (in, out, rows, threads), measured at most once per process, on the model's own weights."""
+
+    def __init__(self) -> None:
+        self._best: dict[tuple[int, int, int, int], Form] = {}
+
+    def best(self, weight: Tensor, others: Sequence[Tensor], rows: int) -> Form:
+        """The form to use for `rows` rows.
+
+        Args:
+            weight: `[out, in]`; others: further weights of the model, read to push `weight` out of the caches.
+        """
+        key = (weight.shape[1], weight.shape[0], rows, torch.get_num_threads())
+        if key not in self._best:
+            self._best[key] = _measure(weight, others, rows)
+        return self._best[key]
+
+
+FORMS = FormTable()
+
+
+def _measure(weight: Tensor, others: Sequence[Tensor], rows: int) -> Form:
+    x = torch.ones(rows, weight.shape[1], dtype=torch.float32, device="cpu")
     forms: list[Form] = [F.linear, rows_last]
     if rows == 1:
         forms.append(doubled)
+    evict: list[Tensor] = []
+    for other in others:
+        if sum(kept.nbytes for kept in evict) < _CACHE_BYTES and other is not weight:
+            evict.append(other)
     times: list[list[float]] = [[] for _ in forms]
-    for trial in range(_TRIALS):
+    for _ in range(_TRIALS):
         for i, form in enumerate(forms):
-            weight = pool[(trial * len(forms) + i) % count]
+            for other in evict:
+                other.sum()
             start = perf_counter()
             form(x, weight)
             times[i].append(perf_counter() - start)
@@ -72,8 +93,9 @@ def few_row_linears(model: nn.Module) -> Iterator[None]:
     Subclasses (quantised layers), layers with a bias or with a wrapped forward (offloading hooks) are left alone.
     """
     layers = [layer for layer in model.modules() if _is_plain(layer)]
+    weights = [layer.weight.detach() for layer in layers]
     for layer in layers:
-        layer.__dict__["forward"] = _forward(layer)
+        layer.__dict__["forward"] = _forward(layer, weights)
     try:
         yield
     finally:
@@ -89,9 +111,8 @@ def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _MIN_WEIGHTS
 
 
-def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    weight, features_in, features_out = layer.weight, layer.in_features, layer.out_features
-    threads = torch.get_num_threads()
+def _forward(layer: nn.Linear, weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    weight, features_in = layer.weight, layer.in_features
     forms: dict[int, Form] = {}
 
     def forward(x: Tensor) -> Tensor:
@@ -100,7 +121,7 @@ def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
             return F.linear(x, weight)
         form = forms.get(rows)
         if form is None:
-            form = forms[rows] = best_form(features_in, features_out, rows, threads)
+            form = forms[rows] = FORMS.best(weight, weights, rows)
         return form(x, weight)
 
     return forward
