@@ -124,6 +124,8 @@ class SamplingLaw:
             prefix = rows.prefix(row)
             for j, node in enumerate(nodes):
                 path = _path(token_rows[i], parent_rows[i], node)
+                if not self._ends.isdisjoint(path):  # plain decoding asks nothing beyond the end of a text
+                    dead[i][node] = True
                 full = torch.cat([prefix, prefix.new_tensor(path)]) if path else prefix
                 levels.setdefault(len(path), {}).setdefault(len(full), []).append((i, j, full))
         for _, lengths in sorted(levels.items()):
@@ -147,8 +149,6 @@ class SamplingLaw:
     ) -> None:
         """Mark the level's nodes whose parent is dead, or whose token the parent's finished scores exclude."""
         places = [(i, nodes[j]) for members in lengths.values() for i, j, _ in members]
-        for i, node in places:  # a text ends there, and plain decoding asks nothing beyond its end
-            dead[i][node] = dead[i][node] or (node > 0 and tokens[i][node] in self._ends)
         places = [(i, node) for i, node in places if parents[i][node] >= nodes.start]
         if not places:
             return
