@@ -39,7 +39,9 @@ class Speculator:
             or None (plain decoding on the same loop).
         k: length of drafted chains (model: default 4; n-gram: default 10).
         tree: instead of k, children per level of a static tree of the drafter's top tokens, e.g. `(3, 2, 1)`.
-        rule: acceptance rule; "auto" takes greedy at temperature 0, block for chains, naive for trees.
+        rule: acceptance rule; "auto" takes greedy at temperature 0, naive for deterministic drafts (n-grams, static
+            trees), block for sampled chains and budget_flow for trees that mix both. By name also rejection,
+            recursive_rejection and traversal.
         tokenizer: needed only for `stop_strings`.
 
     One Speculator decodes one call at a time. While it does, the target's attention function and few-row linear
