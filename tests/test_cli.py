@@ -248,5 +248,26 @@ except Exception as error:
     assert done.stdout.strip() == "BadParameter False"
 
 
+@pytest.mark.parametrize(
+    ("command", "environment", "expected"),
+    [
+        ("generate", {}, "10000"),
+        ("generate", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("generate", {"OMP_WAIT_POLICY": "active"}, None),
+        ("bench", {}, None),
+    ],
+)
+def test_waiting_threads_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch, command: str, environment: dict[str, str], expected: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that whatever the command sets is undone afterwards
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert invoke(command, "--nonsense").exit_code == 2
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
 def test_version() -> None:
     assert invoke("--version").stdout.strip() == f"specdec {specdec.__version__}"
