@@ -20,9 +20,10 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT). Usage errors exit with 2, everything else with 1."""
 
 SPIN_COUNT = "10000"
-"""Turns a waiting OpenMP thread spins before it sleeps. With libgomp's 300000 a thread that waits keeps the one it waits
-for from running when anything else runs on the machine. Measured on two cores: two busy neighbours bring the default to
-under 3 tokens per second and this to about 20; on the idle machine this costs about a tenth (131 against 150)."""
+"""Turns a waiting OpenMP thread spins before it sleeps. With libgomp's 300000 a thread that waits keeps the one it
+waits for from running when anything else runs on the machine. Measured on two cores: two busy neighbours bring the
+default to under 3 tokens per second and this to about 20; on the idle machine this costs about a tenth (131 against
+150)."""
 
 
 class _Commands(TyperGroup):
