@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ RESIDUAL_EPS = 1e-12
 
 class UnsupportedTreeError(SpecdecError, ValueError):
     """The rule does not take this kind of tree; the message says which rule does."""
+
+
+class Expected(NamedTuple):
+    """A quantity per row: its mean and variance, float64 `[rows]`."""
+
+    mean: Tensor
+    variance: Tensor
 
 
 class AcceptanceRule(ABC):
@@ -46,6 +54,34 @@ class AcceptanceRule(ABC):
         Raises:
             UnsupportedTreeError: see `check`.
         """
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor | None:
+        """Probability, over the rule's own coins, that the accepted path ends at each node of this very tree.
+
+        Returns:
+            float64 `[rows, nodes]`, each row sums to 1; None where coins and draft share their noise.
+        """
+        return None
+
+    def expected_accepted(self, tree: DraftTree, p: Tensor) -> Expected | None:
+        """Accepted draft tokens of this very tree: mean and variance over the rule's own coins (see `end_law`)."""
+        law = self.end_law(tree, p)
+        if law is None:
+            return None
+        depths = tree.depths.double()
+        mean = (law * depths).sum(1)
+        return Expected(mean, ((law * depths * depths).sum(1) - mean * mean).clamp(min=0))
+
+    def excess(self, tree: DraftTree, p: Tensor, verdict: Verdict) -> Expected | None:
+        """Accepted tokens of this verdict minus what theory expects, and the variance of that difference.
+
+        Its mean is zero when the rule, its coins and `tree.q` are what they are said to be. Rules that can do so
+        cheaply average over the draft as well, which makes a false q show.
+        """
+        expected = self.expected_accepted(tree, p)
+        if expected is None:
+            return None
+        return Expected(verdict.num_accepted.double() - expected.mean, expected.variance)
 
 
 def sample_from(weights: Tensor, u: Tensor) -> Tensor:

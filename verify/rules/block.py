@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specdec.verify.noise import Noise
-from specdec.verify.rules.base import AcceptanceRule, residual_or, row_at, sample_from, verdict_at
+from specdec.verify.rules.base import AcceptanceRule, Expected, residual_or, row_at, sample_from, verdict_at
 from specdec.verify.rules.chain import ChainView, check_chain, draft_law, view_chain
 from specdec.verify.tree import DraftTree, Verdict
 
@@ -34,18 +34,28 @@ class Block(AcceptanceRule):
         rows, k = chain.p_x.shape
         weight = block_weights(chain)
         index = torch.arange(1, k + 1, device=p.device)
-        h = weight[:, 1:].clone()
-        if k > 1:
-            surplus = _surplus(tree, p, chain, weight)
-            inner = surplus / (surplus + 1 - weight[:, 1:k]).clamp(min=torch.finfo(torch.float64).tiny)
-            h[:, : k - 1] = torch.where(index[:-1] < chain.length[:, None], inner, h[:, : k - 1])
-        kept = (noise.accept[:, 1:] < h) & chain.real
+        kept = (noise.accept[:, 1:] < _chances(tree, p, chain, weight)) & chain.real
         node = torch.where(kept, index, 0).amax(1) if k else torch.zeros(rows, dtype=torch.int64, device=p.device)
         law = row_at(p, node)
         scale = weight.gather(1, node[:, None]).to(law.dtype)
         ended = (node >= chain.length)[:, None]
         residual = (torch.where(ended, 1.0, scale) * law - draft_law(tree, node, law)).clamp(min=0)
         return verdict_at(tree, node, sample_from(residual_or(residual, law), noise.residual))
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
+        self.check(tree)
+        chain = view_chain(tree, p)
+        one = torch.ones_like(chain.length, dtype=torch.float64)[:, None]
+        chance = torch.where(chain.real, _chances(tree, p, chain, block_weights(chain)), 0.0)
+        later_refused = torch.cat([(1.0 - chance).flip(1).cumprod(1).flip(1), one], dim=1)[:, 1:]
+        return torch.cat([one * (1.0 - chance).prod(1, keepdim=True), chance * later_refused], dim=1)
+
+    def excess(self, tree: DraftTree, p: Tensor, verdict: Verdict) -> Expected:
+        """tau - sum_i P_i, zero on average over drafts and coins. Its variance is taken to be its own square."""
+        chain = view_chain(tree, p)
+        kept = torch.where(chain.real, block_weights(chain)[:, 1:], 0.0).sum(1)
+        difference = verdict.num_accepted.double() - kept
+        return Expected(difference, difference * difference)
 
 
 def block_weights(chain: ChainView) -> Tensor:
@@ -55,6 +65,18 @@ def block_weights(chain: ChainView) -> Tensor:
     for i in range(ratio.shape[1]):
         weights.append((weights[-1] * ratio[:, i]).clamp(max=1.0))
     return torch.stack(weights, dim=1)
+
+
+def _chances(tree: DraftTree, p: Tensor, chain: ChainView, weight: Tensor) -> Tensor:
+    """h_1 .. h_k as float64 `[rows, k]`; meaningless beyond a row's length."""
+    k = chain.p_x.shape[1]
+    h = weight[:, 1:].clone()
+    if k > 1:
+        surplus = _surplus(tree, p, chain, weight)
+        inner = surplus / (surplus + 1 - weight[:, 1:k]).clamp(min=torch.finfo(torch.float64).tiny)
+        index = torch.arange(1, k, device=p.device)
+        h[:, : k - 1] = torch.where(index < chain.length[:, None], inner, h[:, : k - 1])
+    return h
 
 
 def _surplus(tree: DraftTree, p: Tensor, chain: ChainView, weight: Tensor) -> Tensor:

@@ -87,6 +87,21 @@ def first_kept(plan: Plan, kept: Tensor) -> Tensor:
     return torch.where(place.gather(1, best[:, None])[:, 0] < nodes, best, 0)
 
 
+def first_kept_law(plan: Plan, chance: Tensor) -> Tensor:
+    """The law of `first_kept` when node i is kept with probability `chance[:, i]`, float64 `[rows, nodes]`.
+
+    Args:
+        chance: float64 `[rows, nodes]`, 0 for padding.
+    """
+    order = plan.post.argsort(1)
+    own = chance.clamp(max=1.0).gather(1, order)
+    refused = (1.0 - own).cumprod(1)
+    before = torch.cat([torch.ones_like(refused[:, :1]), refused[:, :-1]], dim=1)
+    law = torch.zeros_like(chance).scatter_(1, order, own * before)
+    law[:, 0] += refused[:, -1]
+    return law
+
+
 class Level(NamedTuple):
     """One level's inner nodes and their rows: gathered once, then narrowed as siblings are tried.
 

@@ -17,7 +17,9 @@ from specdec.verify.rules.base import (
 from specdec.verify.rules.bottom_up import (
     TINY,
     Level,
+    Plan,
     first_kept,
+    first_kept_law,
     level_rows,
     plan_tree,
     q_at,
@@ -55,18 +57,8 @@ class BudgetFlow(AcceptanceRule):
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         self.check(tree)
-        rows, nodes = tree.tokens.shape
         plan = plan_tree(tree, sampled_last=True)
-        # One spare column takes what is written for padding.
-        budget = torch.ones(rows, nodes + 1, dtype=torch.float64, device=p.device)
-        keep = torch.ones_like(budget)
-        draws = torch.zeros(rows, nodes + 1, dtype=torch.bool, device=p.device)
-        for at in plan.levels:
-            _weigh(tree, level_rows(tree, p, plan, at), budget, keep, draws)
-        inner = torch.zeros(rows, nodes, dtype=torch.bool, device=p.device)
-        if plan.levels:
-            inner = plan.children[:, :, 0] >= 0
-        chance = torch.where(inner, keep[:, :nodes], budget[:, :nodes])
+        budget, chance, draws = _budgets(tree, p, plan)
         node = first_kept(plan, (noise.accept < chance) & tree.valid)
         law = row_at(p, node)
         residual = budget.gather(1, node[:, None]).to(law.dtype) * law
@@ -75,6 +67,27 @@ class BudgetFlow(AcceptanceRule):
             residual = torch.where(draws.gather(1, node[:, None]), taken, residual)
         residual = without_children(tree, plan, node, residual)
         return verdict_at(tree, node, sample_from(residual_or(residual, law), noise.residual))
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
+        self.check(tree)
+        plan = plan_tree(tree, sampled_last=True)
+        _, chance, _ = _budgets(tree, p, plan)
+        return first_kept_law(plan, torch.where(tree.valid, chance, 0.0))
+
+
+def _budgets(tree: DraftTree, p: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Each node's budget (`[rows, nodes + 1]`: one spare column takes what is written for padding), its chance of
+    being kept once everything below it failed (`[rows, nodes]`), and whether it has a sampled child."""
+    rows, nodes = tree.tokens.shape
+    budget = torch.ones(rows, nodes + 1, dtype=torch.float64, device=p.device)
+    keep = torch.ones_like(budget)
+    draws = torch.zeros(rows, nodes + 1, dtype=torch.bool, device=p.device)
+    for at in plan.levels:
+        _weigh(tree, level_rows(tree, p, plan, at), budget, keep, draws)
+    inner = torch.zeros(rows, nodes, dtype=torch.bool, device=p.device)
+    if plan.levels:
+        inner = plan.children[:, :, 0] >= 0
+    return budget, torch.where(inner, keep[:, :nodes], budget[:, :nodes]), draws
 
 
 def _weigh(tree: DraftTree, level: Level, budget: Tensor, keep: Tensor, draws: Tensor) -> None:

@@ -23,15 +23,23 @@ class Greedy(AcceptanceRule):
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         choice = p.argmax(-1)
-        if tree.is_chain:
-            matches = (tree.tokens[:, 1:] == choice[:, :-1]) & tree.valid[:, 1:]
-            node = matches.long().cumprod(1).sum(1)
-            return verdict_at(tree, node, choice.gather(1, node[:, None])[:, 0])
-        wanted = choice.gather(1, tree.parents.clamp(min=0))
-        matches = (tree.tokens == wanted) & tree.valid
-        matches[:, 0] = True
-        node = deepest_reached(tree, matches)
+        node = _followed(tree, choice)
         return verdict_at(tree, node, choice.gather(1, node[:, None])[:, 0])
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
+        law = torch.zeros(tree.tokens.shape, dtype=torch.float64, device=p.device)
+        return law.scatter_(1, _followed(tree, p.argmax(-1))[:, None], 1.0)
+
+
+def _followed(tree: DraftTree, choice: Tensor) -> Tensor:
+    """The last node on the line of argmax tokens, int64 `[rows]`."""
+    if tree.is_chain:
+        matches = (tree.tokens[:, 1:] == choice[:, :-1]) & tree.valid[:, 1:]
+        return matches.long().cumprod(1).sum(1)
+    wanted = choice.gather(1, tree.parents.clamp(min=0))
+    matches = (tree.tokens == wanted) & tree.valid
+    matches[:, 0] = True
+    return deepest_reached(tree, matches)
 
 
 def deepest_reached(tree: DraftTree, kept: Tensor) -> Tensor:

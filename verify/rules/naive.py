@@ -27,25 +27,46 @@ class Naive(AcceptanceRule):
         """Every tree will do."""
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
-        rows, nodes = tree.tokens.shape
-        parents = tree.parents.clamp(min=0)
-        row = torch.arange(rows, device=p.device)[:, None]
-        mass = p[row, parents, tree.tokens].to(torch.float64)
-        is_child = tree.valid.clone()
-        is_child[:, 0] = False
-        index = torch.arange(nodes, device=p.device)
-        earlier = (tree.parents[:, :, None] == tree.parents[:, None, :]) & (index[:, None] > index)
-        earlier = earlier & is_child[:, None, :]
-        repeated = (earlier & (tree.tokens[:, :, None] == tree.tokens[:, None, :])).any(-1)
-        mass = torch.where(is_child & ~repeated, mass, 0.0)  # an equal sibling adds no mass of its own
+        mass, earlier, is_child = _masses(tree, p)
         low = (earlier * mass[:, None, :]).sum(-1)
-        u = noise.accept.gather(1, parents)
+        u = noise.accept.gather(1, tree.parents.clamp(min=0))
         kept = (low <= u) & (u < low + mass)
         kept[:, 0] = True
         node = deepest_reached(tree, kept)
         law = row_at(p, node)
         rest = _without(law, tree.tokens, is_child & (tree.parents == node[:, None]))
         return verdict_at(tree, node, sample_from(residual_or(rest, law), noise.residual))
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
+        mass, _, _ = _masses(tree, p)
+        below = torch.zeros_like(mass).scatter_add_(1, tree.parents.clamp(min=0), mass)
+        return reach(tree, mass) * (1.0 - below).clamp(min=0)
+
+
+def reach(tree: DraftTree, step: Tensor) -> Tensor:
+    """Probability of walking from the root to each node, `[rows, nodes]`.
+
+    Args:
+        step: `[rows, nodes]`, probability of going to the node once its parent is reached (the root's is ignored).
+    """
+    step = step.clone()
+    step[:, 0] = 1.0
+    return torch.where(tree.ancestor_mask, step[:, None, :], 1.0).prod(-1)
+
+
+def _masses(tree: DraftTree, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each child's own probability (float64 `[rows, nodes]`), which nodes are its earlier siblings (bool
+    `[rows, nodes, nodes]`), and which nodes are children at all (bool `[rows, nodes]`)."""
+    rows, nodes = tree.tokens.shape
+    row = torch.arange(rows, device=p.device)[:, None]
+    mass = p[row, tree.parents.clamp(min=0), tree.tokens].to(torch.float64)
+    is_child = tree.valid.clone()
+    is_child[:, 0] = False
+    index = torch.arange(nodes, device=p.device)
+    earlier = (tree.parents[:, :, None] == tree.parents[:, None, :]) & (index[:, None] > index)
+    earlier = earlier & is_child[:, None, :]
+    repeated = (earlier & (tree.tokens[:, :, None] == tree.tokens[:, None, :])).any(-1)
+    return torch.where(is_child & ~repeated, mass, 0.0), earlier, is_child  # an equal sibling adds no mass of its own
 
 
 def _without(law: Tensor, tokens: Tensor, removed: Tensor) -> Tensor:

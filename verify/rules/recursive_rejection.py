@@ -8,6 +8,7 @@ from torch import Tensor
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import RESIDUAL_EPS, AcceptanceRule, row_at, sample_from, verdict_at
 from specdec.verify.rules.bottom_up import TINY, plan_tree, q_at
+from specdec.verify.rules.naive import reach
 from specdec.verify.tree import DraftTree, Verdict
 
 
@@ -50,16 +51,46 @@ class RecursiveRejection(AcceptanceRule):
                 hit = noise.accept[index, at] * q_x[:, 0].double() < r_x[:, 0].double()
                 accepted = trying & hit & (q_x[:, 0] > 0)
                 turned_down = (trying & ~accepted)[:, None]
-                less = torch.where(sampled, r - q, r).clamp(min=0).scatter_(1, token, 0.0)
-                mass = less.sum(-1, keepdim=True)
-                # No mass left means r = q: the rejection was rounding, and r itself is the law to go on with.
-                r = torch.where(turned_down & (mass > RESIDUAL_EPS), less / mass.clamp(min=RESIDUAL_EPS), r)
-                if not tree.replacement:
-                    rest = q.scatter(1, token, 0.0)
-                    rest = rest / rest.sum(-1, keepdim=True).clamp(min=TINY if p.dtype == torch.float64 else 1e-37)
-                    q = torch.where(turned_down & sampled, rest, q)
+                r, q = _after_rejection(r, q, token, sampled, turned_down, tree.replacement)
                 nxt = torch.where(accepted, child, nxt)
             moving = nxt != node
             node = nxt
             r = torch.where(moving[:, None], row_at(p, node), r)
         return verdict_at(tree, node, sample_from(r, noise.residual))
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
+        """Tries the children of all nodes side by side: as many vocabulary rows as the tree has nodes."""
+        rows, nodes = tree.tokens.shape
+        children = plan_tree(tree).children
+        r, q = p, torch.zeros_like(p)
+        if tree.q is not None and tree.q_row is not None:
+            row = torch.arange(rows, device=p.device)[:, None]
+            q = tree.q[row, tree.q_row.clamp(min=0)].to(p.dtype)
+        step = torch.zeros(rows, nodes + 1, dtype=torch.float64, device=p.device)  # the spare column: no such child
+        refused = torch.ones(rows, nodes, dtype=torch.float64, device=p.device)
+        for rank in range(children.shape[2]):
+            child = children[:, :, rank]
+            there, at = child >= 0, child.clamp(min=0)
+            token, sampled = tree.tokens.gather(1, at)[:, :, None], tree.sampled.gather(1, at)[:, :, None]
+            q_x = torch.where(sampled, q.gather(2, token), 1.0)[:, :, 0].double()
+            chance = (r.gather(2, token)[:, :, 0].double() / q_x.clamp(min=TINY)).clamp(max=1.0)
+            chance = torch.where(there & (q_x > 0), chance, 0.0)
+            step.scatter_(1, torch.where(there, child, nodes), refused * chance)
+            refused = refused * (1.0 - chance)
+            r, q = _after_rejection(r, q, token, sampled, there[:, :, None], tree.replacement)
+        return reach(tree, step[:, :nodes]) * refused * tree.valid
+
+
+def _after_rejection(
+    r: Tensor, q: Tensor, token: Tensor, sampled: Tensor, turned_down: Tensor, replacement: bool
+) -> tuple[Tensor, Tensor]:
+    """The residual r and the draft law q (`[..., vocab]`) after `token` (`[..., 1]`) where it was turned down."""
+    less = torch.where(sampled, r - q, r).clamp(min=0).scatter_(-1, token, 0.0)
+    mass = less.sum(-1, keepdim=True)
+    # No mass left means r = q: the rejection was rounding, and r itself is the law to go on with.
+    r = torch.where(turned_down & (mass > RESIDUAL_EPS), less / mass.clamp(min=RESIDUAL_EPS), r)
+    if not replacement:
+        rest = q.scatter(-1, token, 0.0)
+        rest = rest / rest.sum(-1, keepdim=True).clamp(min=TINY if r.dtype == torch.float64 else 1e-37)
+        q = torch.where(turned_down & sampled, rest, q)
+    return r, q

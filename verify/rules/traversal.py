@@ -10,7 +10,9 @@ from specdec.verify.rules.base import RESIDUAL_EPS, AcceptanceRule, residual_or,
 from specdec.verify.rules.bottom_up import (
     TINY,
     Level,
+    Plan,
     first_kept,
+    first_kept_law,
     level_rows,
     plan_tree,
     q_at,
@@ -41,14 +43,9 @@ class Traversal(AcceptanceRule):
         """Every tree will do."""
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
-        rows, nodes = tree.tokens.shape
         plan = plan_tree(tree)
-        # One spare column takes what is written for padding. Columns: the weight, and the scalars A and B of P.
-        weight = torch.ones(rows, nodes + 1, dtype=torch.float64, device=p.device)
-        scale_p, scale_q = torch.ones_like(weight), torch.zeros_like(weight)
-        for at in plan.levels:
-            _weigh(tree, level_rows(tree, p, plan, at), weight, scale_p, scale_q)
-        kept = (noise.accept < weight[:, :nodes]) & tree.valid
+        weight, scale_p, scale_q = _weights(tree, p, plan)
+        kept = (noise.accept < weight[:, : tree.tokens.shape[1]]) & tree.valid
         node = first_kept(plan, kept)
         law = row_at(p, node)
         residual = scale_p.gather(1, node[:, None]).to(law.dtype) * law
@@ -57,6 +54,22 @@ class Traversal(AcceptanceRule):
             residual = (residual - drawn).clamp(min=0)
         residual = without_children(tree, plan, node, residual)
         return verdict_at(tree, node, sample_from(residual_or(residual, law), noise.residual))
+
+    def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
+        plan = plan_tree(tree)
+        weight = _weights(tree, p, plan)[0][:, : tree.tokens.shape[1]]
+        return first_kept_law(plan, torch.where(tree.valid, weight, 0.0))
+
+
+def _weights(tree: DraftTree, p: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Each node's weight once everything below it failed, and the scalars A and B of its P; float64
+    `[rows, nodes + 1]`, where one spare column takes what is written for padding."""
+    rows, nodes = tree.tokens.shape
+    weight = torch.ones(rows, nodes + 1, dtype=torch.float64, device=p.device)
+    scale_p, scale_q = torch.ones_like(weight), torch.zeros_like(weight)
+    for at in plan.levels:
+        _weigh(tree, level_rows(tree, p, plan, at), weight, scale_p, scale_q)
+    return weight, scale_p, scale_q
 
 
 def _weigh(tree: DraftTree, level: Level, weight: Tensor, scale_p: Tensor, scale_q: Tensor) -> None:
