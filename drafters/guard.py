@@ -13,7 +13,8 @@ from torch import Tensor
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import InvalidTreeError
-from specdec.verify.tree import DraftTree, Topology, Verdict
+from specdec.verify.topology import Topology
+from specdec.verify.tree import DraftTree, Verdict
 
 T = TypeVar("T")
 

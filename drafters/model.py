@@ -16,7 +16,8 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.forward import PREFILL_CHUNK, TreeForward, prepared
 from specdec.verify.rules.base import sample_from
-from specdec.verify.tree import DraftTree, Topology
+from specdec.verify.topology import Topology
+from specdec.verify.tree import DraftTree
 
 DEFAULT_K = 4
 """Chain length when neither `k` nor `tree` is given."""
@@ -78,21 +79,50 @@ class ModelDrafter(Drafter):
     @torch.no_grad()
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
-        rows, cache = self._session.rows, self._session.cache
         widths = self._affordable(budget)
-        topology = Topology.widths(widths)
-        chain = topology.is_chain
-        # By the full shape, not this step's: how a row drafts must not depend on its companions' budgets.
-        samples = self._session.do_sample and self.max_nodes == self.max_depth
-        roots = rows.roots()
         if not widths:
-            return DraftTree.root_only(roots)
+            return DraftTree.root_only(self._session.rows.roots())
+        # By the full shape, not this step's: how a row drafts must not depend on its companions' budgets.
+        tree = self._chain(len(widths), uniforms) if self.max_nodes == self.max_depth else self._top_tree(widths)
+        return self._limited(tree, budget)
+
+    def _chain(self, length: int, uniforms: Tensor) -> DraftTree:
+        """One token per level: sampled from the drafter's law when the call samples, else its argmax."""
+        assert self._session is not None
+        cache, law = self._session.cache, self._session.law
+        topology = Topology.chain(length)
+        columns = [self._session.rows.roots()[:, None]]
+        parents = topology.parents_on(columns[0].device).expand(len(columns[0]), -1)
+        laws: list[Tensor] = []
+        peaks: list[Tensor] = []
+        logits = self._root_logits()
+        for depth in range(1, length + 1):
+            tokens = columns[0] if law.prefix_free else torch.cat(columns, dim=1)
+            scores = law(self._fit(logits), self._session.rows, tokens, parents, range(depth - 1, depth)).squeeze(1)
+            if self._session.do_sample:
+                laws.append(F.softmax(scores if self.temperature == 1 else scores / self.temperature, dim=-1))
+                columns.append(sample_from(laws[-1], uniforms[:, depth])[:, None])
+            else:
+                peak, token = scores.max(-1, keepdim=True)
+                peaks.append(peak)
+                columns.append(token)
+            if depth < length:
+                starts = [count + depth for count in cache.lengths[: cache.num_rows]]
+                logits = self._forward.causal(cache, self._known(columns[-1]), starts, None, keep=0)
+        _refuse_nan(peaks)
+        return DraftTree.build(topology, torch.cat(columns, dim=1), torch.stack(laws, dim=1) if laws else None)
+
+    def _top_tree(self, widths: tuple[int, ...]) -> DraftTree:
+        """The `widths[d]` best children of every node of level d."""
+        assert self._session is not None
+        rows, cache = self._session.rows, self._session.cache
+        topology = Topology.widths(widths)
+        roots = rows.roots()
         tokens = roots.new_zeros(len(rows.live), topology.num_nodes)
         tokens[:, 0] = roots
         parents = topology.parents_on(roots.device).expand(tokens.shape)
         depths = topology.depths_on(roots.device).expand(tokens.shape)
         impossible = torch.zeros_like(tokens, dtype=torch.bool)
-        laws: list[Tensor] = []
         peaks: list[Tensor] = []
         logits = self._root_logits()
         for depth in range(1, len(topology.levels)):
@@ -100,33 +130,19 @@ class ModelDrafter(Drafter):
             frontier = range(parent_level[0], parent_level[-1] + 1)
             scores = self._session.law(self._fit(logits), rows, tokens, parents, frontier, impossible)
             first, count = level[0], len(level)
-            if samples:
-                laws.append(F.softmax(scores[:, 0] / self.temperature, dim=-1))
-                tokens[:, first] = sample_from(laws[-1], uniforms[:, depth])
-            elif widths[depth - 1] == 1:
-                peak, tokens[:, first : first + count] = scores.max(-1)
-                peaks.append(peak)
-            else:
-                peak, best = scores.topk(widths[depth - 1], dim=-1)
-                peaks.append(peak.flatten(1))
-                tokens[:, first : first + count] = best.flatten(1)
-                # More children than the law allows tokens: the rest can never be accepted, nor their descendants.
-                ruled_out = impossible[:, parents[0, first : first + count]]
-                impossible[:, first : first + count] = (peaks[-1] == float("-inf")) | ruled_out
-            if depth + 1 == len(topology.levels):
-                break
-            new = self._known(tokens[:, first : first + count])
-            if chain:
-                starts = [length + first for length in cache.lengths[: cache.num_rows]]
-                logits = self._forward.causal(cache, new, starts, None, keep=0)
-            else:
+            peak, best = scores.topk(widths[depth - 1], dim=-1)
+            peaks.append(peak.flatten(1))
+            tokens[:, first : first + count] = best.flatten(1)
+            # More children than the law allows tokens: the rest can never be accepted, nor their descendants.
+            ruled_out = impossible[:, parents[0, first : first + count]]
+            impossible[:, first : first + count] = (peaks[-1] == float("-inf")) | ruled_out
+            if depth + 1 < len(topology.levels):
                 mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
                 ancestors = mask.expand(len(rows.live), -1, -1)
+                new = self._known(tokens[:, first : first + count])
                 logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
-        if peaks and bool(torch.cat(peaks, dim=1).isnan().any()):  # sampled laws are checked with the tree
-            raise FloatingPointError("NaN in the draft model's logits")
-        tree = DraftTree.build(topology, tokens, torch.stack(laws, dim=1) if laws else None)
-        return self._limited(tree, budget)
+        _refuse_nan(peaks)
+        return DraftTree.build(topology, tokens)
 
     def _affordable(self, budget: Budget) -> tuple[int, ...]:
         """The leading levels of the shape that fit the budget. Depends on no drafted token."""
@@ -176,3 +192,9 @@ class ModelDrafter(Drafter):
         if missing <= 0:
             return logits[..., : self._session.vocab]
         return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
+
+
+def _refuse_nan(peaks: list[Tensor]) -> None:
+    """The best scores of every level carry any NaN of their rows. Sampled laws are checked with the tree."""
+    if peaks and bool(torch.cat(peaks, dim=1).isnan().any()):
+        raise FloatingPointError("NaN in the draft model's logits")

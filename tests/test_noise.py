@@ -34,7 +34,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
 
 def scalar_uniform(seed: int, request: int, step: int, role: int, index: int) -> float:
     words = philox((index, step, request, role), (seed & MASK, (seed >> 32) & MASK))
-    return ((words[0] >> 5) * 2**26 + (words[1] >> 6)) * 2.0**-53
+    return ((words[0] >> 6) * 2**26 + (words[1] >> 6)) * 2.0**-52
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_published_answers(counter: tuple[int, ...], key: tuple[int, ...], words
     seed = key[0] | key[1] << 32
     signed = seed - 2**64 if seed >= 2**63 else seed
     drawn = uniform(torch.tensor(signed), request, step, role, torch.tensor([index]))
-    assert drawn.tolist() == [((words[0] >> 5) * 2**26 + (words[1] >> 6)) * 2.0**-53]
+    assert drawn.tolist() == [((words[0] >> 6) * 2**26 + (words[1] >> 6)) * 2.0**-52]
 
 
 def test_equals_the_scalar_reference_on_random_keys() -> None:

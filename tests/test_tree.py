@@ -16,7 +16,7 @@ from specdec.kv import InvalidTreeError, SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, TreeForward
 from specdec.verify.attention import attention_of
-from specdec.verify.tree import Topology
+from specdec.verify.topology import Topology
 
 PARENTS = st.integers(0, 9).flatmap(
     lambda nodes: st.tuples(*(st.integers(0, i) for i in range(nodes))).map(lambda rest: (-1, *rest))

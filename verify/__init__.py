@@ -8,7 +8,8 @@ from specdec.verify.law import SamplingLaw
 from specdec.verify.noise import Noise, NoiseStream, uniform
 from specdec.verify.rows import Rows
 from specdec.verify.rules import RULES, AcceptanceRule, make_rule
-from specdec.verify.tree import DraftTree, Topology, Verdict
+from specdec.verify.topology import Topology
+from specdec.verify.tree import DraftTree, Verdict
 
 __all__ = [
     "RULES",

@@ -33,10 +33,13 @@ class Noise(NamedTuple):
 
     accept: float64 `[rows, nodes]`, one per tree node (index 0 = the root's own coin).
     residual: float64 `[rows]`, for the recovered or bonus token.
+    race: float64 `[rows, depths, vocab]` or None; only for rules that ask for it (`uses_race`): row `d` holds the
+        exponential noise of the position that follows a node of depth `d` (see `specdec.verify.race`).
     """
 
     accept: Tensor
     residual: Tensor
+    race: Tensor | None = None
 
 
 def _mul(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +49,9 @@ def _mul(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def uniform(seed: Tensor | int, request: Tensor | int, step: Tensor | int, role: int, index: Tensor) -> Tensor:
-    """Uniforms in [0, 1) with 53 random bits, float64, shape of the broadcast arguments.
+    """Uniforms in [0, 1) with 52 random bits, float64, shape of the broadcast arguments.
+
+    52, not 53: the largest is then 1 - 2^-52, and `u * total` is below `total` after rounding, whatever the total is.
 
     Args:
         seed: 64-bit key, int or int64 tensor.
@@ -54,6 +59,22 @@ def uniform(seed: Tensor | int, request: Tensor | int, step: Tensor | int, role:
 
     Example: `uniform(7, 0, 0, Role.ACCEPT, torch.arange(5))` is the same five numbers on every machine.
     """
+    words = _philox(seed, request, step, role, index)
+    return _unit(words[0], words[1])
+
+
+def uniform_pairs(
+    seed: Tensor | int, request: Tensor | int, step: Tensor | int, role: int, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two independent `uniform`s per key from one evaluation; the first is `uniform` of the same key."""
+    words = _philox(seed, request, step, role, index)
+    return _unit(words[0], words[1]), _unit(words[2], words[3])
+
+
+def _philox(
+    seed: Tensor | int, request: Tensor | int, step: Tensor | int, role: int, index: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit output words of Philox-4x32-10, int64, shape of the broadcast arguments."""
     device = index.device
     key = torch.as_tensor(seed, dtype=torch.int64, device=device)
     k0, k1 = key & _MASK, (key >> 32) & _MASK
@@ -64,7 +85,12 @@ def uniform(seed: Tensor | int, request: Tensor | int, step: Tensor | int, role:
         h1, l1 = _mul(c2, _M1)
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return ((c0 >> 5) * (1 << 26) + (c1 >> 6)).to(torch.float64) * (2.0**-53)
+    return c0, c1, c2, c3
+
+
+def _unit(high: Tensor, low: Tensor) -> Tensor:
+    """52 bits of two words as float64 in [0, 1)."""
+    return ((high >> 6) * (1 << 26) + (low >> 6)).to(torch.float64) * (2.0**-52)
 
 
 class NoiseStream:
@@ -80,8 +106,9 @@ class NoiseStream:
     """Rows times steps of a table; large batches tabulate fewer steps, down to one."""
 
     def __init__(self, seeds: Sequence[int], requests: Sequence[int], device: torch.device):
-        self._seeds = torch.tensor([_signed(seed) for seed in seeds], device=device)[:, None, None]
+        self._seeds = torch.tensor([signed(seed) for seed in seeds], device=device)[:, None, None]
         self._requests = torch.tensor(list(requests), device=device)[:, None, None]
+        self._all = list(range(len(seeds)))
         self._device = device
         self._block = max(1, min(self.BLOCK, self.BLOCK_ENTRIES // max(1, len(seeds))))
         self._table: dict[Role, tuple[int, Tensor]] = {}
@@ -105,10 +132,13 @@ class NoiseStream:
             index = torch.arange(width, device=self._device)[None, None, :]
             cached = (block, uniform(self._seeds, self._requests, steps, role, index))
             self._table[role] = cached
-        return cached[1][list(rows), offset, :count]
+        table = cached[1]
+        if len(rows) == table.shape[0] and list(rows) == self._all:  # the usual case: nobody has finished, one view
+            return table[:, offset, :count]
+        return table[list(rows), offset, :count]
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """A Python int as the int64 with the same low 64 bits."""
     seed &= (1 << 64) - 1
     return seed - (1 << 64) if seed >= 1 << 63 else seed

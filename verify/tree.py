@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec.kv.errors import InvalidTreeError
+from specdec.verify.topology import Topology, all_but_root, constant, indices
 
 Q_SUM_TOLERANCE = 1e-3
 """How far a q row's float32 sum may be from 1 before the tree is refused (float32 softmax over 256k: ~1e-4)."""
@@ -26,86 +27,6 @@ class Verdict(NamedTuple):
     path: Tensor
     num_accepted: Tensor
     next_token: Tensor
-
-
-@lru_cache(maxsize=1024)
-def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be used outside inference mode later
-        return torch.tensor(values, device=device)
-
-
-@dataclass(frozen=True)
-class Topology:
-    """The shape of one tree, shared by all rows and steps that use it: node 0 is the root, parents come first.
-
-    Example: `parents=(-1, 0, 0, 1)` is a root with two children, the first of which has one child.
-    """
-
-    parents: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        bad = [i for i, p in enumerate(self.parents) if not (p == -1 if i == 0 else 0 <= p < i)]
-        if not self.parents or bad:
-            raise InvalidTreeError(
-                f"expected parents[0] == -1 and 0 <= parents[i] < i, got parents={self.parents} (wrong at {bad})"
-            )
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def chain(length: int) -> Topology:
-        """Root followed by `length` tokens, each the child of the one before."""
-        return Topology(tuple(range(-1, length)))
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def widths(widths: tuple[int, ...]) -> Topology:
-        """A static tree in level order: every node of level d has `widths[d]` children."""
-        parents, level = [-1], [0]
-        for width in widths:
-            first = len(parents)
-            parents += [node for node in level for _ in range(width)]
-            level = list(range(first, len(parents)))
-        return Topology(tuple(parents))
-
-    @cached_property
-    def num_nodes(self) -> int:
-        return len(self.parents)
-
-    @cached_property
-    def depths(self) -> tuple[int, ...]:
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return tuple(depths)
-
-    @cached_property
-    def levels(self) -> tuple[tuple[int, ...], ...]:
-        """Node indices by depth."""
-        return tuple(
-            tuple(i for i, depth in enumerate(self.depths) if depth == level) for level in range(max(self.depths) + 1)
-        )
-
-    @cached_property
-    def is_chain(self) -> bool:
-        return self.parents == tuple(range(-1, self.num_nodes - 1))
-
-    def parents_on(self, device: torch.device) -> Tensor:
-        """`parents` as int64 `[nodes]`. Shared by every tree of this shape: never written to."""
-        return _constant(self.parents, device)
-
-    def depths_on(self, device: torch.device) -> Tensor:
-        """`depths` as int64 `[nodes]`. Shared by every tree of this shape: never written to."""
-        return _constant(self.depths, device)
-
-    @cached_property
-    def ancestor_mask(self) -> Tensor:
-        """Bool `[nodes, nodes]`: `[i, j]` is True when j is i itself or one of its ancestors."""
-        mask = torch.zeros(self.num_nodes, self.num_nodes, dtype=torch.bool)
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[i] = mask[parent]
-            mask[i, i] = True
-        return mask
 
 
 @dataclass(frozen=True)
@@ -148,15 +69,11 @@ class DraftTree:
         device = tokens.device
         parents = topology.parents_on(device).expand(rows, nodes)
         if sampled is None:
-            sampled = torch.zeros(rows, nodes, dtype=torch.bool, device=device)
-            if q is not None:
-                sampled[:, 1:] = True
+            sampled = all_but_root(q is not None, nodes, device).expand(rows, nodes)
         q_row = None
         if q is not None:
-            index = torch.arange(nodes, device=device)
-            q_row = torch.where(index < q.shape[1], index, -1).expand(rows, nodes)
-        num_nodes = torch.full((rows,), nodes, device=device)
-        return DraftTree(tokens, parents, num_nodes, sampled, q, q_row, topology)
+            q_row = constant(tuple(i if i < q.shape[1] else -1 for i in range(nodes)), device).expand(rows, nodes)
+        return DraftTree(tokens, parents, constant((nodes,), device).expand(rows), sampled, q, q_row, topology)
 
     @staticmethod
     def root_only(tokens: Tensor) -> DraftTree:
@@ -166,7 +83,7 @@ class DraftTree:
     @cached_property
     def valid(self) -> Tensor:
         """Bool `[rows, nodes]`: real nodes, not width padding."""
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.num_nodes[:, None]
+        return indices(self.tokens.shape[1], self.tokens.device) < self.num_nodes[:, None]
 
     @cached_property
     def ancestor_mask(self) -> Tensor:
@@ -252,10 +169,18 @@ class DraftTree:
         q_shape = tuple(self.q.shape)
         require(len(q_shape) == 3 and q_shape[0] == rows and q_shape[2] == vocab, f"q has shape {q_shape}")
         require(self.q_row.shape == (rows, nodes), f"q_row has shape {tuple(self.q_row.shape)}")
-        require((self.q_row < q_shape[1]).all(), "q_row points beyond q")
-        require((self.q >= 0).all() and ((self.q.sum(-1) - 1).abs() <= Q_SUM_TOLERANCE).all(), "a q row is not a law")
-        drawn = self.sampled & self.valid
-        row = self.q_row.gather(1, self.parents.clamp(min=0))
-        require((row >= 0)[drawn].all(), "a sampled node's parent has no q row")
-        mass = self.q[torch.arange(rows, device=row.device)[:, None], row.clamp(min=0), self.tokens]
-        require((mass > 0)[drawn].all(), "a sampled token has q = 0: q is not the law it was drawn from")
+        q_rows, parents, sampled = self.q_row.tolist(), self.parents.tolist(), self.sampled.tolist()
+        require(all(row < q_shape[1] for line in q_rows for row in line), "q_row points beyond q")
+        lawful = self.q.numel() == 0 or float(self.q.amin()) >= 0
+        sums = self.q.sum(-1).flatten().tolist()
+        require(lawful and all(abs(total - 1) <= Q_SUM_TOLERANCE for total in sums), "a q row is not a law")
+        drawn = [(b, i) for b in range(rows) for i in range(1, counts[b]) if sampled[b][i]]
+        places = [(b, q_rows[b][parents[b][i]], tokens[b][i]) for b, i in drawn]
+        require(all(row >= 0 for _, row, _ in places), "a sampled node's parent has no q row")
+        if not places:
+            return
+        mass = self.q[tuple(torch.tensor(places, device=self.q.device).unbind(1))].tolist()
+        require(all(value > 0 for value in mass), "a sampled token has q = 0: q is not the law it was drawn from")
+        siblings = [(b, parents[b][i], tokens[b][i]) for b, i in drawn]
+        repeated = not self.replacement and len(set(siblings)) < len(siblings)
+        require(not repeated, "sampled siblings repeat a token although they were drawn without replacement")

@@ -89,17 +89,15 @@ def sample_from(weights: Tensor, u: Tensor) -> Tensor:
 
     Args:
         weights: `[..., vocab]`, non-negative, at least one positive entry per row.
-        u: `[...]`, uniforms in [0, 1).
+        u: `[...]`, uniforms in [0, 1 - 2^-52] (see `noise.uniform`): below the total even after rounding.
 
     Returns:
         int64 `[...]`; an index of zero weight is never returned.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1:]
-    # u * total may round up to total. Below it, the first larger entry is one that its own weight has raised.
-    point = torch.minimum(u[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cumulative, point.contiguous(), right=True)[..., 0]
-    return index.clamp(max=weights.shape[-1] - 1)  # NaN weights give some index: whoever checks for NaN must not crash
+    # The first entry larger than the point is one that its own weight has raised.
+    index = torch.searchsorted(cumulative, u[..., None] * cumulative[..., -1:], right=True).squeeze(-1)
+    return index.clamp_(max=weights.shape[-1] - 1)  # NaN weights give some index: whoever checks for NaN must not crash
 
 
 def residual_or(weights: Tensor, p: Tensor) -> Tensor:

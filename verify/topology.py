@@ -1,0 +1,108 @@
+"""Shapes of draft trees, and the small index tensors made from them, built once and shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from specdec.kv.errors import InvalidTreeError
+
+
+@lru_cache(maxsize=1024)
+def all_but_root(value: bool, nodes: int, device: torch.device) -> Tensor:
+    """Bool `[nodes]`: False at the root, `value` elsewhere. Shared: never written to."""
+    with torch.inference_mode(False):
+        flags = torch.full((nodes,), value, device=device)
+        flags[0] = False
+        return flags
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """`values` as int64 `[len(values)]`. Shared: never written to."""
+    with torch.inference_mode(False):  # an inference tensor could not be used outside inference mode later
+        return torch.tensor(values, device=device)
+
+
+@lru_cache(maxsize=1024)
+def indices(count: int, device: torch.device) -> Tensor:
+    """`0 .. count - 1` as int64 `[count]`. Shared: never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The shape of one tree, shared by all rows and steps that use it: node 0 is the root, parents come first.
+
+    Example: `parents=(-1, 0, 0, 1)` is a root with two children, the first of which has one child.
+    """
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        bad = [i for i, p in enumerate(self.parents) if not (p == -1 if i == 0 else 0 <= p < i)]
+        if not self.parents or bad:
+            raise InvalidTreeError(
+                f"expected parents[0] == -1 and 0 <= parents[i] < i, got parents={self.parents} (wrong at {bad})"
+            )
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def chain(length: int) -> Topology:
+        """Root followed by `length` tokens, each the child of the one before."""
+        return Topology(tuple(range(-1, length)))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def widths(widths: tuple[int, ...]) -> Topology:
+        """A static tree in level order: every node of level d has `widths[d]` children."""
+        parents, level = [-1], [0]
+        for width in widths:
+            first = len(parents)
+            parents += [node for node in level for _ in range(width)]
+            level = list(range(first, len(parents)))
+        return Topology(tuple(parents))
+
+    @cached_property
+    def num_nodes(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """Node indices by depth."""
+        return tuple(
+            tuple(i for i, depth in enumerate(self.depths) if depth == level) for level in range(max(self.depths) + 1)
+        )
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, self.num_nodes - 1))
+
+    def parents_on(self, device: torch.device) -> Tensor:
+        """`parents` as int64 `[nodes]`. Shared by every tree of this shape: never written to."""
+        return constant(self.parents, device)
+
+    def depths_on(self, device: torch.device) -> Tensor:
+        """`depths` as int64 `[nodes]`. Shared by every tree of this shape: never written to."""
+        return constant(self.depths, device)
+
+    @cached_property
+    def ancestor_mask(self) -> Tensor:
+        """Bool `[nodes, nodes]`: `[i, j]` is True when j is i itself or one of its ancestors."""
+        mask = torch.zeros(self.num_nodes, self.num_nodes, dtype=torch.bool)
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[i] = mask[parent]
+            mask[i, i] = True
+        return mask
