@@ -15,6 +15,7 @@ from specdec.drafters.base import CACHE_NAME
 from specdec.kv import SharedKVCache, TargetFaultError
 from specdec.kv.exchange import adopt
 from specdec.kv.support import num_cache_layers, text_config
+from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
@@ -35,8 +36,16 @@ class DecodeLoop:
     row's output depends on the rows around it.
     """
 
-    def __init__(self, request: Request, target: PreTrainedModel, drafter: FallbackGuard | None, rule: str):
+    def __init__(
+        self,
+        request: Request,
+        target: PreTrainedModel,
+        drafter: FallbackGuard | None,
+        rule: str,
+        monitor: Monitor | None = None,
+    ):
         self.request = request
+        self.monitor = monitor
         self.target = target
         self.drafter = drafter
         self.rule_name = rule
@@ -96,11 +105,15 @@ class DecodeLoop:
             rule = make_rule(self.rule_name) if chosen else auto_rule(tree, self.sampling)
             law = F.softmax(scores, dim=-1) if self.sampling else scores
             verdict = rule(tree, law, self._accept_noise(tree.tokens.shape[1]))
+            if self.monitor is not None and self.sampling:
+                self.monitor.decided(rule, tree, law, verdict)
             decision = self._read(tree, law, verdict)
             self.cache.commit(decision.paths)
             trace, reached = self._emit(decision, scores, logits)
             if self.drafter is not None:
                 self.drafter.observe(verdict, logits)
+            if self.monitor is not None:
+                self.monitor.stepped(self)
         self._account(trace, reached)
 
     def _propose(self) -> DraftTree:

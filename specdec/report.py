@@ -35,6 +35,8 @@ class SpecReport:
     A *draft* is one row's proposal in one step. `mean_acceptance_length` includes the recovered or bonus token:
     1 + accepted / drafts. `per_position_acceptance[d]` is conditional on depth d having been reached with a
     proposal there. Token counts are before stop rules cut the last run, except `num_emitted_tokens`.
+    `acceptance_z`: accepted tokens minus what theory expects of the very drafts, in standard errors (only with
+    `Speculator(monitor=True)` and when sampling). Beyond +-5 something is wrong: run `specdec check`.
     """
 
     drafter: str = "none"
@@ -53,6 +55,7 @@ class SpecReport:
     acceptance_histogram: list[int] = field(default_factory=list)
     num_drafter_faults: int = 0
     last_drafter_fault: str | None = None
+    acceptance_z: float | None = None
     ms_prefill: float = 0.0
     ms_draft: float = 0.0
     ms_verify: float = 0.0
@@ -145,6 +148,8 @@ class SpecReport:
             ("prefill", f"{self.ms_prefill:.1f} ms for {self.num_prompt_tokens} prompt tokens"),
             ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB, both models"),
         ]
+        if self.acceptance_z is not None:
+            lines.append(("acceptance vs theory", f"{self.acceptance_z:+.2f} standard errors"))
         if self.num_drafter_faults:
             lines.append(("drafter faults", f"{self.num_drafter_faults}, last: {self.last_drafter_fault}"))
         lines += [("note", note) for note in self.notes]

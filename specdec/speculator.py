@@ -23,6 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from specdec.drafters import Drafter, FallbackGuard, ModelDrafter, NgramDrafter
 from specdec.kv import UnsupportedArgumentError, check_model
 from specdec.loop import DecodeLoop
+from specdec.monitor import AcceptanceMonitor, Monitor
 from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
 from specdec.verify.rules import make_rule
@@ -43,6 +44,8 @@ class Speculator:
             trees), block for sampled chains and budget_flow for trees that mix both. By name also rejection,
             recursive_rejection and traversal.
         tokenizer: needed only for `stop_strings`.
+        monitor: True holds the acceptance of sampling calls against theory (`report.acceptance_z`); a `Monitor` object
+            of your own watches every step of every call.
 
     One Speculator decodes one call at a time. While it does, the target's attention function and few-row linear
     layers are exchanged, so calls on one target from several threads must not overlap.
@@ -63,12 +66,16 @@ class Speculator:
         tree: Sequence[int] | None = None,
         rule: str = "auto",
         tokenizer: Any = None,
+        monitor: bool | Monitor = False,
     ):
         self.target = check_model(target, "target")
         if rule != "auto":
             make_rule(rule)
         self.rule = rule
         self.tokenizer = tokenizer
+        if not isinstance(monitor, (bool, Monitor)):
+            raise UnsupportedArgumentError(f"monitor: expected True, False or a Monitor, got {type(monitor).__name__}")
+        self.monitor = monitor
         drafter = make_drafter(draft, self.target, k, None if tree is None else tuple(tree))
         self.drafter = None if drafter is None else FallbackGuard(drafter)
         self.report: SpecReport | None = None
@@ -192,11 +199,15 @@ class Speculator:
             )
         self._busy = True
         try:
-            loop = DecodeLoop(request, self.target, self.drafter, self.rule)
+            watching = self.monitor
+            monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
+            loop = DecodeLoop(request, self.target, self.drafter, self.rule, monitor)
             out = loop.run()
         finally:
             self._busy = False
         self.report = loop.report
+        if isinstance(monitor, AcceptanceMonitor):
+            self.report.acceptance_z = monitor.z
         if isinstance(out, Tensor):
             return out.to(input_ids.device)
         return out
