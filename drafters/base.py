@@ -72,6 +72,11 @@ class Drafter(ABC):
     """Most drafted tokens it proposes per row."""
 
     @property
+    def num_uniforms(self) -> int:
+        """Uniforms per row and step that `propose` may look at."""
+        return self.max_nodes + 1
+
+    @property
     def num_cache_layers(self) -> int:
         """Layers of storage it needs in the shared cache; 0 when it keeps no K/V."""
         return 0
@@ -89,7 +94,7 @@ class Drafter(ABC):
         """A tree for each live row, rooted at its last emitted token.
 
         Args:
-            uniforms: float64 `[live, max_nodes + 1]` in [0, 1), fresh, the only randomness to use.
+            uniforms: float64 `[live, num_uniforms]` in [0, 1), fresh, the only randomness to use.
         """
 
     def observe(self, verdict: Verdict, logits: Tensor) -> None:  # noqa: B027 - optional hook, not an abstract duty

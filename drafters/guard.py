@@ -65,6 +65,10 @@ class FallbackGuard(Drafter):
         self._session: Session | None = None
 
     @property
+    def num_uniforms(self) -> int:
+        return self.inner.num_uniforms
+
+    @property
     def num_cache_layers(self) -> int:
         return self.inner.num_cache_layers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
+from specdec.drafters.children import refuse_nan
+from specdec.drafters.growth import Run, grow
+from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.forward import PREFILL_CHUNK, TreeForward, prepared
@@ -27,13 +31,18 @@ class ModelDrafter(Drafter):
     """Any HF causal LM that shares the target's tokenizer, one forward pass per tree level.
 
     A chain samples from the drafter's own law when the call samples (q is that very law), and takes the argmax in
-    greedy decoding. A static tree takes the top-k children of every node, which are deterministic nodes (no q).
+    greedy decoding. Trees get their children by `children`; in greedy decoding always the best tokens.
 
     Args:
         model: the drafter. Its vocabulary may be padded differently from the target's (152064 / 151936).
         k: chain length (default DEFAULT_K). Exclusive with `tree`.
-        tree: children per level, e.g. `(3, 2, 1)`: 3 children of the root, 2 of each of those, 1 of each of those.
+        tree: children per level, e.g. `(3, 2, 1)`: 3 children of the root, 2 of each of those, 1 of each of those;
+            a `Topology`; a list of paths such as `[[0], [0, 0], [1]]`; or a growth policy, `BestFirst(...)` or
+            `DySpec(...)`.
         temperature: extra temperature on the drafter's processed scores when sampling (1.0: the caller's own).
+        children: of nodes in sampled calls. "top": the best tokens, deterministic (rule naive). "mixed": the best
+            tokens but one, and one sampled off them (rule budget_flow). "sampled": drawn without replacement (rules
+            traversal, recursive_rejection). Default: what the shape does best.
     """
 
     name = "model"
@@ -42,27 +51,31 @@ class ModelDrafter(Drafter):
         self,
         model: PreTrainedModel,
         k: int | None = None,
-        tree: tuple[int, ...] | None = None,
+        tree: Any = None,
         temperature: float = 1.0,
+        children: str | None = None,
     ):
         self.model = check_model(model, "draft")
         if k is not None and tree is not None:
             raise UnsupportedArgumentError(f"expected k or tree, got both k={k} and tree={tree}; k=3 is tree=(1, 1, 1)")
-        if tree is None:
-            tree = (1,) * (DEFAULT_K if k is None else k)
-        if not tree or any(width < 1 for width in tree):
-            raise UnsupportedArgumentError(
-                f"expected a chain length k >= 1 or tree widths >= 1, got k={k}, tree={tree}"
-            )
+        if tree is None and k is not None and k < 1:
+            raise UnsupportedArgumentError(f"expected a chain length k >= 1, got k={k}")
         if not temperature > 0:
             raise UnsupportedArgumentError(f"expected a draft temperature > 0, got {temperature}")
-        self.widths = tuple(tree)
+        self.shape = shape_of((1,) * (DEFAULT_K if k is None else k) if tree is None else tree)
+        if children is not None and children not in self.shape.modes:
+            raise UnsupportedArgumentError(f"children: expected one of {self.shape.modes} here, got {children!r}")
+        self.children = self.shape.modes[0] if children is None else children
         self.temperature = temperature
-        self.max_depth = len(self.widths)
-        self.max_nodes = Topology.widths(self.widths).num_nodes - 1
+        self.max_depth, self.max_nodes = self.shape.max_depth, self.shape.max_nodes
+        self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
         self._forward = TreeForward(model, CACHE_NAME)
         self._vocab = int(text_config(model).vocab_size)
         self._session: Session | None = None
+
+    @property
+    def num_uniforms(self) -> int:
+        return self.shape.num_uniforms
 
     @property
     def num_cache_layers(self) -> int:
@@ -79,15 +92,21 @@ class ModelDrafter(Drafter):
     @torch.no_grad()
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
-        widths = self._affordable(budget)
-        if not widths:
-            return DraftTree.root_only(self._session.rows.roots())
-        # By the full shape, not this step's: how a row drafts must not depend on its companions' budgets.
-        tree = self._chain(len(widths), uniforms) if self.max_nodes == self.max_depth else self._top_tree(widths)
-        return self._limited(tree, budget)
+        roots = self._session.rows.roots()
+        depth, nodes = min(budget.max_depth, self.max_depth), min(budget.max_nodes, self.max_nodes)
+        if min(depth, nodes) < 1:
+            return DraftTree.root_only(roots)
+        mode = self.children if self._session.do_sample else "top"
+        if self._chains:  # by the full shape: how a row drafts must not depend on its companions' budgets
+            return _limited(self._chain(min(depth, nodes), mode, uniforms), budget)
+        start = Start(roots, tuple(min(limit, depth) for limit in budget.depths), nodes, mode, uniforms)
+        grown = grow(self.shape.grower(start), roots, self._score)
+        if grown.slots is not None:
+            self._session.cache.place(CACHE_NAME, grown.slots)
+        return grown.tree
 
-    def _chain(self, length: int, uniforms: Tensor) -> DraftTree:
-        """One token per level: sampled from the drafter's law when the call samples, else its argmax."""
+    def _chain(self, length: int, mode: str, uniforms: Tensor) -> DraftTree:
+        """One token per level: the argmax (mode "top"), else sampled from the drafter's law."""
         assert self._session is not None
         cache, law = self._session.cache, self._session.law
         topology = Topology.chain(length)
@@ -99,8 +118,8 @@ class ModelDrafter(Drafter):
         for depth in range(1, length + 1):
             tokens = columns[0] if law.prefix_free else torch.cat(columns, dim=1)
             scores = law(self._fit(logits), self._session.rows, tokens, parents, range(depth - 1, depth)).squeeze(1)
-            if self._session.do_sample:
-                laws.append(F.softmax(scores if self.temperature == 1 else scores / self.temperature, dim=-1))
+            if mode != "top":
+                laws.append(F.softmax(self._tempered(scores), dim=-1))
                 columns.append(sample_from(laws[-1], uniforms[:, depth])[:, None])
             else:
                 peak, token = scores.max(-1, keepdim=True)
@@ -109,55 +128,23 @@ class ModelDrafter(Drafter):
             if depth < length:
                 starts = [count + depth for count in cache.lengths[: cache.num_rows]]
                 logits = self._forward.causal(cache, self._known(columns[-1]), starts, None, keep=0)
-        _refuse_nan(peaks)
+        refuse_nan(peaks)
         return DraftTree.build(topology, torch.cat(columns, dim=1), torch.stack(laws, dim=1) if laws else None)
 
-    def _top_tree(self, widths: tuple[int, ...]) -> DraftTree:
-        """The `widths[d]` best children of every node of level d."""
+    def _score(self, run: Run, slots: range) -> Tensor:
+        """Run one level of a tree; its scores `[live, len(slots), vocab]`."""
         assert self._session is not None
-        rows, cache = self._session.rows, self._session.cache
-        topology = Topology.widths(widths)
-        roots = rows.roots()
-        tokens = roots.new_zeros(len(rows.live), topology.num_nodes)
-        tokens[:, 0] = roots
-        parents = topology.parents_on(roots.device).expand(tokens.shape)
-        depths = topology.depths_on(roots.device).expand(tokens.shape)
-        impossible = torch.zeros_like(tokens, dtype=torch.bool)
-        peaks: list[Tensor] = []
-        logits = self._root_logits()
-        for depth in range(1, len(topology.levels)):
-            parent_level, level = topology.levels[depth - 1], topology.levels[depth]
-            frontier = range(parent_level[0], parent_level[-1] + 1)
-            scores = self._session.law(self._fit(logits), rows, tokens, parents, frontier, impossible)
-            first, count = level[0], len(level)
-            peak, best = scores.topk(widths[depth - 1], dim=-1)
-            peaks.append(peak.flatten(1))
-            tokens[:, first : first + count] = best.flatten(1)
-            # More children than the law allows tokens: the rest can never be accepted, nor their descendants.
-            ruled_out = impossible[:, parents[0, first : first + count]]
-            impossible[:, first : first + count] = (peaks[-1] == float("-inf")) | ruled_out
-            if depth + 1 < len(topology.levels):
-                mask = topology.ancestor_mask[first : first + count, : first + count].to(roots.device)
-                ancestors = mask.expand(len(rows.live), -1, -1)
-                new = self._known(tokens[:, first : first + count])
-                logits = self._forward.nodes(cache, new, depths[:, : first + count], ancestors, first)
-        _refuse_nan(peaks)
-        return DraftTree.build(topology, tokens)
+        rows, cache, first = self._session.rows, self._session.cache, slots.start
+        if first == 0:
+            logits = self._root_logits()
+        else:
+            new = self._known(run.tokens[:, first:])
+            logits = self._forward.nodes(cache, new, run.depths, run.ancestors[:, first:], first)
+        scores = self._session.law(self._fit(logits), rows, run.tokens, run.parents, slots, run.impossible)
+        return self._tempered(scores) if self._session.do_sample else scores
 
-    def _affordable(self, budget: Budget) -> tuple[int, ...]:
-        """The leading levels of the shape that fit the budget. Depends on no drafted token."""
-        widths = self.widths[: max(0, budget.max_depth)]
-        while widths and Topology.widths(widths).num_nodes - 1 > budget.max_nodes:
-            widths = widths[:-1]
-        return widths
-
-    def _limited(self, tree: DraftTree, budget: Budget) -> DraftTree:
-        """Cut each row at its own depth; nodes are in level order, so that is a prefix of them."""
-        if all(depth >= tree.max_depth for depth in budget.depths):
-            return tree
-        assert tree.topology is not None
-        sizes = [sum(depth <= limit for depth in tree.topology.depths) for limit in budget.depths]
-        return replace(tree, num_nodes=torch.tensor(sizes, device=tree.tokens.device))
+    def _tempered(self, scores: Tensor) -> Tensor:
+        return scores if self.temperature == 1 else scores / self.temperature
 
     def _root_logits(self) -> Tensor:
         """Bring the drafter's K/V up to date and return the logits after each root, `[live, 1, vocab]`."""
@@ -194,7 +181,9 @@ class ModelDrafter(Drafter):
         return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
 
 
-def _refuse_nan(peaks: list[Tensor]) -> None:
-    """The best scores of every level carry any NaN of their rows. Sampled laws are checked with the tree."""
-    if peaks and bool(torch.cat(peaks, dim=1).isnan().any()):
-        raise FloatingPointError("NaN in the draft model's logits")
+def _limited(chain: DraftTree, budget: Budget) -> DraftTree:
+    """Cut each row's chain at its own depth."""
+    if all(depth >= chain.max_depth for depth in budget.depths):
+        return chain
+    counts = [1 + min(limit, chain.max_depth) for limit in budget.depths]
+    return replace(chain, num_nodes=torch.tensor(counts, device=chain.tokens.device))

@@ -10,26 +10,14 @@ import torch
 from transformers import Cache
 
 
-class KVCache(ABC):
-    """K/V of several models over the same sequences: one length rule, one commit, one rollback.
-
-    A *slot* is a token's position in its row's text (pads own no slot), so slot == position for every committed
-    token. Node `i` of a draft tree lives in slot `lengths[row] + i` of the speculative tail until `commit`
-    moves the kept nodes down or `rollback` forgets them.
-
-    A model may lag: `filled(name)[row] <= lengths[row]` means its K/V of the missing tokens must be written
-    before it can draft again. Slots below `lengths` are never rewritten by commit or rollback.
-    """
+class PassCache(ABC):
+    """What a forward pass needs of a cache: where its rows stand, and a place to write to."""
 
     num_rows: int
     """Rows that still take part in forward passes; retired rows lie behind them."""
 
     lengths: list[int]
     """Committed tokens per storage row. Host integers: they are needed on the host every step anyway."""
-
-    @abstractmethod
-    def filled(self, name: str) -> list[int]:
-        """Leading slots per row that hold valid K/V of model `name` (committed plus tail)."""
 
     @abstractmethod
     def view(self, name: str) -> Cache:
@@ -49,12 +37,40 @@ class KVCache(ABC):
             CacheStateError: a start that would leave a hole (`starts[b] > filled[b]`) or a wrong number of rows.
         """
 
+
+class KVCache(PassCache):
+    """K/V of several models over the same sequences: one length rule, one commit, one rollback.
+
+    A *slot* is a token's position in its row's text (pads own no slot), so slot == position for every committed
+    token. Node `i` of a draft tree lives in slot `lengths[row] + i` of the speculative tail until `commit`
+    moves the kept nodes down or `rollback` forgets them.
+
+    A model may lag: `filled(name)[row] <= lengths[row]` means its K/V of the missing tokens must be written
+    before it can draft again. Slots below `lengths` are never rewritten by commit or rollback.
+    """
+
+    @abstractmethod
+    def filled(self, name: str) -> list[int]:
+        """Leading slots per row that hold valid K/V of model `name` (committed plus tail)."""
+
+    @abstractmethod
+    def row(self, row: int) -> PassCache:
+        """One active row alone, as a cache of one row: for passes that must not depend on the rows around it."""
+
     @abstractmethod
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep tail slots `lengths[b] + paths[b][i]` in path order for every model, drop the rest of the tail.
 
         Mutates `lengths` (plus `len(paths[b])`). One in-place gather per layer, and none at all for paths that
         are already in place (`0, 1, 2, ...`).
+        """
+
+    @abstractmethod
+    def place(self, name: str, slots: Sequence[Sequence[int]]) -> None:
+        """Until the next commit or rollback, model `name` holds node `i` of row `b` in tail slot `slots[b][i]`.
+
+        For drafters that run nodes in another order than they propose them: -1, or a missing entry, says that the
+        node was not run. Moves nothing; `commit` looks there for the kept nodes.
         """
 
     @abstractmethod

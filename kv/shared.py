@@ -70,21 +70,32 @@ class SharedKVCache(KVCache):
                 if store.filled[row] < base:  # this model lags behind the tail: nothing of the tail is its own
                     continue
                 have = store.filled[row] - base
+                slots = path
+                if store.places is not None:
+                    places = store.places[row]
+                    slots = [places[node] if node < len(places) else -1 for node in path]
                 # A drafter never ran its deepest nodes: keep the leading part of the path that it has.
-                kept = next((i for i, node in enumerate(path) if node >= have), len(path))
-                moved = [i for i in range(kept) if path[i] != i]
+                kept = next((i for i, slot in enumerate(slots) if not 0 <= slot < have), len(slots))
+                moved = [i for i in range(kept) if slots[i] != i]
                 if moved:
                     rows.append(row)
-                    sources.append([base + path[i] for i in moved])
+                    sources.append([base + slots[i] for i in moved])
                     targets.append([base + i for i in moved])
                 store.filled[row] = base + kept
+            store.places = None
             if rows:
                 store.gather(rows, sources, targets)
         for row, path in enumerate(paths):
             self.lengths[row] += len(path)
 
+    def place(self, name: str, slots: Sequence[Sequence[int]]) -> None:
+        if len(slots) != self.num_rows:
+            raise CacheStateError(f"expected slots for each of {self.num_rows} active rows, got {len(slots)}")
+        self._stores[name].places = slots
+
     def rollback(self) -> None:
         for store in self._stores.values():
+            store.places = None
             for row in range(self.num_rows):
                 store.filled[row] = min(store.filled[row], self.lengths[row])
 

@@ -54,6 +54,8 @@ class ModelStore:
         self._moves: dict[int, int] = {}
         self.filled = [0] * num_rows
         self.plan: WritePlan | None = None
+        self.places: Sequence[Sequence[int]] | None = None
+        """Tail slot of each node, per active row, where they differ (see `KVCache.place`)."""
         self.view = StoreView(self)
 
     @property
@@ -126,6 +128,7 @@ class ModelStore:
     def clear(self) -> None:
         """Zero everything: masked slots still enter the softmax-weighted sum as 0 * value, and 0 * NaN is NaN."""
         self.filled = [0] * self.num_rows
+        self.places = None
         for tensor in self._tensors():
             tensor.zero_()
 

@@ -124,7 +124,7 @@ class DecodeLoop:
         left = [self.stop.remaining(row) for row in self.rows.live]
         depths = tuple(deepest if count is None else max(0, min(deepest, count - 1)) for count in left)
         budget = Budget(depths, self.drafter.max_nodes)
-        count = self.drafter.max_nodes + 1
+        count = self.drafter.num_uniforms
         if not self.sampling:
             return self.drafter.propose(budget, self.still.expand(len(left), count))
         return self.drafter.propose(budget, self.noise.draft(self.rows.live, self.report.num_steps, count))

@@ -1,0 +1,168 @@
+"""Which trees a drafter can be told to grow, and the static ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from specdec.drafters.growth import Grower, StaticGrower
+from specdec.kv.errors import InvalidTreeError, UnsupportedArgumentError
+from specdec.verify.topology import Topology
+
+Path = tuple[int, ...]
+
+
+class Start(NamedTuple):
+    """One step of growing.
+
+    roots: int64 `[rows]`. depths: per row, levels it may have; max_nodes: drafted tokens each row may have.
+    mode: one of `children.MODES`; "top" when nothing may be random.
+    uniforms: float64 `[rows, num_uniforms]`, the only randomness to use.
+    """
+
+    roots: Tensor
+    depths: tuple[int, ...]
+    max_nodes: int
+    mode: str
+    uniforms: Tensor
+
+
+class TreeShape(ABC):
+    """A policy that decides, level by level, which nodes a draft gets. What a row gets may depend on that row only.
+
+    max_depth: most levels below the root; max_nodes: most drafted tokens per row.
+    modes: which `children.MODES` it can grow when the call samples, the default first.
+    """
+
+    max_depth: int
+    max_nodes: int
+    modes: tuple[str, ...]
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniforms per row and step that a sampled draft of this shape may look at."""
+        return self.max_nodes + 1
+
+    @abstractmethod
+    def grower(self, start: Start) -> Grower:
+        """What grows one step's trees, at least one level and one node deep."""
+
+
+class Static(TreeShape):
+    """The same topology at every step: `Static(Topology.widths((3, 2, 1)))`. Nodes are renumbered level by level."""
+
+    modes = ("mixed", "top", "sampled")
+
+    def __init__(self, topology: Topology):
+        self.topology = level_order(topology)
+        self.max_depth = len(self.topology.levels) - 1
+        self.max_nodes = self.topology.num_nodes - 1
+        if self.max_nodes < 1:
+            raise UnsupportedArgumentError("tree: expected at least one node below the root, got a bare root")
+
+    def grower(self, start: Start) -> Grower:
+        topology = leading_nodes(self.topology, max(start.depths), start.max_nodes)
+        return StaticGrower(topology, start.roots, start.depths, start.mode, start.uniforms)
+
+    def __repr__(self) -> str:
+        return f"Static({self.topology})"
+
+
+def shape_of(tree: Any) -> TreeShape:
+    """The shape a user means by `tree=`.
+
+    Args:
+        tree: children per level, e.g. `(3, 2, 1)`; a `Topology`; a list of paths as Medusa's and EAGLE's
+            configurations give them, e.g. `[[0], [0, 0], [1]]` (see `from_paths`); or a `TreeShape`.
+
+    Raises:
+        UnsupportedArgumentError: anything else, saying what was expected.
+    """
+    if isinstance(tree, TreeShape):
+        return tree
+    if isinstance(tree, Topology):
+        return Static(tree)
+    if isinstance(tree, Sequence) and not isinstance(tree, str) and len(tree) > 0:
+        if all(_is_count(width) for width in tree):
+            return Static(Topology.widths(tuple(int(width) for width in tree)))
+        if all(isinstance(path, Sequence) and not isinstance(path, str) for path in tree):
+            return Static(from_paths(tree))
+    raise UnsupportedArgumentError(
+        "tree: expected tree widths >= 1 such as (3, 2, 1), a Topology, a list of paths such as [[0], [0, 0], [1]] or "
+        f"a TreeShape such as BestFirst(...), got {tree!r}"
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def from_paths(paths: Sequence[Sequence[int]]) -> Topology:
+    """The tree that holds a node for every path, in level order.
+
+    A path gives the rank of the child taken at each level, 0 being the drafter's best: `[[0], [1], [0, 0]]` is a
+    root with two children, the better one of which has one child. Skipped ranks close up: `[[0], [2]]` is
+    `[[0], [1]]`, whose second node takes a likelier token.
+
+    Raises:
+        UnsupportedArgumentError: a negative rank, an empty or repeated path, or one whose parent is not in the list.
+    """
+    known: dict[Path, int] = {(): 0}
+    parents = [-1]
+    given = [tuple(path) for path in paths]
+    for path in sorted(given, key=lambda path: (len(path), path)):
+        if not path or not all(isinstance(rank, int) and rank >= 0 for rank in path):
+            raise UnsupportedArgumentError(f"tree: expected paths of ranks >= 0, got {list(path)}")
+        if path in known:
+            raise UnsupportedArgumentError(f"tree: expected each path once, got {list(path)} twice")
+        if path[:-1] not in known:
+            raise UnsupportedArgumentError(
+                f"tree: path {list(path)} has no parent in the list: add {list(path[:-1])} or leave it out"
+            )
+        known[path] = len(parents)
+        parents.append(known[path[:-1]])
+    return Topology(tuple(parents))
+
+
+def to_paths(topology: Topology) -> list[list[int]]:
+    """The inverse of `from_paths` (for level-ordered topologies): every node but the root as a path of ranks."""
+    paths: list[list[int]] = [[]]
+    born = [0] * topology.num_nodes
+    for parent in topology.parents[1:]:
+        paths.append([*paths[parent], born[parent]])
+        born[parent] += 1
+    return paths[1:]
+
+
+@lru_cache(maxsize=256)
+def level_order(topology: Topology) -> Topology:
+    """The same tree with its nodes numbered level by level, siblings in their old order and side by side."""
+    children: list[list[int]] = [[] for _ in topology.parents]
+    for node, parent in enumerate(topology.parents[1:], 1):
+        children[parent].append(node)
+    parents, level = [-1], [(0, 0)]
+    while level:
+        following = []
+        for old, new in level:
+            for child in children[old]:
+                following.append((child, len(parents)))
+                parents.append(new)
+        level = following
+    return Topology(tuple(parents))
+
+
+@lru_cache(maxsize=1024)
+def leading_nodes(topology: Topology, max_depth: int, max_nodes: int) -> Topology:
+    """What is left of a level-ordered tree under a budget: its leading levels, and of those its leading nodes.
+
+    Raises:
+        InvalidTreeError: the tree is not in level order.
+    """
+    if list(topology.depths) != sorted(topology.depths):
+        raise InvalidTreeError(f"expected nodes in level order, got parents={topology.parents}")
+    stop = sum(depth <= max(0, max_depth) for depth in topology.depths)
+    return Topology(topology.parents[: min(stop, 1 + max(0, max_nodes))])
