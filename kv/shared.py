@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from transformers import Cache
 
-from specdec.kv.base import KVCache
+from specdec.kv.base import KVCache, PassCache
 from specdec.kv.errors import CacheStateError
 from specdec.kv.store import ModelStore, WritePlan
+
+class OneRow(PassCache):
+    """One active row of a `SharedKVCache`, valid until rows move. Passes through it touch no other row."""
+
+    def __init__(self, cache: SharedKVCache, row: int):
+        self.num_rows = 1
+        self.lengths = [cache.lengths[row]]
+        self._cache = cache
+        self._row = row
+
+    def view(self, name: str) -> Cache:
+        return self._cache.view(name)
+
+    def writing(
+        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
+    ) -> AbstractContextManager[int]:
+        return self._cache.writing(name, starts, width, valid, only=self._row)
+
 
 INITIAL_SLOTS = 256
 """Slots allocated at first; storage doubles from there."""
@@ -23,15 +41,19 @@ class SharedKVCache(KVCache):
         num_layers: per model name, how many layers its cache has, e.g. `{"target": 32, "draft": 16}`.
         num_rows: sequences in the batch.
         capacity: slots to allocate at first (grows by doubling).
+        most: slots no row is expected to outgrow, if known: doubling stops there (a row that does outgrow it is given
+            just what it needs).
 
     Example (one row, chain of two drafted tokens, the first one accepted):
         lengths [5], tail = root, a, b in slots 5, 6, 7  ->  commit([[0, 1]])  ->  lengths [7], slot 7 is free again.
     """
 
-    def __init__(self, num_layers: Mapping[str, int], num_rows: int, capacity: int = INITIAL_SLOTS):
+    def __init__(
+        self, num_layers: Mapping[str, int], num_rows: int, capacity: int = INITIAL_SLOTS, most: int | None = None
+    ):
         self.num_rows = num_rows
         self.lengths = [0] * num_rows
-        self._stores = {name: ModelStore(count, num_rows, capacity) for name, count in num_layers.items()}
+        self._stores = {name: ModelStore(count, num_rows, capacity, most) for name, count in num_layers.items()}
 
     def filled(self, name: str) -> list[int]:
         return self._stores[name].filled[: self.num_rows]
@@ -41,22 +63,31 @@ class SharedKVCache(KVCache):
 
     @contextmanager
     def writing(
-        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
+        self,
+        name: str,
+        starts: Sequence[int],
+        width: int,
+        valid: Sequence[int] | None = None,
+        only: int | None = None,
     ) -> Iterator[int]:
         store = self._stores[name]
-        if len(starts) != self.num_rows:
-            raise CacheStateError(f"expected one start for each of {self.num_rows} active rows, got {len(starts)}")
-        for row, start in enumerate(starts):
+        rows = range(self.num_rows) if only is None else range(only, only + 1)
+        if len(starts) != len(rows):
+            raise CacheStateError(f"expected one start for each of {len(rows)} active rows, got {len(starts)}")
+        for row, start in zip(rows, starts, strict=True):
             if start > store.filled[row]:
                 raise CacheStateError(
                     f"row {row} of {name!r} holds {store.filled[row]} slots; writing at slot {start} would leave a "
                     "hole: write the missing tokens first"
                 )
-        plan = WritePlan.build(starts, width)
+        plan = WritePlan.build(starts, width, rows.start)
         store.begin(plan)
         yield plan.read
-        for row, start in enumerate(starts):
-            store.filled[row] = start + (width if valid is None else valid[row])
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            store.filled[row] = start + (width if valid is None else valid[i])
+
+    def row(self, row: int) -> PassCache:
+        return OneRow(self, row)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         if len(paths) != self.num_rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,20 +23,22 @@ class WritePlan:
     """Common first slot of all rows; None when rows differ and `slots` must be scattered to."""
     rows: torch.Tensor | None
     slots: torch.Tensor | None
+    first: int = 0
+    """Storage row of the pass's first row."""
 
     @staticmethod
-    def build(starts: Sequence[int], width: int) -> WritePlan:
+    def build(starts: Sequence[int], width: int, row: int = 0) -> WritePlan:
         first = starts[0]
         read = max(starts) + width
         if all(start == first for start in starts):
-            return WritePlan(len(starts), width, read, first, None, None)
+            return WritePlan(len(starts), width, read, first, None, None, row)
         slots = torch.tensor(list(starts))[:, None] + torch.arange(width)
-        return WritePlan(len(starts), width, read, None, torch.arange(len(starts))[:, None], slots)
+        return WritePlan(len(starts), width, read, None, row + torch.arange(len(starts))[:, None], slots, row)
 
     def on(self, device: torch.device) -> WritePlan:
         if self.slots is None or self.rows is None or self.slots.device == device:
             return self
-        return WritePlan(self.num_rows, self.width, self.read, None, self.rows.to(device), self.slots.to(device))
+        return replace(self, rows=self.rows.to(device), slots=self.slots.to(device))
 
 
 class ModelStore:
@@ -46,9 +48,10 @@ class ModelStore:
     mixed-precision models need no special case.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int):
+    def __init__(self, num_layers: int, num_rows: int, capacity: int, most: int | None = None):
         self.num_rows = num_rows
         self.capacity = capacity
+        self.most = most
         self._keys: list[torch.Tensor | None] = [None] * num_layers
         self._values: list[torch.Tensor | None] = [None] * num_layers
         self._moves: dict[int, int] = {}
@@ -79,15 +82,16 @@ class ModelStore:
         assert self.plan is not None, "a model wrote to its cache outside SharedKVCache.writing()"
         plan = self.plan
         keys, values = self._layer(layer, key, value)
+        active = slice(plan.first, plan.first + plan.num_rows)
         if plan.start is not None:
             stop = plan.start + plan.width
-            keys[: plan.num_rows, :, plan.start : stop] = key
-            values[: plan.num_rows, :, plan.start : stop] = value
+            keys[active, :, plan.start : stop] = key
+            values[active, :, plan.start : stop] = value
         else:
             plan = self.plan = plan.on(key.device)
             keys[plan.rows, :, plan.slots] = key.transpose(1, 2)
             values[plan.rows, :, plan.slots] = value.transpose(1, 2)
-        return keys[: plan.num_rows, :, : plan.read], values[: plan.num_rows, :, : plan.read]
+        return keys[active, :, : plan.read], values[active, :, : plan.read]
 
     def gather(self, rows: list[int], sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy slot `sources[i][j]` of `rows[i]` to slot `targets[i][j]`, all layers, in place."""
@@ -150,7 +154,8 @@ class ModelStore:
     def _reserve(self, slots: int) -> None:
         if slots <= self.capacity:
             return
-        self.capacity = max(2 * self.capacity, slots)
+        doubled = 2 * self.capacity if self.most is None else min(2 * self.capacity, self.most)
+        self.capacity = max(doubled, slots)
         used = max(self.filled)
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):

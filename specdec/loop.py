@@ -14,6 +14,7 @@ from specdec.drafters import Budget, FallbackGuard, Session
 from specdec.drafters.base import CACHE_NAME
 from specdec.kv import SharedKVCache, TargetFaultError
 from specdec.kv.exchange import adopt
+from specdec.kv.shared import INITIAL_SLOTS
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
@@ -69,8 +70,11 @@ class DecodeLoop:
         layers = {TARGET: num_cache_layers(target)}
         if drafter is not None and drafter.num_cache_layers:
             layers[CACHE_NAME] = drafter.num_cache_layers
-        slots = max(self.rows.num_tokens) + 64
-        self.cache = SharedKVCache(layers, self.rows.batch_size // request.repeats, slots)
+        tail = 1 if drafter is None else drafter.max_nodes + 1
+        most = None if limit is None else limit + tail
+        slots = max(self.rows.num_tokens) + max(INITIAL_SLOTS, tail)  # room to speak before the first growth
+        slots = slots if most is None else min(slots, most)
+        self.cache = SharedKVCache(layers, self.rows.batch_size // request.repeats, slots, most)
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
         drafting = nullcontext() if self.drafter is None else self.drafter.running()
