@@ -20,6 +20,10 @@ class PassCache(ABC):
     """Committed tokens per storage row. Host integers: they are needed on the host every step anyway."""
 
     @abstractmethod
+    def row(self, row: int) -> PassCache:
+        """One active row alone, as a cache of one row: for passes that must not depend on the rows around it."""
+
+    @abstractmethod
     def view(self, name: str) -> Cache:
         """The `transformers` cache through which model `name` reads and writes. Always the same object."""
 
@@ -52,10 +56,6 @@ class KVCache(PassCache):
     @abstractmethod
     def filled(self, name: str) -> list[int]:
         """Leading slots per row that hold valid K/V of model `name` (committed plus tail)."""
-
-    @abstractmethod
-    def row(self, row: int) -> PassCache:
-        """One active row alone, as a cache of one row: for passes that must not depend on the rows around it."""
 
     @abstractmethod
     def commit(self, paths: Sequence[Sequence[int]]) -> None:

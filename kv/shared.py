@@ -12,24 +12,6 @@ from specdec.kv.base import KVCache, PassCache
 from specdec.kv.errors import CacheStateError
 from specdec.kv.store import ModelStore, WritePlan
 
-class OneRow(PassCache):
-    """One active row of a `SharedKVCache`, valid until rows move. Passes through it touch no other row."""
-
-    def __init__(self, cache: SharedKVCache, row: int):
-        self.num_rows = 1
-        self.lengths = [cache.lengths[row]]
-        self._cache = cache
-        self._row = row
-
-    def view(self, name: str) -> Cache:
-        return self._cache.view(name)
-
-    def writing(
-        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
-    ) -> AbstractContextManager[int]:
-        return self._cache.writing(name, starts, width, valid, only=self._row)
-
-
 INITIAL_SLOTS = 256
 """Slots allocated at first; storage doubles from there."""
 
@@ -178,3 +160,25 @@ class SharedKVCache(KVCache):
     def num_bytes(self) -> int:
         """Bytes allocated for K/V of all models."""
         return sum(store.num_bytes() for store in self._stores.values())
+
+
+class OneRow(PassCache):
+    """One active row of a `SharedKVCache`, valid until rows move. Passes through it touch no other row."""
+
+    def __init__(self, cache: SharedKVCache, row: int):
+        self.num_rows = 1
+        self.lengths = [cache.lengths[row]]
+        self._cache = cache
+        self._row = row
+
+    def row(self, row: int) -> PassCache:
+        assert row == 0, "one row has no other"
+        return self
+
+    def view(self, name: str) -> Cache:
+        return self._cache.view(name)
+
+    def writing(
+        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
+    ) -> AbstractContextManager[int]:
+        return self._cache.writing(name, starts, width, valid, only=self._row)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kv.base import KVCache
+from specdec.kv.base import PassCache
 from specdec.kv.support import text_config
 from specdec.verify.attention import attention_of
 from specdec.verify.linear import few_row_linears
@@ -45,9 +45,9 @@ class TreeForward:
         self._windows = _windows(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
-        self._num_positions = _usable_positions(config)
+        self.num_positions = _usable_positions(config)
 
-    def prefill(self, cache: KVCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
+    def prefill(self, cache: PassCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
         """Write K/V of tokens `starts[b] .. stops[b] - 1` of each row, in chunks, without keeping any logits.
 
         Args:
@@ -64,7 +64,7 @@ class TreeForward:
             done = [start + count for start, count in zip(done, valid, strict=True)]
 
     def causal(
-        self, cache: KVCache, tokens: Tensor, starts: Sequence[int], valid: Sequence[int] | None, keep: int
+        self, cache: PassCache, tokens: Tensor, starts: Sequence[int], valid: Sequence[int] | None, keep: int
     ) -> Tensor:
         """Plain causal continuation: row `b`'s tokens go to slots from `starts[b]` on.
 
@@ -96,7 +96,7 @@ class TreeForward:
                 mask = self._masks(visible, positions, slots)
             return self._run(cache, tokens, positions, mask, keep)
 
-    def nodes(self, cache: KVCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
+    def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
         """Forward nodes `first .. first + M - 1` of a tree whose earlier nodes are already in the tail.
 
         Args:
@@ -125,17 +125,17 @@ class TreeForward:
                 slot_positions.scatter_(1, tail[:, 0], committed + depths)
             return self._run(cache, tree_tokens, positions, self._masks(visible, positions, slot_positions), 0)
 
-    def tree(self, cache: KVCache, tree: DraftTree) -> Tensor:
+    def tree(self, cache: PassCache, tree: DraftTree) -> Tensor:
         """One pass over every node of every row; logits `[rows, nodes, vocab]`."""
         self._check_positions([length + 1 for length in cache.lengths[: cache.num_rows]])
         if tree.topology is not None and tree.topology.is_chain:
             return self.causal(cache, tree.tokens, cache.lengths[: cache.num_rows], None, keep=0)
         return self.nodes(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0)
 
-    def _run(self, cache: KVCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
-        if self._num_positions is not None:
+    def _run(self, cache: PassCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+        if self.num_positions is not None:
             # Drafted nodes and padding beyond the table can never be emitted: any position will do for them.
-            positions = positions.clamp(max=self._num_positions - 1)
+            positions = positions.clamp(max=self.num_positions - 1)
         extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
         with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
             out = self.model(
@@ -157,9 +157,9 @@ class TreeForward:
 
     def _check_positions(self, counts: Sequence[int]) -> None:
         """Refuse real tokens beyond the last usable position (on a GPU a table look-up there kills the context)."""
-        if self._num_positions is not None and max(counts) > self._num_positions:
+        if self.num_positions is not None and max(counts) > self.num_positions:
             raise ValueError(
-                f"{type(self.model).__name__} has {self._num_positions} positions (learned, or before its rotary "
+                f"{type(self.model).__name__} has {self.num_positions} positions (learned, or before its rotary "
                 f"frequencies start to depend on the length of the pass), but a row holds {max(counts)} tokens: "
                 "shorten the prompt or lower max_new_tokens"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from time import perf_counter
 from typing import TypeGuard, cast
 
@@ -29,6 +30,18 @@ _CACHE_BYTES = 32 << 20
 """Between two timings so many bytes of the model's other weights are read: in a pass weights come from memory."""
 
 Form = Callable[[Tensor, Tensor], Tensor]
+
+_own_form: ContextVar[bool] = ContextVar("specdec_own_linears", default=False)
+
+
+@contextmanager
+def own_linears() -> Iterator[None]:
+    """Inside the block every layer computes `F.linear`, also where a drafter shares the target's layers."""
+    token = _own_form.set(True)
+    try:
+        yield
+    finally:
+        _own_form.reset(token)
 
 
 def rows_last(x: Tensor, weight: Tensor) -> Tensor:
@@ -117,7 +130,7 @@ def _forward(layer: nn.Linear, weights: Sequence[Tensor]) -> Callable[[Tensor], 
 
     def forward(x: Tensor) -> Tensor:
         rows = x.numel() // features_in
-        if not 0 < rows <= MAX_ROWS:
+        if not 0 < rows <= MAX_ROWS or _own_form.get():
             return F.linear(x, weight)
         form = forms.get(rows)
         if form is None:

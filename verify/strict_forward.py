@@ -1,0 +1,68 @@
+"""The target's passes in strict mode: every row alone, every tree pass of one width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.kv.base import PassCache
+from specdec.kv.errors import InvalidTreeError
+from specdec.verify.blocks import BlockPlan
+from specdec.verify.forward import TreeForward
+from specdec.verify.linear import own_linears
+from specdec.verify.strict import strict_pass
+from specdec.verify.tree import DraftTree
+
+
+class StrictForward(TreeForward):
+    """A `TreeForward` whose logits and K/V of a node do not depend, to the bit, on the draft around it.
+
+    Matrix products of one size give a row the same bits wherever it stands and whatever the other rows hold; products
+    of different sizes do not. So each row of the batch has a pass of its own, always `width` nodes wide, and attention
+    is computed by `block_attention`. A row's prefill is its own pass, too: nothing depends on the batch.
+
+    Args:
+        width: nodes per pass, padding included.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, width: int):
+        super().__init__(model, name)
+        self.width = width
+
+    def prefill(self, cache: PassCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
+        with own_linears():
+            for row in range(cache.num_rows):
+                super().prefill(cache.row(row), text[row : row + 1], [starts[row]], [stops[row]], chunk)
+
+    def tree(self, cache: PassCache, tree: DraftTree) -> Tensor:
+        nodes = tree.tokens.shape[1]
+        if nodes > self.width:
+            raise InvalidTreeError(f"expected a tree of at most {self.width} nodes (strict_width), got {nodes}")
+        self._check_positions([length + 1 for length in cache.lengths[: cache.num_rows]])
+        counts = tree.num_nodes.tolist()
+        if tree.topology is not None:
+            shapes = [tree.topology.parents[:count] for count in counts]
+        else:
+            shapes = [tuple(row[:count]) for row, count in zip(tree.parents.tolist(), counts, strict=True)]
+        logits = [self._alone(cache.row(row), tree.tokens[row], shape) for row, shape in enumerate(shapes)]
+        return torch.cat(logits)[:, :nodes]
+
+    def _alone(self, cache: PassCache, tokens: Tensor, parents: tuple[int, ...]) -> Tensor:
+        """One row's pass; logits `[1, width, vocab]`, of which those behind the tree mean nothing."""
+        length, count = cache.lengths[0], len(parents)
+        plan = BlockPlan.build(length, parents, self.width, tokens.device)
+        padded = torch.cat([tokens[:count], tokens[:1].expand(self.width - count)])
+        masks: Any = plan.visible
+        if self._windows:
+            masks = {kind: plan.within(window) for kind, window in self._windows.items()}
+            masks = masks if len(masks) > 1 else next(iter(masks.values()))
+        with (
+            cache.writing(self.name, [length], self.width, [count]),
+            own_linears(),
+            strict_pass(self.model, plan),
+        ):
+            return self._run(cache, padded[None], plan.positions[None], masks, 0)
