@@ -86,6 +86,11 @@ class KVCache(PassCache):
         """Forget committed slots from `length` on (a run cut by a stop rule)."""
 
     @abstractmethod
+    def scrub(self, name: str) -> None:
+        """Zero what model `name` stored beyond the committed slots, and drop it: hidden slots still enter the
+        softmax-weighted sum as 0 * value, and 0 * NaN is NaN."""
+
+    @abstractmethod
     def forget(self, name: str) -> None:
         """Drop everything model `name` stored (its K/V may be poisoned); it lags from zero and refills later."""
 

@@ -123,6 +123,9 @@ class SharedKVCache(KVCache):
         """Declare `length` committed tokens after a prefill or an adopted cache (models may lag)."""
         self.lengths[row] = length
 
+    def scrub(self, name: str) -> None:
+        self._stores[name].scrub(self.lengths[: self.num_rows])
+
     def forget(self, name: str) -> None:
         self._stores[name].clear()
 

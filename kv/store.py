@@ -136,6 +136,13 @@ class ModelStore:
         for tensor in self._tensors():
             tensor.zero_()
 
+    def scrub(self, lengths: Sequence[int]) -> None:
+        """Zero and drop everything from slot `lengths[row]` on, for the leading rows."""
+        for row, length in enumerate(lengths):
+            self.filled[row] = min(self.filled[row], length)
+            for tensor in self._tensors():
+                tensor[row, :, length:] = 0
+
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
 

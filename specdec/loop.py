@@ -12,22 +12,19 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import Budget, FallbackGuard, Session
 from specdec.drafters.base import CACHE_NAME
-from specdec.kv import SharedKVCache, TargetFaultError
-from specdec.kv.exchange import adopt
+from specdec.kv import SharedKVCache
 from specdec.kv.shared import INITIAL_SLOTS
-from specdec.kv.support import num_cache_layers, text_config
+from specdec.kv.support import num_cache_layers
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
 from specdec.stopping import StopRules
-from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw, TreeForward, make_rule
-from specdec.verify.forward import PREFILL_CHUNK, prepared
-from specdec.verify.rules import auto_rule
+from specdec.target import TARGET, TargetPasses
+from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw, make_rule
+from specdec.verify.forward import prepared
+from specdec.verify.rules import AcceptanceRule, auto_rule
 from specdec.verify.tree import Verdict
-
-TARGET = "target"
-"""The target's name in the shared cache."""
 
 
 class DecodeLoop:
@@ -51,7 +48,6 @@ class DecodeLoop:
         self.drafter = drafter
         self.rule_name = rule
         self.sampling = bool(request.config.do_sample)
-        self.vocab = int(text_config(target).vocab_size)
         limit = request.criteria.max_length
         capacity = request.input_ids.shape[1] + 64 if limit is None else min(limit, request.input_ids.shape[1] + 4096)
         self.rows = Rows(request.input_ids, request.real, capacity)
@@ -60,7 +56,6 @@ class DecodeLoop:
         self.law = SamplingLaw(request.processors, self.stop.ends)
         self.noise = NoiseStream(request.seeds, request.requests, self.rows.device)
         self.still = torch.zeros((), dtype=torch.float64, device=self.rows.device)
-        self.forward = TreeForward(target, TARGET)
         self.watch = Stopwatch()
         self.report = SpecReport(num_rows=self.rows.batch_size, num_prompt_tokens=sum(self.rows.num_tokens))
         self.report.drafter = "none" if drafter is None else drafter.name
@@ -75,19 +70,20 @@ class DecodeLoop:
         slots = max(self.rows.num_tokens) + max(INITIAL_SLOTS, tail)  # room to speak before the first growth
         slots = slots if most is None else min(slots, most)
         self.cache = SharedKVCache(layers, self.rows.batch_size // request.repeats, slots, most)
+        self.passes = TargetPasses(request, target, self.rows, self.cache, self.report)
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
         drafting = nullcontext() if self.drafter is None else self.drafter.running()
         with self.watch.phase("total"), prepared(self.target), drafting:
             with self.watch.phase("prefill"):
-                self._prefill()
+                self.passes.prefill()
             if self.drafter is not None:
-                self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.vocab))
+                self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.passes.vocab))
             while self.rows.live:
                 self.step()
             self._cut_at_finish_line()
             if self.request.wants_dict or self.request.cache_is_callers:
-                self._fill_finished_rows()
+                self.passes.fill_finished(self.storage)
         self.report.ms_prefill = self.watch.take("prefill")
         self.report.ms_total = self.watch.take("total")
         self.report.kv_bytes = self.cache.num_bytes()
@@ -102,16 +98,15 @@ class DecodeLoop:
             with self.watch.phase("draft"):
                 tree = self._propose()
             with self.watch.phase("verify"):
-                tree, logits = self._verify(tree)
-            scores = self.law(logits, self.rows, tree.tokens, tree.parents, range(tree.tokens.shape[1]))
-            # At temperature 0 every rule is greedy matching; the others read `law` as probabilities, which it is not.
-            chosen = self.sampling and self.rule_name != "auto"
-            rule = make_rule(self.rule_name) if chosen else auto_rule(tree, self.sampling)
-            law = F.softmax(scores, dim=-1) if self.sampling else scores
-            verdict = rule(tree, law, self._accept_noise(tree.tokens.shape[1]))
+                tree, logits = self.passes.tree(tree)
+            scores, law, verdict, decision = self._decide(tree, logits)
+            if decision.sick:
+                tree, logits = self.passes.healthy_part(tree)
+                scores, law, verdict, decision = self._decide(tree, logits)
+                if decision.sick_path:
+                    raise self.passes.fault("NaN in its logits")
             if self.monitor is not None and self.sampling:
-                self.monitor.decided(rule, tree, law, verdict)
-            decision = self._read(tree, law, verdict)
+                self.monitor.decided(self._rule_for(tree), tree, law, verdict)
             self.cache.commit(decision.paths)
             trace, reached = self._emit(decision, scores, logits)
             if self.drafter is not None:
@@ -119,6 +114,19 @@ class DecodeLoop:
             if self.monitor is not None:
                 self.monitor.stepped(self)
         self._account(trace, reached)
+
+    def _decide(self, tree: DraftTree, logits: Tensor) -> tuple[Tensor, Tensor, Verdict, Decision]:
+        """Scores and law of every node, and what the rule keeps. A repeated decision may use the same noise: nothing
+        of the first one was emitted."""
+        scores = self.law(logits, self.rows, tree.tokens, tree.parents, range(tree.tokens.shape[1]))
+        law = F.softmax(scores, dim=-1) if self.sampling else scores
+        verdict = self._rule_for(tree)(tree, law, self._accept_noise(tree.tokens.shape[1]))
+        return scores, law, verdict, self._read(tree, law, verdict)
+
+    def _rule_for(self, tree: DraftTree) -> AcceptanceRule:
+        # At temperature 0 every rule is greedy matching; the others read `law` as probabilities, which it is not.
+        chosen = self.sampling and self.rule_name != "auto"
+        return make_rule(self.rule_name) if chosen else auto_rule(tree, self.sampling)
 
     def _propose(self) -> DraftTree:
         if self.drafter is None:
@@ -140,32 +148,6 @@ class DecodeLoop:
             return Noise(self.still.expand(rows, nodes), self.still.expand(rows))
         return self.noise.accept(self.rows.live, self.report.num_steps, nodes)
 
-    def _verify(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
-        """The target's logits of every node. Out of memory: once more without the draft, then a typed error."""
-        try:
-            try:
-                return tree, self.forward.tree(self.cache, tree)[..., : self.vocab]
-            except torch.OutOfMemoryError:
-                if tree.tokens.shape[1] == 1:
-                    raise
-                self.report.notes.append(f"step {self.report.num_steps}: out of memory on the tree, decoded plainly")
-                tree = DraftTree.root_only(tree.tokens[:, 0])
-                return tree, self.forward.tree(self.cache, tree)[..., : self.vocab]
-        except Exception as fault:
-            raise self._fault(f"{type(fault).__name__}: {fault}") from fault
-
-    def _fault(self, what: str) -> TargetFaultError:
-        self.cache.rollback()
-        start = self.rows.prompt_length
-        emitted = [self.rows.ids[row, start:end].tolist() for row, end in enumerate(self.rows.ends)]
-        step = self.report.num_steps
-        return TargetFaultError(
-            f"the target failed at step {step} ({what}); {sum(map(len, emitted))} tokens emitted before are in "
-            ".emitted, one list per row",
-            step,
-            emitted,
-        )
-
     def _read(self, tree: DraftTree, law: Tensor, verdict: Verdict) -> Decision:
         """Bring the verdict to the host: the one synchronisation of a step."""
         drafted = tree.num_nodes - 1
@@ -176,13 +158,12 @@ class DecodeLoop:
             node = verdict.path.gather(1, verdict.num_accepted[:, None])
             children = ((tree.parents == node) & tree.valid).any(1)
             tokens = tree.tokens.gather(1, verdict.path.clamp(min=0))
-        sick = law.amax(-1).isnan().any(1)
+        sick = law.amax(-1).isnan()
+        sick_path = sick.gather(1, verdict.path.clamp(min=0))
+        flags = sick.any(1) + 2 * sick_path.any(1)
         reached = verdict.num_accepted + children
-        head = torch.stack([verdict.num_accepted, verdict.next_token, children, sick, drafted, reached], dim=1)
-        packed = torch.cat([head, verdict.path, tokens], dim=1).tolist()
-        if any(row[3] for row in packed):
-            raise self._fault("NaN in its logits")
-        return Decision(packed, verdict.path.shape[1])
+        head = torch.stack([verdict.num_accepted, verdict.next_token, children, flags, drafted, reached], dim=1)
+        return Decision(torch.cat([head, verdict.path, tokens], dim=1).tolist(), verdict.path.shape[1])
 
     def _emit(self, decision: Decision, scores: Tensor, logits: Tensor) -> tuple[StepTrace, list[int]]:
         """Append each row's run, cut it where plain decoding stops, retire finished rows, feed the streamer."""
@@ -235,53 +216,16 @@ class DecodeLoop:
                 self.rows.num_tokens[row] -= end - line
                 self.cache.truncate(self.storage[row], self.rows.num_tokens[row] - 1)
 
-    def _fill_finished_rows(self) -> None:
-        """K/V of what plain decoding feeds rows that ended early: their last token, then padding.
-
-        Only a returned cache shows them; a caller who continues from it may attend to them.
-        """
-        width = max(self.rows.ends)
-        if min(self.rows.ends) == width:
-            return
-        padding = self.request.config._pad_token_tensor
-        assert padding is not None, "rows end apart only where finished rows are padded"
-        pad = int(padding)
-        text = torch.full((self.rows.batch_size, width), pad, device=self.rows.device)
-        stops = [0] * self.rows.batch_size
-        for row, place in self.storage.items():
-            count = self.rows.num_tokens[row]
-            text[place, :count] = self.rows.text[row, :count]
-            stops[place] = count + width - self.rows.ends[row] - 1
-        self.cache.revive()
-        self.forward.prefill(self.cache, text, self.cache.filled(TARGET), stops, PREFILL_CHUNK)
-        for place, stop in enumerate(stops):
-            self.cache.set_length(place, stop)
-
-    def _prefill(self) -> None:
-        """Everything but each row's last token goes into the target's K/V; equal prompts are run once."""
-        request, cache = self.request, self.cache
-        if request.cache is not None and request.cached:
-            real = request.real
-            if real is None:
-                real = torch.ones_like(request.input_ids, dtype=torch.bool)
-            adopt(cache, TARGET, request.cache, real[:, : request.cached])
-        leaders = slice(None, None, request.repeats)
-        lengths = [count - 1 for count in self.rows.num_tokens[leaders]]
-        chunk = getattr(request.config, "prefill_chunk_size", None) or PREFILL_CHUNK
-        try:
-            self.forward.prefill(cache, self.rows.text[leaders], cache.filled(TARGET), lengths, chunk)
-        except Exception as fault:
-            raise self._fault(f"{type(fault).__name__} in the prefill: {fault}") from fault
-        for row, length in enumerate(lengths):
-            cache.set_length(row, length)
-        if request.repeats > 1:
-            cache.fork(request.repeats)
-
 
 class Decision:
-    """A verdict on the host: plain lists, one entry per live row."""
+    """A verdict on the host: plain lists, one entry per live row.
+
+    sick, sick_path: is there NaN in the law of any node, and of any node on a kept path.
+    """
 
     def __init__(self, packed: list[list[int]], width: int):
+        self.sick = any(row[3] for row in packed)
+        self.sick_path = any(row[3] >= 2 for row in packed)
         self.accepted = [row[0] for row in packed]
         self.drafted = [row[4] for row in packed]
         self.reached = [row[5] for row in packed]

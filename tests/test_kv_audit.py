@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from specdec.drafters.base import CACHE_NAME
 from specdec.kv.shared import SharedKVCache
-from specdec.loop import TARGET, DecodeLoop
+from specdec.loop import DecodeLoop
+from specdec.target import TARGET, TargetPasses
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
 """Relative and absolute. A fresh prefill multiplies other shapes than a tree pass, so it rounds differently."""
@@ -126,15 +127,15 @@ def test_the_prefill_is_bitwise_that_of_plain_decoding(monkeypatch: pytest.Monke
     """Same shapes, same bits: a prompt without its last token, run by either side."""
     case = Case("llama-gqa", "fp32", (9,), Drafting("chain", "near", k=2), new_tokens=1)
     seen: list[bool] = []
-    original = DecodeLoop._prefill
+    original = TargetPasses.prefill
 
-    def prefill(self: DecodeLoop) -> None:
+    def prefill(self: TargetPasses) -> None:
         original(self)
-        expected = fresh_cache(case.target, self.rows.text[0, :8])
-        for ours, plain in zip(self.cache.layers(TARGET, 0), expected, strict=True):
+        expected = fresh_cache(case.target, self._rows.text[0, :8])
+        for ours, plain in zip(self._cache.layers(TARGET, 0), expected, strict=True):
             seen.extend(torch.equal(got, wanted) for got, wanted in zip(ours, plain, strict=True))
 
-    monkeypatch.setattr(DecodeLoop, "_prefill", prefill)
+    monkeypatch.setattr(TargetPasses, "prefill", prefill)
     case.speculator().generate(**case.inputs())
     assert seen
     assert all(seen)

@@ -12,18 +12,19 @@ from fault_cases import DRAFT, GREEDY, MODEL, PROMPT, SAMPLED, plain_greedy
 from torch import Tensor
 
 from specdec import Speculator, TargetFaultError
-from specdec.loop import TARGET, DecodeLoop
+from specdec.loop import DecodeLoop
+from specdec.target import TARGET
 
 
 @contextmanager
-def target_hook(call: int, act: Callable[[Any], Any]) -> Iterator[None]:
-    """`act` on the output of the target's forward number `call` (0 = the prefill)."""
+def target_hook(call: int, act: Callable[[Any], Any], times: int = 99) -> Iterator[None]:
+    """`act` on the output of the target's forward number `call` (0 = the prefill) and the next ones, `times` in all."""
     seen = 0
 
     def hook(module: Any, inputs: Any, output: Any) -> Any:
         nonlocal seen
         seen += 1
-        return act(output) if seen == call + 1 else None
+        return act(output) if call < seen <= call + times else None
 
     handle = MODEL.register_forward_hook(hook)
     try:
@@ -87,6 +88,18 @@ def test_a_target_fault_is_typed_and_loses_nothing(
     assert torch.equal(again, healthy)
 
 
+@pytest.mark.parametrize("shape", [{"k": 3}, {"tree": (2, 2)}, {}], ids=["chain", "tree", "plain"])
+@pytest.mark.parametrize("arguments", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_nan_that_goes_away_costs_a_pass(shape: dict[str, Any], arguments: dict[str, Any]) -> None:
+    spec = Speculator(MODEL, DRAFT if shape else None, **shape)
+    healthy: Any = spec.generate(PROMPT, **arguments)
+    with target_hook(3, nan_logits, times=1):
+        again: Any = spec.generate(PROMPT, **arguments)
+    assert torch.equal(again, healthy)
+    assert spec.report is not None
+    assert any("NaN" in note for note in spec.report.notes)
+
+
 def test_a_fault_in_the_prefill() -> None:
     spec = Speculator(MODEL, DRAFT)
     with target_hook(0, raise_error), pytest.raises(TargetFaultError, match="prefill") as fault:
@@ -100,7 +113,7 @@ def test_a_fault_in_the_prefill() -> None:
 @pytest.mark.parametrize("shape", [{"k": 3}, {"tree": (2, 2)}], ids=["chain", "tree"])
 def test_out_of_memory_on_the_tree_is_retried_plainly(shape: dict[str, Any]) -> None:
     spec = Speculator(MODEL, DRAFT, **shape)
-    with target_hook(2, raise_oom):
+    with target_hook(2, raise_oom, times=1):
         out: Any = spec.generate(PROMPT, **GREEDY)
     assert torch.equal(out, plain_greedy())
     assert spec.report is not None

@@ -80,6 +80,22 @@ class DraftTree:
         """No proposal: decode plainly this step. `tokens` int64 `[rows]` are the roots."""
         return DraftTree.build(Topology.chain(0), tokens[:, None])
 
+    def up_to(self, depth: int) -> DraftTree | None:
+        """The levels down to `depth`; None when the nodes are not in level order (or have no common shape)."""
+        if self.topology is None or list(self.topology.depths) != sorted(self.topology.depths):
+            return None
+        count = sum(own <= depth for own in self.topology.depths)
+        return DraftTree(
+            self.tokens[:, :count],
+            self.parents[:, :count],
+            self.num_nodes.clamp(max=count),
+            self.sampled[:, :count],
+            self.q,
+            None if self.q_row is None else self.q_row[:, :count],
+            Topology(self.topology.parents[:count]),
+            self.replacement,
+        )
+
     @cached_property
     def valid(self) -> Tensor:
         """Bool `[rows, nodes]`: real nodes, not width padding."""

@@ -1,0 +1,139 @@
+"""The target's passes over the shared cache, and what happens when one fails."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.kv import SharedKVCache, TargetFaultError
+from specdec.kv.exchange import adopt
+from specdec.kv.support import text_config
+from specdec.report import SpecReport
+from specdec.request import Request
+from specdec.verify import DraftTree, Rows, TreeForward
+from specdec.verify.forward import PREFILL_CHUNK
+
+TARGET = "target"
+"""The target's name in the shared cache."""
+
+
+class TargetPasses:
+    """Runs the target for one decode loop; every failure becomes a `TargetFaultError` with the cache consistent.
+
+    Attributes:
+        vocab: the target's vocabulary size; logits are cut to it.
+    """
+
+    def __init__(
+        self, request: Request, model: PreTrainedModel, rows: Rows, cache: SharedKVCache, report: SpecReport
+    ) -> None:
+        self._request = request
+        self._rows = rows
+        self._cache = cache
+        self._report = report
+        self._forward = TreeForward(model, TARGET)
+        self._chunk = getattr(request.config, "prefill_chunk_size", None) or PREFILL_CHUNK
+        self.vocab = int(text_config(model).vocab_size)
+
+    def prefill(self) -> None:
+        """Everything but each row's last token goes into the target's K/V; equal prompts are run once."""
+        request, cache, rows = self._request, self._cache, self._rows
+        if request.cache is not None and request.cached:
+            real = request.real
+            if real is None:
+                real = torch.ones_like(request.input_ids, dtype=torch.bool)
+            adopt(cache, TARGET, request.cache, real[:, : request.cached])
+        leaders = slice(None, None, request.repeats)
+        lengths = [count - 1 for count in rows.num_tokens[leaders]]
+        try:
+            self._forward.prefill(cache, rows.text[leaders], cache.filled(TARGET), lengths, self._chunk)
+        except Exception as fault:
+            raise self.fault(f"{type(fault).__name__} in the prefill: {fault}") from fault
+        for row, length in enumerate(lengths):
+            cache.set_length(row, length)
+        if request.repeats > 1:
+            cache.fork(request.repeats)
+
+    def tree(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
+        """Logits `[rows, nodes, vocab]` of every node. Out of memory: once more without the draft, then an error.
+
+        To drop a draft because of its size is lossless even for sampled drafts: sizes do not depend on the tokens.
+        """
+        try:
+            try:
+                return tree, self._forward.tree(self._cache, tree)[..., : self.vocab]
+            except torch.OutOfMemoryError:
+                if tree.tokens.shape[1] == 1:
+                    raise
+                self._report.notes.append(f"step {self._report.num_steps}: out of memory on the tree, decoded plainly")
+                tree = DraftTree.root_only(tree.tokens[:, 0])
+                return tree, self._forward.tree(self._cache, tree)[..., : self.vocab]
+        except Exception as fault:
+            raise self.fault(f"{type(fault).__name__}: {fault}") from fault
+
+    def healthy_part(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
+        """The tree again, level by level, down to the first level with NaN: drafts may lead where plain decoding
+        never goes, and one such node spoils all others of its row (hidden slots enter attention as 0 * NaN).
+
+        Sampled nodes of that level stay, as leaves: to withdraw them because of what they turned out to be would
+        bias the output, to draft no further does not (algorithms B.5). Deterministic ones are dropped.
+        """
+        self._report.notes.append(f"step {self._report.num_steps}: NaN in the logits of the tree, decoded by levels")
+        kept, logits = DraftTree.root_only(tree.tokens[:, 0]), None
+        for depth in range(tree.max_depth + 1):
+            part = tree.up_to(depth)
+            if part is None:  # nodes in no level order
+                if tree.any_sampled:
+                    raise self.fault("NaN in its logits")
+                return self._afresh(kept)
+            part, here = self._afresh(part)
+            if logits is not None and bool(here.amax(-1).isnan().any()):
+                _, logits = self._afresh(kept)  # this pass wrote NaN into the K/V of every node
+                if part.any_sampled:
+                    kept, logits = part, torch.cat([logits, here[:, logits.shape[1] :]], dim=1)
+                break
+            kept, logits = part, here
+        assert logits is not None
+        return kept, logits
+
+    def _afresh(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
+        self._cache.scrub(TARGET)
+        return self.tree(tree)
+
+    def fault(self, what: str) -> TargetFaultError:
+        """The error to raise; the cache is rolled back to the last step."""
+        self._cache.rollback()
+        rows, step = self._rows, self._report.num_steps
+        emitted = [rows.ids[row, rows.prompt_length : end].tolist() for row, end in enumerate(rows.ends)]
+        return TargetFaultError(
+            f"the target failed at step {step} ({what}); {sum(map(len, emitted))} tokens emitted before are in "
+            ".emitted, one list per row",
+            step,
+            emitted,
+        )
+
+    def fill_finished(self, storage: dict[int, int]) -> None:
+        """K/V of what plain decoding feeds rows that ended early: their last token, then padding.
+
+        Only a returned cache shows them; a caller who continues from it may attend to them.
+
+        Args:
+            storage: for each row of the batch, where its K/V lies in the cache.
+        """
+        rows = self._rows
+        width = max(rows.ends)
+        if min(rows.ends) == width:
+            return
+        padding = self._request.config._pad_token_tensor
+        assert padding is not None, "rows end apart only where finished rows are padded"
+        text = torch.full((rows.batch_size, width), int(padding), device=rows.device)
+        stops = [0] * rows.batch_size
+        for row, place in storage.items():
+            count = rows.num_tokens[row]
+            text[place, :count] = rows.text[row, :count]
+            stops[place] = count + width - rows.ends[row] - 1
+        self._cache.revive()
+        self._forward.prefill(self._cache, text, self._cache.filled(TARGET), stops, PREFILL_CHUNK)
+        for place, stop in enumerate(stops):
+            self._cache.set_length(place, stop)
