@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.children import Children, mixed_children, refuse_nan, sampled_children, top_children
-from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.topology import Topology, constant
 from specdec.verify.tree import DraftTree
 
@@ -178,10 +177,6 @@ class StaticGrower(Grower):
     def extend(self, scores: Tensor) -> Frontier | None:
         level = self._plan.levels[self._depth]
         self._depth += 1
-        if level.most > scores.shape[-1]:
-            raise UnsupportedArgumentError(
-                f"tree: expected at most {scores.shape[-1]} children per node (the vocabulary), got {level.most}"
-            )
         made = self._children(level, scores)
         tokens = made.tokens.flatten(1)[:, level.take]
         self._columns.append(tokens)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import InvalidTreeError
-from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree, Verdict
 
 T = TypeVar("T")
@@ -23,24 +22,26 @@ MAX_CONSECUTIVE_FAULTS = 8
 
 
 def finite_levels(tree: DraftTree) -> DraftTree | None:
-    """The leading levels of a sampled chain whose laws are numbers; None when there are none, or no chain.
+    """The leading levels of each row's sampled tree whose laws are numbers; None when that leaves no draft at all.
 
     Whether a later law is NaN depends on the tokens sampled before it (one poisoned embedding row is enough). To
     withdraw those tokens because of it would bias the output (algorithms B.5); to stop there does not.
     """
-    if tree.q is None or tree.q_row is None or tree.topology is None or not tree.topology.is_chain:
+    if tree.q is None or tree.q_row is None or tree.q.dim() != 3 or tree.q_row.shape != tree.tokens.shape:
         return None
-    levels = tree.q.shape[1]
-    own = torch.arange(levels, device=tree.q.device)
-    if levels != tree.tokens.shape[1] - 1 or not bool((tree.q_row[:, :levels] == own).all()):
+    if int(tree.q_row.max()) >= tree.q.shape[1]:
         return None
-    sick = tree.q.sum(-1).isnan().any(0).nonzero()
-    length = int(sick[0]) if len(sick) else 0
-    if not length:
+    sick_laws = tree.q.sum(-1).isnan()
+    sick = sick_laws.gather(1, tree.q_row.clamp(min=0)) & (tree.q_row >= 0) & tree.valid
+    depths = torch.where(tree.valid, tree.depths, tree.max_depth)
+    if not bool(sick.any()) or bool((depths.diff(dim=1) < 0).any()):  # nodes must be in level order to be cut
         return None
-    sampled = tree.sampled[:, : length + 1]
-    kept = DraftTree.build(Topology.chain(length), tree.tokens[:, : length + 1], tree.q[:, :length], sampled)
-    return replace(kept, num_nodes=tree.num_nodes.clamp(max=length + 1))
+    last = torch.where(sick, depths, tree.max_depth).amin(1, keepdim=True)
+    counts = (tree.valid & (depths <= last)).sum(1)
+    if int(counts.max()) == 1:
+        return None
+    q = torch.where(sick_laws[:, :, None], 1.0 / tree.q.shape[2], tree.q)  # nothing is drawn from these any more
+    return replace(tree, num_nodes=counts, q=q)
 
 
 class DrafterFaultWarning(UserWarning):

@@ -66,11 +66,16 @@ class ModelDrafter(Drafter):
         if children is not None and children not in self.shape.modes:
             raise UnsupportedArgumentError(f"children: expected one of {self.shape.modes} here, got {children!r}")
         self.children = self.shape.modes[0] if children is None else children
+        self._vocab = int(text_config(model).vocab_size)
+        if self.shape.max_children > self._vocab:
+            raise UnsupportedArgumentError(
+                f"tree: expected at most {self._vocab} children per node (the drafter's vocabulary), got "
+                f"{self.shape.max_children}"
+            )
         self.temperature = temperature
         self.max_depth, self.max_nodes = self.shape.max_depth, self.shape.max_nodes
         self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
         self._forward = TreeForward(model, CACHE_NAME)
-        self._vocab = int(text_config(model).vocab_size)
         self._session: Session | None = None
 
     @property

@@ -35,11 +35,13 @@ class TreeShape(ABC):
     """A policy that decides, level by level, which nodes a draft gets. What a row gets may depend on that row only.
 
     max_depth: most levels below the root; max_nodes: most drafted tokens per row.
+    max_children: most children a node is certain to get (a vocabulary must hold so many).
     modes: which `children.MODES` it can grow when the call samples, the default first.
     """
 
     max_depth: int
     max_nodes: int
+    max_children: int = 1
     modes: tuple[str, ...]
 
     @property
@@ -61,6 +63,7 @@ class Static(TreeShape):
         self.topology = level_order(topology)
         self.max_depth = len(self.topology.levels) - 1
         self.max_nodes = self.topology.num_nodes - 1
+        self.max_children = max(self.topology.parents.count(parent) for parent in set(self.topology.parents))
         if self.max_nodes < 1:
             raise UnsupportedArgumentError("tree: expected at least one node below the root, got a bare root")
 
