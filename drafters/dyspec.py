@@ -15,10 +15,10 @@ from specdec.verify.tree import DraftTree
 class DySpec(TreeShape):
     """Grows where the drafter is sure of itself (DySpec arXiv 2410.11744, its layer-wise form; algorithms B.2).
 
-    The value of a node is the product of q along its path, and of an undrawn sibling the value of the parent times
-    the mass its elder siblings left: the chance that the target gets there if q is the acceptance. Level by level,
-    siblings are drawn without replacement, best value first, while their value exceeds `threshold` and nodes are
-    left; drawn nodes whose value exceeds it are run and get children of their own.
+    The value of a node guesses the chance that the target gets there: the product of q**trust along its path; that of
+    an undrawn sibling is the value of the parent times the mass its elder siblings left. Level by level, siblings are
+    drawn without replacement, best value first, while their value exceeds `threshold` and nodes are left; drawn nodes
+    whose value exceeds it are run and get children of their own.
 
     Whether a sibling is drawn depends on the tokens drawn before it, never on its own, and what was drawn stays
     (B.5); the laws really sampled from come along. Rules: traversal, recursive_rejection or naive. In greedy decoding
@@ -26,19 +26,24 @@ class DySpec(TreeShape):
 
     Args:
         depth: most levels, one drafter pass each; num_nodes: most drafted tokens; max_children: most children of one
-            node; threshold: least value of a node to be drafted (None: 1 / num_nodes).
+            node; threshold: least value of a node to be drafted.
+        trust: 1 takes q for the acceptance, as the paper does. But a token that was *sampled* is accepted with
+            min(1, p/q), which hardly depends on how large q is: smaller values draft deeper and emit more.
     """
 
     modes = ("sampled", "top")
 
-    def __init__(self, depth: int = 8, num_nodes: int = 32, max_children: int = 4, threshold: float | None = None):
-        threshold = 1.0 / max(num_nodes, 1) if threshold is None else threshold
-        if min(depth, num_nodes, max_children) < 1 or not 0 <= threshold < 1:
+    def __init__(
+        self, depth: int = 6, num_nodes: int = 16, max_children: int = 2, threshold: float = 0.3, trust: float = 0.1
+    ):
+        if min(depth, num_nodes, max_children) < 1 or not 0 <= threshold < 1 or not 0 <= trust <= 1:
             raise UnsupportedArgumentError(
-                "DySpec: expected depth, num_nodes, max_children >= 1 and 0 <= threshold < 1, got "
-                f"depth={depth}, num_nodes={num_nodes}, max_children={max_children}, threshold={threshold}"
+                "DySpec: expected depth, num_nodes, max_children >= 1, 0 <= threshold < 1 and 0 <= trust <= 1, got "
+                f"depth={depth}, num_nodes={num_nodes}, max_children={max_children}, threshold={threshold}, "
+                f"trust={trust}"
             )
-        self.max_depth, self.max_nodes, self.max_children, self.threshold = depth, num_nodes, max_children, threshold
+        self.max_depth, self.max_nodes, self.max_children = depth, num_nodes, max_children
+        self.threshold, self.trust = threshold, trust
 
     @property
     def num_uniforms(self) -> int:
@@ -52,7 +57,7 @@ class DySpec(TreeShape):
     def __repr__(self) -> str:
         return (
             f"DySpec(depth={self.max_depth}, num_nodes={self.max_nodes}, max_children={self.max_children}, "
-            f"threshold={self.threshold:g})"
+            f"threshold={self.threshold:g}, trust={self.trust:g})"
         )
 
 
@@ -102,7 +107,8 @@ class DySpecGrower(Grower):
         wanted &= (self._limits >= self._depth)[:, None, None]
         drawn = self._within_budget(torch.where(wanted, worth, -1.0).flatten(1))
         number = (self._count[:, None] + drawn.long().cumsum(1) - 1).where(drawn, self._capacity + 1)
-        tokens, values = draws.tokens.flatten(1), (self._values[:, :, None] * draws.mass).flatten(1)
+        tokens = draws.tokens.flatten(1)
+        values = (self._values[:, :, None] * draws.mass**self._shape.trust).flatten(1)
         parents = self._nodes[:, :, None].expand(rows, width, count).flatten(1)
         self._tokens.scatter_(1, number, tokens)
         self._parents.scatter_(1, number, parents)

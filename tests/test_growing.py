@@ -31,7 +31,8 @@ SHAPES: dict[str, Any] = {
     "best first": BestFirst(depth=4, top_k=3, num_nodes=8),
     "best first, few kept": BestFirst(depth=5, top_k=4, num_nodes=3),
     "best first, wide": BestFirst(depth=2, top_k=50, num_nodes=30),
-    "dyspec": DySpec(depth=5, num_nodes=9, max_children=3),
+    "dyspec": DySpec(depth=5, num_nodes=9, max_children=3, threshold=0.1, trust=1.0),
+    "dyspec, deeper": DySpec(),
     "dyspec, everything": DySpec(depth=3, num_nodes=14, max_children=3, threshold=0.0),
 }
 MODES = [(name, mode) for name, shape in SHAPES.items() for mode in shape_of(shape).modes]
@@ -167,7 +168,7 @@ def check_draws(tree: DraftTree, what: str) -> None:
         ((3, 2), "mixed"),
         ([[0], [1], [0, 0], [0, 1], [0, 2], [1, 0]], "sampled"),
         ([[0], [1], [0, 0], [0, 1], [0, 2], [1, 0]], "mixed"),
-        (DySpec(3, 7, 3, 0.1), "sampled"),
+        (DySpec(3, 7, 3, 0.1, trust=1.0), "sampled"),
         (DySpec(4, 4, 4, 0.0), "sampled"),
     ],
     ids=["widths-sampled", "widths-mixed", "paths-sampled", "paths-mixed", "dyspec", "dyspec-small"],
@@ -186,7 +187,7 @@ def test_looking_at_a_token_before_keeping_it_is_caught(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(dyspec_module, "draw_children", peeking)
     with must_be_caught():
-        check_draws(grown(DySpec(3, 7, 3, 0.1), "sampled", 8000), "peeking")
+        check_draws(grown(DySpec(3, 7, 3, 0.1, trust=1.0), "sampled", 8000), "peeking")
 
 
 def paths_of(tree: DraftTree, row: int) -> list[tuple[int, ...]]:

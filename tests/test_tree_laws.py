@@ -37,7 +37,7 @@ CASES: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "sampled widths, fewer allowed tokens than children, traversal": ((3, 2), "sampled", "traversal", {"top_k": 2}),
     "top paths, naive": (PATHS, "top", "naive", SAMPLING),
     "dyspec, traversal": (DySpec(3, 6, 3, 0.1), "sampled", "traversal", SAMPLING),
-    "dyspec, recursive rejection": (DySpec(2, 4, 3, 0.2), "sampled", "recursive_rejection", {"top_k": 3}),
+    "dyspec, recursive rejection": (DySpec(2, 4, 3, 0.2, trust=1.0), "sampled", "recursive_rejection", {"top_k": 3}),
     "dyspec, naive": (DySpec(3, 5, 2, 0.15), "sampled", "naive", SAMPLING),
     "best first, auto": (BestFirst(3, 2, 5), "top", "auto", SAMPLING),
 }
@@ -148,7 +148,7 @@ POISONED = pytest.mark.parametrize(
     [
         ((2, 2), "mixed", "budget_flow"),
         ((2, 1), "sampled", "traversal"),
-        (DySpec(3, 4, 2, 0.1), "sampled", "traversal"),
+        (DySpec(3, 4, 2, 0.1, trust=1.0), "sampled", "traversal"),
     ],
     ids=["mixed", "sampled", "dyspec"],
 )
