@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import InvalidTreeError
+from specdec.verify.kinds import DraftKind
 from specdec.verify.tree import DraftTree, Verdict
 
 T = TypeVar("T")
@@ -55,11 +56,11 @@ class FallbackGuard(Drafter):
         num_faults: faults of the current call; last_fault: what the last one was.
     """
 
-    def __init__(self, inner: Drafter):
+    def __init__(self, inner: Drafter, most_nodes: int | None = None):
         self.inner = inner
         self.name = inner.name
         self.max_depth = inner.max_depth
-        self.max_nodes = inner.max_nodes
+        self.max_nodes = inner.max_nodes if most_nodes is None else min(inner.max_nodes, most_nodes)
         self.num_faults = 0
         self.last_fault: str | None = None
         self._consecutive = 0
@@ -68,6 +69,10 @@ class FallbackGuard(Drafter):
     @property
     def num_uniforms(self) -> int:
         return self.inner.num_uniforms
+
+    @property
+    def kind(self) -> DraftKind | None:
+        return self.inner.kind
 
     @property
     def num_cache_layers(self) -> int:

@@ -14,16 +14,19 @@ from specdec.drafters import Budget, FallbackGuard, Session
 from specdec.drafters.base import CACHE_NAME
 from specdec.kv import SharedKVCache
 from specdec.kv.shared import INITIAL_SLOTS
-from specdec.kv.support import num_cache_layers
+from specdec.kv.support import num_cache_layers, text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
 from specdec.stopping import StopRules
 from specdec.target import TARGET, TargetPasses
-from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw, make_rule
+from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw
 from specdec.verify.forward import prepared
-from specdec.verify.rules import AcceptanceRule, auto_rule
+from specdec.verify.kinds import NO_DRAFTS, DraftKind
+from specdec.verify.race import RaceStream
+from specdec.verify.rules import AcceptanceRule, auto_rule, choose_rule
+from specdec.verify.strict_mode import StrictMode
 from specdec.verify.tree import Verdict
 
 
@@ -41,12 +44,12 @@ class DecodeLoop:
         drafter: FallbackGuard | None,
         rule: str,
         monitor: Monitor | None = None,
+        strict: StrictMode | None = None,
     ):
         self.request = request
         self.monitor = monitor
         self.target = target
         self.drafter = drafter
-        self.rule_name = rule
         self.sampling = bool(request.config.do_sample)
         limit = request.criteria.max_length
         capacity = request.input_ids.shape[1] + 64 if limit is None else min(limit, request.input_ids.shape[1] + 4096)
@@ -59,18 +62,24 @@ class DecodeLoop:
         self.watch = Stopwatch()
         self.report = SpecReport(num_rows=self.rows.batch_size, num_prompt_tokens=sum(self.rows.num_tokens))
         self.report.drafter = "none" if drafter is None else drafter.name
-        self.report.rule = "greedy" if not self.sampling else rule
+        self.rule = choose_rule(rule, self.sampling, NO_DRAFTS if drafter is None else drafter.kind)
+        self.report.rule = rule if self.rule is None else self.rule.name
+        self.report.lossless = self.rule is None or self.rule.lossless
         self.final: dict[int, int] = {}
         self.storage: dict[int, int] = {}
         layers = {TARGET: num_cache_layers(target)}
         if drafter is not None and drafter.num_cache_layers:
             layers[CACHE_NAME] = drafter.num_cache_layers
         tail = 1 if drafter is None else drafter.max_nodes + 1
+        tail = tail if strict is None else max(tail, strict.width)
+        vocab = int(text_config(target).vocab_size)
+        races = self.rule is not None and self.rule.uses_race
+        self.race = RaceStream(request.seeds, request.requests, vocab, self.rows.device) if races else None
         most = None if limit is None else limit + tail
         slots = max(self.rows.num_tokens) + max(INITIAL_SLOTS, tail)  # room to speak before the first growth
         slots = slots if most is None else min(slots, most)
         self.cache = SharedKVCache(layers, self.rows.batch_size // request.repeats, slots, most)
-        self.passes = TargetPasses(request, target, self.rows, self.cache, self.report)
+        self.passes = TargetPasses(request, target, self.rows, self.cache, self.report, strict)
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
         drafting = nullcontext() if self.drafter is None else self.drafter.running()
@@ -78,7 +87,8 @@ class DecodeLoop:
             with self.watch.phase("prefill"):
                 self.passes.prefill()
             if self.drafter is not None:
-                self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.passes.vocab))
+                race = None if self.race is None else self._race
+                self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.passes.vocab, race))
             while self.rows.live:
                 self.step()
             self._cut_at_finish_line()
@@ -120,13 +130,16 @@ class DecodeLoop:
         of the first one was emitted."""
         scores = self.law(logits, self.rows, tree.tokens, tree.parents, range(tree.tokens.shape[1]))
         law = F.softmax(scores, dim=-1) if self.sampling else scores
-        verdict = self._rule_for(tree)(tree, law, self._accept_noise(tree.tokens.shape[1]))
+        verdict = self._rule_for(tree)(tree, law, self._accept_noise(tree))
         return scores, law, verdict, self._read(tree, law, verdict)
 
     def _rule_for(self, tree: DraftTree) -> AcceptanceRule:
-        # At temperature 0 every rule is greedy matching; the others read `law` as probabilities, which it is not.
-        chosen = self.sampling and self.rule_name != "auto"
-        return make_rule(self.rule_name) if chosen else auto_rule(tree, self.sampling)
+        if self.rule is not None:
+            return self.rule
+        rule = auto_rule(DraftKind.of(tree))  # the drafter does not say what it proposes
+        if tree.tokens.shape[1] > 1 or self.report.rule == "auto":
+            self.report.rule = rule.name
+        return rule
 
     def _propose(self) -> DraftTree:
         if self.drafter is None:
@@ -141,12 +154,18 @@ class DecodeLoop:
             return self.drafter.propose(budget, self.still.expand(len(left), count))
         return self.drafter.propose(budget, self.noise.draft(self.rows.live, self.report.num_steps, count))
 
-    def _accept_noise(self, nodes: int) -> Noise:
-        """Fresh uniforms for this step's rule; zeros in greedy decoding, where nothing is random."""
-        if not self.sampling:
-            rows = len(self.rows.live)
-            return Noise(self.still.expand(rows, nodes), self.still.expand(rows))
-        return self.noise.accept(self.rows.live, self.report.num_steps, nodes)
+    def _accept_noise(self, tree: DraftTree) -> Noise:
+        """Fresh uniforms for this step's rule; zeros where it uses none (greedy decoding, races)."""
+        rows, nodes = tree.tokens.shape
+        if self.sampling and self.race is None:
+            return self.noise.accept(self.rows.live, self.report.num_steps, nodes)
+        race = None if self.race is None else self._race(tree.max_depth + 1)
+        return Noise(self.still.expand(rows, nodes), self.still.expand(rows), race)
+
+    def _race(self, depths: int) -> Tensor:
+        """The noise of the next `depths` positions of each live row's real text (see `Session.race`)."""
+        assert self.race is not None
+        return self.race(self.rows.live, self.rows.lengths(), depths)
 
     def _read(self, tree: DraftTree, law: Tensor, verdict: Verdict) -> Decision:
         """Bring the verdict to the host: the one synchronisation of a step."""

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
+LOSSY = " (LOSSY: this text does not follow the target's law)"
+
 
 class StepTrace(NamedTuple):
     """One decode step. Lists are per row that took part, in the order of `rows` (indices into the batch).
@@ -35,12 +37,20 @@ class SpecReport:
     A *draft* is one row's proposal in one step. `mean_acceptance_length` includes the recovered or bonus token:
     1 + accepted / drafts. `per_position_acceptance[d]` is conditional on depth d having been reached with a
     proposal there. Token counts are before stop rules cut the last run, except `num_emitted_tokens`.
+    In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
+    took when the mode was probed: the price of strictness.
+    `rule` is the rule that decided; `lossless` is False when it changes the law.
     `acceptance_z`: accepted tokens minus what theory expects of the very drafts, in standard errors (only with
     `Speculator(monitor=True)` and when sampling). Beyond +-5 something is wrong: run `specdec check`.
     """
 
     drafter: str = "none"
     rule: str = "greedy"
+    lossless: bool = True
+    exactness: str = "distribution"
+    strict_width: int | None = None
+    ms_strict_pass: float = 0.0
+    ms_plain_pass: float = 0.0
     num_rows: int = 0
     num_prompt_tokens: int = 0
     num_emitted_tokens: int = 0
@@ -133,7 +143,7 @@ class SpecReport:
         positions = " ".join(f"{rate:.2f}" for rate in self.per_position_acceptance) or "-"
         draft, verify, rest = (total / steps for total in (self.ms_draft, self.ms_verify, self.ms_rest))
         lines = [
-            ("drafter / rule", f"{self.drafter} / {self.rule}"),
+            ("drafter / rule", f"{self.drafter} / {self.rule}{'' if self.lossless else LOSSY}"),
             ("emitted tokens", f"{self.num_emitted_tokens} in {self.num_steps} steps ({self.num_rows} rows)"),
             ("tokens per second", f"{self.tokens_per_second:.1f}"),
             ("mean acceptance length", f"{self.mean_acceptance_length:.2f} tokens per target pass"),
@@ -150,6 +160,9 @@ class SpecReport:
         ]
         if self.acceptance_z is not None:
             lines.append(("acceptance vs theory", f"{self.acceptance_z:+.2f} standard errors"))
+        if self.strict_width is not None:
+            cost = f"{self.ms_strict_pass:.2f} ms a row and pass, an ordinary one-token pass {self.ms_plain_pass:.2f}"
+            lines.append(("exactness", f"{self.exactness}, {self.strict_width} nodes wide: {cost}"))
         if self.num_drafter_faults:
             lines.append(("drafter faults", f"{self.num_drafter_faults}, last: {self.last_drafter_fault}"))
         lines += [("note", note) for note in self.notes]

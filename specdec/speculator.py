@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -20,15 +18,14 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from specdec.drafters import Drafter, FallbackGuard, ModelDrafter, NgramDrafter
+from specdec.drafters import FallbackGuard
 from specdec.kv import UnsupportedArgumentError, check_model
 from specdec.loop import DecodeLoop
 from specdec.monitor import AcceptanceMonitor, Monitor
+from specdec.parts import Draft, make_drafter, make_strict
 from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
-from specdec.verify.rules import make_rule
-
-Draft = PreTrainedModel | Drafter | str | Path | None
+from specdec.verify.rules import check_choice
 
 
 class Speculator:
@@ -41,9 +38,15 @@ class Speculator:
         k: length of drafted chains (model: default 4; n-gram: default 10).
         tree: instead of k, children per level of a static tree of the drafter's top tokens, e.g. `(3, 2, 1)`.
         rule: acceptance rule; "auto" takes greedy at temperature 0, naive for deterministic drafts (n-grams, static
-            trees), block for sampled chains and budget_flow for trees that mix both. By name also rejection,
-            recursive_rejection and traversal.
+            trees), block for sampled chains, budget_flow for trees that mix both, traversal where siblings are
+            sampled. By name also rejection, recursive_rejection; coupled, with which sampled text is a function of
+            target and seed alone, the same for every drafter, tree, k and draft=None; and typical, which is lossy.
+        lossy: must be True for a rule that changes the law ("typical"); such a rule is never chosen by "auto".
         tokenizer: needed only for `stop_strings`.
+        exactness: "distribution" (the exact law with respect to the verification pass's own logits), or "strict": every
+            pass of the target is computed so that a token's logits are the same bits whatever was drafted around it.
+            Greedy texts (and those of rule "coupled") are then identical for every drafter, tree, k and draft=None.
+        strict_width: nodes per pass in strict mode, the root included; larger drafts are cut to it.
         monitor: True holds the acceptance of sampling calls against theory (`report.acceptance_z`); a `Monitor` object
             of your own watches every step of every call.
 
@@ -65,19 +68,26 @@ class Speculator:
         k: int | None = None,
         tree: Sequence[int] | None = None,
         rule: str = "auto",
+        lossy: bool = False,
         tokenizer: Any = None,
         monitor: bool | Monitor = False,
+        exactness: str = "distribution",
+        strict_width: int | None = None,
     ):
         self.target = check_model(target, "target")
-        if rule != "auto":
-            make_rule(rule)
+        check_choice(rule, lossy)
         self.rule = rule
         self.tokenizer = tokenizer
+        self.strict = make_strict(self.target, exactness, strict_width)
         if not isinstance(monitor, (bool, Monitor)):
             raise UnsupportedArgumentError(f"monitor: expected True, False or a Monitor, got {type(monitor).__name__}")
         self.monitor = monitor
         drafter = make_drafter(draft, self.target, k, None if tree is None else tuple(tree))
-        self.drafter = None if drafter is None else FallbackGuard(drafter)
+        self.drafter = (
+            None if drafter is None else FallbackGuard(drafter, None if self.strict is None else self.strict.width - 1)
+        )
+        if drafter is not None:
+            check_choice(rule, lossy, drafter.name, drafter.kind)
         self.report: SpecReport | None = None
         self._busy = False
 
@@ -201,7 +211,11 @@ class Speculator:
         try:
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
-            loop = DecodeLoop(request, self.target, self.drafter, self.rule, monitor)
+            cost = None if self.strict is None else self.strict.cost(device)
+            loop = DecodeLoop(request, self.target, self.drafter, self.rule, monitor, self.strict)
+            if self.strict is not None and cost is not None:
+                loop.report.exactness, loop.report.strict_width = "strict", self.strict.width
+                loop.report.ms_strict_pass, loop.report.ms_plain_pass = cost
             out = loop.run()
         finally:
             self._busy = False
@@ -230,39 +244,14 @@ def generate(
     k: int | None = None,
     tree: Sequence[int] | None = None,
     rule: str = "auto",
+    lossy: bool = False,
+    exactness: str = "distribution",
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """One-shot form of `Speculator(target, draft, ...).generate(inputs, ...)`."""
-    return Speculator(target, draft, k=k, tree=tree, rule=rule).generate(inputs, **kwargs)
-
-
-def make_drafter(draft: Draft, target: PreTrainedModel, k: int | None, tree: tuple[int, ...] | None) -> Drafter | None:
-    """The drafter a user means by `draft` (see Speculator)."""
-    if draft is None:
-        if k is not None or tree is not None:
-            raise UnsupportedArgumentError(
-                "k and tree describe drafts, but draft is None: give a drafter, or leave them out"
-            )
-        return None
-    if isinstance(draft, Drafter):
-        if k is not None or tree is not None:
-            raise UnsupportedArgumentError("k and tree belong to the Drafter object that was passed; set them there")
-        return draft
-    if draft == "ngram":
-        if tree is not None:
-            raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
-        return NgramDrafter() if k is None else NgramDrafter(k=k)
-    if isinstance(draft, (str, Path)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(draft), dtype=target.dtype, trust_remote_code=False, use_safetensors=True
-        )
-        draft = loaded.to(target.device)
-    if not isinstance(draft, PreTrainedModel):
-        raise UnsupportedArgumentError(
-            "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, or None, got "
-            f"{type(draft).__name__}"
-        )
-    return ModelDrafter(draft, k=k, tree=tree)
+    return Speculator(target, draft, k=k, tree=tree, rule=rule, lossy=lossy, exactness=exactness).generate(
+        inputs, **kwargs
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.verify import DraftTree, Rows, TreeForward
 from specdec.verify.forward import PREFILL_CHUNK
+from specdec.verify.strict_mode import StrictMode
 
 TARGET = "target"
 """The target's name in the shared cache."""
@@ -26,13 +27,19 @@ class TargetPasses:
     """
 
     def __init__(
-        self, request: Request, model: PreTrainedModel, rows: Rows, cache: SharedKVCache, report: SpecReport
+        self,
+        request: Request,
+        model: PreTrainedModel,
+        rows: Rows,
+        cache: SharedKVCache,
+        report: SpecReport,
+        strict: StrictMode | None = None,
     ) -> None:
         self._request = request
         self._rows = rows
         self._cache = cache
         self._report = report
-        self._forward = TreeForward(model, TARGET)
+        self._forward = TreeForward(model, TARGET) if strict is None else strict.forward(TARGET)
         self._chunk = getattr(request.config, "prefill_chunk_size", None) or PREFILL_CHUNK
         self.vocab = int(text_config(model).vocab_size)
 

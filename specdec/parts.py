@@ -1,0 +1,54 @@
+"""What the Speculator's arguments stand for: the drafter meant by `draft`, the mode meant by `exactness`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.kv import UnsupportedArgumentError
+from specdec.verify.strict_mode import DEFAULT_WIDTH, StrictMode
+
+Draft = PreTrainedModel | Drafter | str | Path | None
+
+
+def make_strict(target: PreTrainedModel, exactness: str, width: int | None) -> StrictMode | None:
+    """Strict mode for `target`, None for "distribution" (see Speculator)."""
+    if exactness == "strict":
+        return StrictMode(target, DEFAULT_WIDTH if width is None else width)
+    if exactness != "distribution":
+        raise UnsupportedArgumentError(f"exactness: expected 'distribution' or 'strict', got {exactness!r}")
+    if width is not None:
+        raise UnsupportedArgumentError(f"strict_width={width} needs exactness='strict'; leave it out otherwise")
+    return None
+
+
+def make_drafter(draft: Draft, target: PreTrainedModel, k: int | None, tree: tuple[int, ...] | None) -> Drafter | None:
+    """The drafter a user means by `draft` (see Speculator)."""
+    if draft is None:
+        if k is not None or tree is not None:
+            raise UnsupportedArgumentError(
+                "k and tree describe drafts, but draft is None: give a drafter, or leave them out"
+            )
+        return None
+    if isinstance(draft, Drafter):
+        if k is not None or tree is not None:
+            raise UnsupportedArgumentError("k and tree belong to the Drafter object that was passed; set them there")
+        return draft
+    if draft == "ngram":
+        if tree is not None:
+            raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
+        return NgramDrafter() if k is None else NgramDrafter(k=k)
+    if isinstance(draft, (str, Path)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(draft), dtype=target.dtype, trust_remote_code=False, use_safetensors=True
+        )
+        draft = loaded.to(target.device)
+    if not isinstance(draft, PreTrainedModel):
+        raise UnsupportedArgumentError(
+            "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, or None, got "
+            f"{type(draft).__name__}"
+        )
+    return ModelDrafter(draft, k=k, tree=tree)
