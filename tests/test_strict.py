@@ -1,0 +1,246 @@
+"""exactness="strict": the same tokens, logits and K/V to the bit, whatever drafts, tree, k or batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+import specdec
+from specdec.drafters import NgramDrafter
+from specdec.kv import TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
+from specdec.verify import strict, strict_mode
+from specdec.verify.strict_mode import StrictMode
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 30, 3, 58)
+"""With 12 tokens each: texts that end before, at and after a border of blocks."""
+
+
+def ways(family: str, dtype: str) -> dict[str, dict[str, Any]]:
+    """Drafters, trees and lengths that must make no difference; `self` shares its layers with the target."""
+    near = models.draft("near", family, dtype)
+    return {
+        "k1": dict(draft=near, k=1),
+        "k4": dict(draft=near, k=4),
+        "k20-cut": dict(draft=near, k=20),
+        "tree": dict(draft=near, tree=(3, 2, 1)),
+        "ngram": dict(draft=NgramDrafter(k=5, branches=2)),
+        "junk": dict(draft=models.draft("random", family, dtype), k=8),
+        "self": dict(draft=models.target(family, dtype), k=5),
+    }
+
+
+def decode(target: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> tuple[Any, Any]:
+    """(output with logits and K/V, report) of greedy decoding."""
+    new_tokens = options.pop("new_tokens", 12)
+    draft = options.pop("draft", None)
+    spec = specdec.Speculator(target, draft, **options)
+    out = spec.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=models.PAD,
+        eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    assert spec.report is not None
+    assert spec.report.num_drafter_faults == 0, spec.report.last_drafter_fault
+    return out, spec.report
+
+
+def apart(one: Any, other: Any) -> tuple[int, int, int]:
+    """How many rows of tokens, logits of tokens, and layers of K/V differ."""
+    rows = int((one.sequences != other.sequences).any(1).sum())
+    logits = int((torch.stack(one.logits) != torch.stack(other.logits)).any(-1).sum())
+    layers = 0
+    for a, b in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+        layers += not (torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values))
+    return rows, logits, layers
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2-mixed-window", "gpt2", "gemma2"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_drafts_change_no_bit(family: str, dtype: str) -> None:
+    target = models.target(family, dtype)
+    ids, mask = models.prompts(LENGTHS, target.config.get_text_config().vocab_size, seed=0, period=3)
+    plain, _ = decode(target, ids, mask, exactness="strict")
+    own = target.config._attn_implementation
+    accepted = 0
+    for name, way in ways(family, dtype).items():
+        out, report = decode(target, ids, mask, exactness="strict", **way)
+        assert apart(plain, out) == (0, 0, 0), name
+        accepted += report.num_accepted_tokens
+    assert accepted > 0
+    assert target.config._attn_implementation == own
+
+
+def test_ordinary_passes_fail_the_same_comparison() -> None:
+    """The negative control: the comparison sees the bits that strict mode is there to keep."""
+    for dtype in ("bf16", "fp32"):
+        target = models.target("llama-gqa", dtype)
+        ids, mask = models.prompts(LENGTHS, target.config.vocab_size, seed=0, period=3)
+        plain, _ = decode(target, ids, mask)
+        out, _ = decode(target, ids, mask, draft=models.draft("near", "llama-gqa", dtype), tree=(3, 2, 1))
+        _, logits, layers = apart(plain, out)
+        assert logits > 0
+        assert layers > 0
+
+
+def flat_model() -> PreTrainedModel:
+    """A bfloat16 model of so many, so similar tokens that its best two often tie within rounding."""
+    config = tf.LlamaConfig(
+        vocab_size=3000, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return models.build(tf.LlamaForCausalLM, config, torch.bfloat16, seed=3, attention="sdpa")
+
+
+def differing_rows(exactness: str) -> int:
+    target = flat_model()
+    near = models.noisy_copy(target, 0.02)
+    ids, mask = models.prompts((20,) * 16, 3000, seed=1)
+    plain, _ = decode(target, ids, mask, exactness=exactness, new_tokens=40)
+    count = 0
+    for way in (dict(k=4), dict(tree=(3, 2, 1))):
+        out, _ = decode(target, ids, mask, exactness=exactness, new_tokens=40, draft=near, **way)
+        count += apart(plain, out)[0]
+    return count
+
+
+def test_texts_in_bfloat16_differ_between_drafters_unless_strict() -> None:
+    assert differing_rows("distribution") > 0
+    assert differing_rows("strict") == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_neighbours_change_no_bit(dtype: str) -> None:
+    """Alone, in another batch, with neighbours that finish at other times: a row's bits are its own."""
+    target = models.target("llama-gqa", dtype)
+    near = models.draft("near", "llama-gqa", dtype)
+    ids, mask = models.prompts(LENGTHS, target.config.vocab_size, seed=0)
+    together, _ = decode(target, ids, mask, exactness="strict", draft=near, k=4)
+    for row, length in enumerate(LENGTHS):
+        alone, _ = decode(target, ids[row : row + 1, -length:], mask[row : row + 1, -length:], exactness="strict")
+        assert torch.equal(alone.sequences[0, length:], together.sequences[row, ids.shape[1] :])
+        assert torch.equal(torch.stack(alone.logits)[:, 0], torch.stack(together.logits)[:, row])
+    text = together.sequences[:, ids.shape[1] :]
+    stop = int(text[1, 3])  # one row ends early, the others as they may
+    spec = specdec.Speculator(target, near, tree=(2, 2), exactness="strict")
+    ended: Any = spec.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=stop, pad_token_id=0
+    )
+    for row in range(len(LENGTHS)):
+        ends = (text[row] == stop).nonzero()
+        count = int(ends[0]) + 1 if len(ends) else 12
+        assert torch.equal(ended[row, ids.shape[1] :][:count], text[row, :count])
+
+
+def test_other_widths_and_the_report() -> None:
+    target = models.target("llama-gqa", "bf16")
+    near = models.draft("near", "llama-gqa", "bf16")
+    ids, mask = models.prompts(LENGTHS, target.config.vocab_size, seed=0)
+    plain, report = decode(target, ids, mask, exactness="strict", strict_width=8)
+    assert (report.exactness, report.strict_width) == ("strict", 8)
+    assert report.ms_strict_pass > 0
+    assert "8 nodes wide" in report.summary()
+    out, report = decode(target, ids, mask, exactness="strict", strict_width=8, draft=near, tree=(3, 2, 1))
+    assert apart(plain, out) == (0, 0, 0)
+    assert 0 < report.num_draft_tokens <= 7 * report.num_drafts
+    _, report = decode(target, ids, mask)
+    assert (report.exactness, report.strict_width) == ("distribution", None)
+
+
+@pytest.fixture
+def small() -> PreTrainedModel:
+    """A model of its own, to be tampered with."""
+    config = tf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return models.build(tf.LlamaForCausalLM, config, torch.float32, seed=1, attention="sdpa")
+
+
+def test_the_probe_refuses_kernels_that_depend_on_the_slot(small: Any) -> None:
+    StrictMode(small).cost(CPU)
+
+    def drift(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out * (1 + 1e-6 * torch.arange(out.shape[1])[:, None])
+
+    small.model.layers[0].mlp.register_forward_hook(drift)
+    with pytest.raises(UnsupportedModelError, match="same token has other logits"):
+        StrictMode(small).cost(CPU)
+
+
+def test_the_probe_refuses_kernels_that_depend_on_other_rows(small: Any) -> None:
+    def mix(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out + 1e-6 * out.mean(1, keepdim=True)
+
+    small.model.layers[0].mlp.register_forward_hook(mix)
+    with pytest.raises(UnsupportedModelError, match="same token has other logits"):
+        StrictMode(small).cost(CPU)
+
+
+def test_the_probe_refuses_an_attention_it_does_not_reproduce(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A consistent but different formula: all bits agree with each other, none with the model."""
+
+    def hotter(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return strict.strict_attention(module, 9 * query, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, strict.NAME, hotter)
+    with pytest.raises(UnsupportedModelError, match="does not reproduce"):
+        StrictMode(small).cost(CPU)
+
+
+def test_the_probe_runs_once_per_setting(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = StrictMode(small)
+    first = mode.cost(CPU)
+    monkeypatch.setattr(strict_mode, "_Probe", None)
+    assert mode.cost(CPU) is first
+
+
+def test_what_cannot_be_promised_is_refused_by_name(small: Any) -> None:
+    def refused(error: type[Exception], match: str, target: Any = small, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            specdec.Speculator(target, **options)
+
+    refused(UnsupportedArgumentError, "'distribution' or 'strict'", exactness="exact")
+    refused(UnsupportedArgumentError, "strict_width=4 needs", strict_width=4)
+    refused(UnsupportedArgumentError, "at least 2", exactness="strict", strict_width=1)
+    experts = tf.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    refused(UnsupportedModelError, "experts", tf.MixtralForCausalLM(experts).eval(), exactness="strict")
+    small.train()
+    refused(UnsupportedModelError, "training mode", exactness="strict")
+    small.eval()
+    small.model._hf_hook = object()
+    refused(UnsupportedModelError, "accelerate", exactness="strict")
+
+
+def test_a_tree_wider_than_the_pass_is_an_error_not_another_width(small: Any) -> None:
+    class Wide(NgramDrafter):
+        def propose(self, budget: Any, uniforms: Any) -> Any:
+            wide = type(budget)(budget.depths, 40)
+            return super().propose(wide, uniforms)
+
+    ids = torch.tensor([[5, 6, 7] * 20])
+    spec = specdec.Speculator(small, Wide(k=30), exactness="strict")
+    with pytest.warns(UserWarning, match="failed"):
+        out: Any = spec.generate(input_ids=ids, max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
+    plain: Any = specdec.Speculator(small, exactness="strict").generate(
+        input_ids=ids, max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert torch.equal(out, plain)
+
+
+def test_a_failing_target_is_reported_as_always(small: Any) -> None:
+    spec = specdec.Speculator(small, exactness="strict")
+    ids = torch.tensor([[5, 6, 7]])
+    spec.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with torch.no_grad():
+        small.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TargetFaultError, match="NaN"):
+        spec.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
