@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from specdec.kv.base import KVCache
+from specdec.verify.kinds import DraftKind
 from specdec.verify.law import SamplingLaw
 from specdec.verify.rows import Rows
 from specdec.verify.tree import DraftTree, Verdict
@@ -41,6 +42,9 @@ class Session:
     law: logits -> scores, with the caller's processors.
     do_sample: False means greedy decoding: only the target's argmax will be accepted.
     vocab: the target's vocabulary size; drafted ids must be below it and q rows that wide.
+    race: only where the target's tokens are decided by a race (rule "coupled"): `race(depths)` is the very noise of
+        the next `depths` positions of each live row, float64 `[live, depths, vocab]`, first that of the token after
+        the root. Who runs it under q (`specdec.verify.race`) meets the target's token most often; q is not asked for.
     """
 
     rows: Rows
@@ -48,6 +52,7 @@ class Session:
     law: SamplingLaw
     do_sample: bool
     vocab: int
+    race: Callable[[int], Tensor] | None = None
 
 
 CACHE_NAME = "draft"
@@ -70,6 +75,12 @@ class Drafter(ABC):
     """Depth of the trees it proposes when the budget allows."""
     max_nodes: int
     """Most drafted tokens it proposes per row."""
+
+    @property
+    def kind(self) -> DraftKind | None:
+        """What its drafts are like in calls that sample: rules are chosen and refused by it before anything runs.
+        None: anything; each tree is then looked at when it comes."""
+        return None
 
     @property
     def num_uniforms(self) -> int:

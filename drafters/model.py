@@ -19,12 +19,20 @@ from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.forward import PREFILL_CHUNK, TreeForward, prepared
+from specdec.verify.kinds import DraftKind
+from specdec.verify.race import gumbel
 from specdec.verify.rules.base import sample_from
-from specdec.verify.topology import Topology
+from specdec.verify.topology import Topology, indices
 from specdec.verify.tree import DraftTree
 
 DEFAULT_K = 4
 """Chain length when neither `k` nor `tree` is given."""
+
+_TREES = {
+    "top": DraftKind("tree", "deterministic"),
+    "mixed": DraftKind("tree", "mixed"),
+    "sampled": DraftKind("tree", "sampled"),
+}
 
 
 class ModelDrafter(Drafter):
@@ -43,6 +51,9 @@ class ModelDrafter(Drafter):
         children: of nodes in sampled calls. "top": the best tokens, deterministic (rule naive). "mixed": the best
             tokens but one, and one sampled off them (rule budget_flow). "sampled": drawn without replacement (rules
             traversal, recursive_rejection). Default: what the shape does best.
+
+    Where the call runs a race (rule coupled), children are the ones that arrive first under the drafter's law, all
+    deterministic, whatever `children` says.
     """
 
     name = "model"
@@ -77,6 +88,13 @@ class ModelDrafter(Drafter):
         self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
         self._forward = TreeForward(model, CACHE_NAME)
         self._session: Session | None = None
+        self._gumbel: Tensor | None = None
+
+    @property
+    def kind(self) -> DraftKind:
+        if self._chains:
+            return DraftKind("chain", "deterministic" if self.children == "top" else "sampled")
+        return _TREES[self.children]
 
     @property
     def num_uniforms(self) -> int:
@@ -101,7 +119,9 @@ class ModelDrafter(Drafter):
         depth, nodes = min(budget.max_depth, self.max_depth), min(budget.max_nodes, self.max_nodes)
         if min(depth, nodes) < 1:
             return DraftTree.root_only(roots)
-        mode = self.children if self._session.do_sample else "top"
+        race = self._session.race
+        mode = self.children if self._session.do_sample and race is None else "top"
+        self._gumbel = None if race is None else gumbel(race(depth))
         if self._chains:  # by the full shape: how a row drafts must not depend on its companions' budgets
             return _limited(self._chain(min(depth, nodes), mode, uniforms), budget)
         start = Start(roots, tuple(min(limit, depth) for limit in budget.depths), nodes, mode, uniforms)
@@ -123,10 +143,12 @@ class ModelDrafter(Drafter):
         for depth in range(1, length + 1):
             tokens = columns[0] if law.prefix_free else torch.cat(columns, dim=1)
             scores = law(self._fit(logits), self._session.rows, tokens, parents, range(depth - 1, depth)).squeeze(1)
+            scores = self._tempered(scores)
             if mode != "top":
-                laws.append(F.softmax(self._tempered(scores), dim=-1))
+                laws.append(F.softmax(scores, dim=-1))
                 columns.append(sample_from(laws[-1], uniforms[:, depth])[:, None])
             else:
+                scores = scores if self._gumbel is None else scores + self._gumbel[:, depth - 1]
                 peak, token = scores.max(-1, keepdim=True)
                 peaks.append(peak)
                 columns.append(token)
@@ -145,11 +167,17 @@ class ModelDrafter(Drafter):
         else:
             new = self._known(run.tokens[:, first:])
             logits = self._forward.nodes(cache, new, run.depths, run.ancestors[:, first:], first)
-        scores = self._session.law(self._fit(logits), rows, run.tokens, run.parents, slots, run.impossible)
-        return self._tempered(scores) if self._session.do_sample else scores
+        scores = self._tempered(
+            self._session.law(self._fit(logits), rows, run.tokens, run.parents, slots, run.impossible)
+        )
+        if self._gumbel is None:
+            return scores
+        return scores + self._gumbel[indices(len(scores), scores.device)[:, None], run.depths[:, slots.start :]]
 
     def _tempered(self, scores: Tensor) -> Tensor:
-        return scores if self.temperature == 1 else scores / self.temperature
+        assert self._session is not None
+        plain = self.temperature == 1 or not self._session.do_sample
+        return scores if plain else scores / self.temperature
 
     def _root_logits(self) -> Tensor:
         """Bring the drafter's K/V up to date and return the logits after each root, `[live, 1, vocab]`."""

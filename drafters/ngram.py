@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.drafters.base import Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.kinds import DraftKind
 from specdec.verify.tree import DraftTree
 
 
@@ -40,6 +41,10 @@ class NgramDrafter(Drafter):
         self._session: Session | None = None
         self._texts: dict[int, list[int]] = {}
         self._ends: dict[int, dict[tuple[int, ...], list[int]]] = {}
+
+    @property
+    def kind(self) -> DraftKind:
+        return DraftKind("chain" if self.branches == 1 else "tree", "deterministic")
 
     def start(self, session: Session) -> None:
         self._session = session

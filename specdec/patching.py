@@ -17,8 +17,9 @@ def patch(
     draft: Draft = None,
     *,
     k: int | None = None,
-    tree: Sequence[int] | None = None,
+    tree: Any = None,
     rule: str = "auto",
+    lossy: bool = False,
     tokenizer: Any = None,
 ) -> Iterator[Speculator]:
     """Inside the block `target.generate` is `Speculator(target, draft, ...).generate`; yields the Speculator.
@@ -26,7 +27,7 @@ def patch(
     Only this one object is changed, and restored on the way out (also after an exception). A pipeline that passes
     `tokenizer=` or `streamer=` keeps working.
     """
-    spec = Speculator(target, draft, k=k, tree=tree, rule=rule, tokenizer=tokenizer)
+    spec = Speculator(target, draft, k=k, tree=tree, rule=rule, lossy=lossy, tokenizer=tokenizer)
     model: Any = target
     had = model.__dict__.get("generate")
     model.generate = spec.generate

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from oracle.cases import CASES, VOCAB, drafted, instances, random_trees
+from oracle.cases import COIN_CASES, VOCAB, drafted, instances, random_trees
 from oracle.enumerate import BranchingCoins, branches, step_law
 from oracle.instances import Spec, context_free
 from oracle.production import batch, draft_everything
@@ -25,7 +25,7 @@ def reference_end_law(tree: Tree, rule: Rule) -> list[float]:
     return law
 
 
-@pytest.mark.parametrize(("rule", "kind"), CASES)
+@pytest.mark.parametrize(("rule", "kind"), COIN_CASES)
 def test_end_law_of_a_given_tree(rule: str, kind: str) -> None:
     trees = random_trees(kind, seed=7)
     rows = batch(trees, VOCAB, extra=2)
@@ -39,7 +39,7 @@ def test_end_law_of_a_given_tree(rule: str, kind: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rule", "kind"), CASES)
+@pytest.mark.parametrize(("rule", "kind"), COIN_CASES)
 def test_expected_accepted_averages_to_the_step_law(rule: str, kind: str) -> None:
     """Averaged over every draft tree, the mean given the tree is E[tau] of the exact step law."""
     every = drafted(kind)

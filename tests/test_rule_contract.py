@@ -13,6 +13,7 @@ from oracle.production import Batch, batch
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.rules import RULES, UnsupportedTreeError, auto_rule, make_rule
 from specdec.verify.topology import Topology
@@ -39,11 +40,18 @@ def problem(kind: str, seed: int = 11, dtype: torch.dtype = torch.float64) -> Pr
     accept = torch.where(rows.tree.valid, accept, 0.0)
     residual = torch.rand(shape[0], generator=generator, dtype=torch.float64)
     residual[::7], residual[3::7] = 0.0, LAST
-    return Problem(rows, Noise(accept, residual))
+    race = -(-torch.rand((*shape, VOCAB), generator=generator, dtype=torch.float64)).log1p()
+    race = torch.where(torch.rand(race.shape, generator=generator) < 0.02, 0.0, race)
+    return Problem(rows, Noise(accept, residual, race))
 
 
 def run(rule: str, given: Problem) -> Verdict:
     return make_rule(rule)(given.rows.tree, given.rows.p, given.noise)
+
+
+def tensors(noise: Noise) -> list[Tensor]:
+    assert noise.race is not None
+    return [noise.accept, noise.residual, noise.race]
 
 
 def ends(verdict: Verdict) -> Tensor:
@@ -93,9 +101,8 @@ def test_a_row_does_not_depend_on_the_rows_around_it(rule: str, kind: str):
     together = run(rule, given)
     for row in range(0, given.rows.p.shape[0], 9):
         only = given.rows.take(torch.tensor([row]))
-        alone = make_rule(rule)(
-            only.tree, only.p, Noise(given.noise.accept[row : row + 1], given.noise.residual[row, None])
-        )
+        own = Noise(*(part[row : row + 1] for part in tensors(given.noise)))
+        alone = make_rule(rule)(only.tree, only.p, own)
         assert int(ends(alone)[0]) == int(ends(together)[row])
         assert int(alone.next_token[0]) == int(together.next_token[row])
 
@@ -103,21 +110,21 @@ def test_a_row_does_not_depend_on_the_rows_around_it(rule: str, kind: str):
 @every_case
 def test_a_rule_is_a_pure_function_without_global_randomness(rule: str, kind: str):
     given = problem(kind)
-    before = [tensor.clone() for tensor in (given.rows.p, given.rows.tree.tokens, *given.noise)]
+    before = [tensor.clone() for tensor in (given.rows.p, given.rows.tree.tokens, *tensors(given.noise))]
     state = torch.random.get_rng_state()
     first, second = run(rule, given), run(rule, given)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(state, torch.random.get_rng_state())
-    after = (given.rows.p, given.rows.tree.tokens, *given.noise)
+    after = (given.rows.p, given.rows.tree.tokens, *tensors(given.noise))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written to"
 
 
 @pytest.mark.parametrize("rule", list(RULES))
 def test_no_proposal_means_plain_sampling(rule: str):
     p = torch.tensor([[[0.25, 0.0, 0.75]]], dtype=torch.float64).expand(4, 1, 3)
-    noise = Noise(
-        torch.zeros(4, 1, dtype=torch.float64), torch.tensor([0.0, 0.2499, 0.2501, LAST], dtype=torch.float64)
-    )
+    race = torch.tensor([[0.1, 0.0, 1.0], [0.3, 0.0, 1.0], [1.0, 0.0, 0.1], [0.35, 0.0, 1.0]], dtype=torch.float64)
+    residual = torch.tensor([0.0, 0.2499, 0.2501, LAST], dtype=torch.float64)
+    noise = Noise(torch.zeros(4, 1, dtype=torch.float64), residual, race[:, None])
     verdict = make_rule(rule)(DraftTree.root_only(torch.zeros(4, dtype=torch.int64)), p, noise)
     assert verdict.num_accepted.tolist() == [0] * 4
     assert verdict.next_token.tolist() == ([2] * 4 if rule == "greedy" else [0, 0, 2, 2])
@@ -153,7 +160,8 @@ def test_a_shared_topology_changes_nothing(rule: str):
     tokens[:, 1:] = torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(64, 3)
     tree = DraftTree.build(topology, tokens, q)
     loose = DraftTree(tree.tokens, tree.parents, tree.num_nodes, tree.sampled, tree.q, tree.q_row)
-    noise = Noise(torch.rand(64, 4, generator=generator).double(), torch.rand(64, generator=generator).double())
+    accept, residual, race = (torch.rand(64, *shape, generator=generator).double() for shape in ((4,), (), (4, 7)))
+    noise = Noise(accept, residual, race)
     shared, own = make_rule(rule)(tree, p, noise), make_rule(rule)(loose, p, noise)
     assert torch.equal(ends(shared), ends(own))
     assert torch.equal(shared.next_token, own.next_token)
@@ -172,11 +180,24 @@ def test_on_a_chain_the_tree_rules_are_block_verification_coin_for_coin(rule: st
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule"), [("sampled", "block"), ("mixed", "block"), ("one_sampled", "budget_flow"), ("fixed", "naive")]
+    ("kind", "rule"),
+    [
+        ("sampled", "block"),
+        ("mixed", "block"),
+        ("one_sampled", "budget_flow"),
+        ("fixed", "naive"),
+        ("without_replacement", "traversal"),
+    ],
 )
 def test_the_automatic_rule_takes_the_tree_it_is_chosen_for(kind: str, rule: str):
     given = problem(kind)
-    chosen = auto_rule(given.rows.tree, do_sample=True)
+    chosen = auto_rule(DraftKind.of(given.rows.tree))
     assert chosen.name == rule
+    assert chosen.lossless
     chosen.check(given.rows.tree)
-    assert auto_rule(given.rows.tree, do_sample=False).name == "greedy"
+
+
+def test_a_race_that_was_not_given_is_asked_for():
+    given = problem("fixed")
+    with pytest.raises(UnsupportedArgumentError, match=r"noise\.race with \d+ depths, got None"):
+        make_rule("coupled")(given.rows.tree, given.rows.p, given.noise._replace(race=None))

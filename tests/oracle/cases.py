@@ -22,10 +22,14 @@ TAKES: dict[str, tuple[str, ...]] = {
     "recursive_rejection": CHAINS + TREES,
     "traversal": CHAINS + TREES,
     "budget_flow": (*CHAINS, "fixed", "one_sampled"),
+    "coupled": CHAINS + TREES,
+    "typical": CHAINS + TREES,
 }
 """Draft laws by rule: everything a rule's `check` lets through."""
 
 CASES = [(rule, kind) for rule, kinds in TAKES.items() for kind in kinds]
+COIN_CASES = [(rule, kind) for rule, kind in CASES if rule not in ("coupled", "typical")]
+"""Rules that follow the target's law by coins of their own, over which they can be integrated."""
 
 
 @cache

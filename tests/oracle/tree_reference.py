@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from oracle.instances import Law, Number
 from oracle.reference import (
     Coins,
@@ -107,6 +110,42 @@ def _flow(tree: Tree, coins: Coins, node: int, w: Number) -> Emitted:
     return None
 
 
+def typical(tree: Tree, coins: Coins) -> tuple[int, Law]:
+    """A.10: keep x while p(x) > min(.09, .3 exp(-H(p))); the deepest node so reached, then the likeliest, then the
+    first; the token after it comes from p."""
+    best, level = (0, 1.0, 0), [(0, 1.0)]
+    depth = 0
+    while level:
+        following = []
+        depth += 1
+        for node, path in level:
+            p = tree.p(node)
+            entropy = -sum(float(mass) * math.log(mass) for mass in p if mass > 0)
+            for child in tree.children(node):
+                mass = p[tree.token(child)]
+                if mass > min(0.09, 0.3 * math.exp(-entropy)):
+                    following.append((child, path * float(mass)))
+        for child, path in following:
+            if depth > best[0] or path > best[1] * (1 + 1e-5):
+                best = (depth, path, child)
+        level = following
+    return best[2], tree.p(best[2])
+
+
+def coupled(tree: Tree, race: Sequence[Sequence[float]]) -> tuple[int, int]:
+    """A.9b: the accepted node and the token after it, given E of every depth below the root and every token."""
+    node = depth = 0
+    while True:
+        arrive = [
+            time / float(mass) if mass else math.inf for time, mass in zip(race[depth], tree.p(node), strict=True)
+        ]
+        token = arrive.index(min(arrive))
+        matching = [child for child in tree.children(node) if tree.token(child) == token]
+        if not matching:
+            return node, token
+        node, depth = matching[0], depth + 1
+
+
 REFERENCES: dict[str, Rule] = {
     "greedy": greedy,
     "naive": naive,
@@ -115,4 +154,6 @@ REFERENCES: dict[str, Rule] = {
     "recursive_rejection": recursive_rejection,
     "traversal": traversal,
     "budget_flow": budget_flow,
+    "typical": typical,
 }
+"""Of every rule that needs no more than coins; `coupled` is not one of them."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import SpecdecError
+from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.tree import DraftTree, Verdict
 
@@ -33,14 +34,24 @@ class AcceptanceRule(ABC):
     Attributes:
         name: how users ask for it (`rule="block"`).
         lossless: True when the emitted tokens follow the target's law exactly, whatever the drafter.
+        changes: of lossy rules, what they do to the text.
+        uses_race: True when the rule decides by `noise.race`.
     """
 
     name: str
     lossless: bool = True
+    changes: str = ""
+    uses_race: bool = False
 
-    @abstractmethod
+    def refusal(self, kind: DraftKind) -> str | None:
+        """Why this rule cannot judge drafts of that kind and which rule can; None when it can."""
+        return None
+
     def check(self, tree: DraftTree) -> None:
-        """Raise UnsupportedTreeError, with the reason, for tree kinds this rule does not take."""
+        """Raise UnsupportedTreeError, with the reason, for trees of a kind this rule does not take."""
+        why = self.refusal(DraftKind.of(tree))
+        if why is not None:
+            raise UnsupportedTreeError(why)
 
     @abstractmethod
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
@@ -59,7 +70,8 @@ class AcceptanceRule(ABC):
         """Probability, over the rule's own coins, that the accepted path ends at each node of this very tree.
 
         Returns:
-            float64 `[rows, nodes]`, each row sums to 1; None where coins and draft share their noise.
+            float64 `[rows, nodes]`, each row sums to 1; None where coins and draft share their noise, and where
+            there are no coins.
         """
         return None
 

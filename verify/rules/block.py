@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import AcceptanceRule, Expected, residual_or, row_at, sample_from, verdict_at
-from specdec.verify.rules.chain import ChainView, check_chain, draft_law, view_chain
+from specdec.verify.rules.chain import ChainView, chains_only, draft_law, view_chain
 from specdec.verify.tree import DraftTree, Verdict
 
 
@@ -25,8 +26,8 @@ class Block(AcceptanceRule):
 
     name = "block"
 
-    def check(self, tree: DraftTree) -> None:
-        check_chain(self.name, tree)
+    def refusal(self, kind: DraftKind) -> str | None:
+        return chains_only(self.name, kind)
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         self.check(tree)

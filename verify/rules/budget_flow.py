@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import (
     AcceptanceRule,
-    UnsupportedTreeError,
     residual_or,
     row_at,
     sample_from,
@@ -44,16 +44,13 @@ class BudgetFlow(AcceptanceRule):
 
     name = "budget_flow"
 
-    def check(self, tree: DraftTree) -> None:
-        if not tree.any_sampled or (tree.topology is not None and tree.topology.is_chain):
-            return
-        count = torch.zeros_like(tree.parents)
-        count.scatter_add_(1, tree.parents.clamp(min=0), (tree.sampled & tree.valid).long())
-        if bool((count > 1).any()):
-            raise UnsupportedTreeError(
-                f"rule {self.name!r} takes at most one sampled child per node, got several sampled siblings: use "
-                "rule='traversal' or rule='recursive_rejection'"
-            )
+    def refusal(self, kind: DraftKind) -> str | None:
+        if kind.shape == "chain" or kind.nodes != "sampled":
+            return None
+        return (
+            f"rule {self.name!r} takes at most one sampled child per node, got {kind} with several: use "
+            "rule='traversal' or rule='recursive_rejection'"
+        )
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         self.check(tree)

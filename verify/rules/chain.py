@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.verify.rules.base import UnsupportedTreeError
+from specdec.verify.kinds import DraftKind
 from specdec.verify.tree import DraftTree
 
 
@@ -24,12 +24,14 @@ class ChainView(NamedTuple):
     length: Tensor
 
 
-def check_chain(rule: str, tree: DraftTree) -> None:
-    if not tree.is_chain:
-        raise UnsupportedTreeError(
-            f"rule {rule!r} takes chains only, got a tree with siblings: use rule='naive' for deterministic trees, or "
-            "let rule='auto' choose"
-        )
+def chains_only(rule: str, kind: DraftKind) -> str | None:
+    """The refusal (see `AcceptanceRule.refusal`) of rules that know no siblings."""
+    if kind.shape == "chain":
+        return None
+    return (
+        f"rule {rule!r} takes chains only, got {kind}, which have siblings: use rule='naive' for deterministic trees, "
+        "or let rule='auto' choose"
+    )
 
 
 def view_chain(tree: DraftTree, p: Tensor) -> ChainView:

@@ -18,9 +18,6 @@ class Greedy(AcceptanceRule):
 
     name = "greedy"
 
-    def check(self, tree: DraftTree) -> None:
-        """Every tree will do."""
-
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         choice = p.argmax(-1)
         node = _followed(tree, choice)

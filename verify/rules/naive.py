@@ -23,9 +23,6 @@ class Naive(AcceptanceRule):
 
     name = "naive"
 
-    def check(self, tree: DraftTree) -> None:
-        """Every tree will do."""
-
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         mass, earlier, is_child = _masses(tree, p)
         low = (earlier * mass[:, None, :]).sum(-1)

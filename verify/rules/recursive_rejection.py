@@ -28,9 +28,6 @@ class RecursiveRejection(AcceptanceRule):
 
     name = "recursive_rejection"
 
-    def check(self, tree: DraftTree) -> None:
-        """Every tree will do."""
-
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         rows = tree.tokens.shape[0]
         children = plan_tree(tree).children

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.kinds import DraftKind
 from specdec.verify.rules.base import AcceptanceRule
 from specdec.verify.rules.block import Block
 from specdec.verify.rules.budget_flow import BudgetFlow
+from specdec.verify.rules.coupled import Coupled
 from specdec.verify.rules.greedy import Greedy
 from specdec.verify.rules.naive import Naive
 from specdec.verify.rules.recursive_rejection import RecursiveRejection
 from specdec.verify.rules.rejection import Rejection
 from specdec.verify.rules.traversal import Traversal
-from specdec.verify.tree import DraftTree
+from specdec.verify.rules.typical import Typical
 
 RULES: dict[str, type[AcceptanceRule]] = {
-    rule.name: rule for rule in (Greedy, Rejection, Block, Naive, RecursiveRejection, Traversal, BudgetFlow)
+    rule.name: rule
+    for rule in (Greedy, Rejection, Block, Naive, RecursiveRejection, Traversal, BudgetFlow, Coupled, Typical)
 }
 
 
@@ -29,15 +32,54 @@ def make_rule(name: str) -> AcceptanceRule:
     return RULES[name]()
 
 
-def auto_rule(tree: DraftTree, do_sample: bool) -> AcceptanceRule:
-    """The best lossless rule for this kind of tree: greedy at temperature 0, naive without q, else block for chains and
-    budget_flow for trees.
+def auto_rule(kind: DraftKind) -> AcceptanceRule:
+    """The best lossless rule for drafts of a kind: naive without q, block for chains, budget_flow for trees that mix
+    both, traversal where siblings are sampled.
 
-    Decided by the drafter's kind of proposal, not by the shapes a batch happens to hold: a row's rule, and so its
-    text, must not depend on the rows around it. (On a chain budget_flow *is* block, coin for coin.)
+    Ask with the drafter's own kind, not with that of the trees a batch happens to hold: a row's rule, and so its text,
+    must not depend on the rows around it.
+    """
+    if kind.nodes == "deterministic":
+        return make_rule("naive")
+    if kind.shape == "chain":
+        return make_rule("block")
+    return make_rule("budget_flow" if kind.nodes == "mixed" else "traversal")
+
+
+def choose_rule(name: str, do_sample: bool, kind: DraftKind | None) -> AcceptanceRule | None:
+    """The rule that decides a whole call; None when "auto" must look at each tree, because the drafter does not say
+    what it proposes (`kind` None).
+
+    At temperature 0 every rule is greedy matching: `greedy`, which reads scores where the others need probabilities.
     """
     if not do_sample:
-        return Greedy()
-    if tree.q is None:
-        return Naive()
-    return Block() if tree.is_chain else BudgetFlow()
+        return make_rule("greedy")
+    if name != "auto":
+        return make_rule(name)
+    return None if kind is None else auto_rule(kind)
+
+
+def check_choice(name: str, lossy: bool, drafter: str | None = None, kind: DraftKind | None = None) -> None:
+    """Refuse what can be known to fail before any model runs.
+
+    Args:
+        name: the rule's, or "auto". lossy: whether the user agreed to a changed law.
+        drafter: its name, None without one; kind: of its drafts, None when it does not say.
+
+    Raises:
+        UnsupportedArgumentError: an unknown rule, a lossy one that was not agreed to, agreement where nothing is
+            lossy, or a rule that does not take such drafts.
+    """
+    if name != "auto" and not make_rule(name).lossless:
+        if not lossy:
+            raise UnsupportedArgumentError(
+                f"rule={name!r} is lossy: it {make_rule(name).changes}. Pass lossy=True if that is what you want, or "
+                "leave rule at 'auto'"
+            )
+    elif lossy:
+        raise UnsupportedArgumentError(
+            f"lossy=True: rule={name!r} keeps the target's law exactly, nothing is lossy. Leave lossy out"
+        )
+    why = None if name == "auto" or kind is None else make_rule(name).refusal(kind)
+    if why is not None:
+        raise UnsupportedArgumentError(f"{why} (the drafter {drafter!r} proposes {kind})")

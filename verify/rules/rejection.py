@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import AcceptanceRule, Expected, residual_or, row_at, sample_from, verdict_at
-from specdec.verify.rules.chain import check_chain, draft_law, view_chain
+from specdec.verify.rules.chain import chains_only, draft_law, view_chain
 from specdec.verify.tree import DraftTree, Verdict
 
 
@@ -22,8 +23,8 @@ class Rejection(AcceptanceRule):
 
     name = "rejection"
 
-    def check(self, tree: DraftTree) -> None:
-        check_chain(self.name, tree)
+    def refusal(self, kind: DraftKind) -> str | None:
+        return chains_only(self.name, kind)
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         self.check(tree)

@@ -39,9 +39,6 @@ class Traversal(AcceptanceRule):
 
     name = "traversal"
 
-    def check(self, tree: DraftTree) -> None:
-        """Every tree will do."""
-
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         plan = plan_tree(tree)
         weight, scale_p, scale_q = _weights(tree, p, plan)

@@ -1,0 +1,105 @@
+"""The exponential race: noise keyed by position, by which target and drafter draw the same token as often as they can.
+
+With independent E(x) ~ Exp(1), the token that arrives first at time E(x) / p(x) is a draw from p (it is
+`argmax(log p + Gumbel)`, because -log E is Gumbel). Who knows only q but runs the race with the same E mostly sees the
+same winner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.verify.noise import Role, signed, uniform_pairs
+
+POSITIONS = 64
+"""Positions tabulated at once when they are cheap: one sequence of kernel launches then serves many steps."""
+ENTRIES = 1 << 20
+"""Rows x positions x vocabulary of a table (8 MiB); wide vocabularies and batches tabulate no more than they need."""
+CHUNK = 1 << 17
+"""Counters evaluated at once, which bounds the cipher's temporaries."""
+
+
+def arrivals(law: Tensor, race: Tensor) -> Tensor:
+    """When each token arrives: `race / law`, infinity where the law is zero.
+
+    Args:
+        law: `[..., vocab]`, non-negative; need not be normalised. race: float64, broadcastable, Exp(1) noise.
+
+    Returns:
+        float64 `[..., vocab]`; its argmin is a draw from the law, its n smallest the n tokens most likely to be one.
+
+    Example: law (.5, .25, 0) and race (.6, .2, .1) arrive at (1.2, .8, inf): token 1 wins.
+    """
+    law = law.to(torch.float64)
+    return (race / law).masked_fill_(law <= 0, torch.inf)
+
+
+def gumbel(race: Tensor) -> Tensor:
+    """The same noise as Gumbel variables: the n largest of `scores + gumbel` are the n first to arrive."""
+    return race.clamp(min=torch.finfo(race.dtype).tiny).log_().neg_()
+
+
+class RaceStream:
+    """The race noise of one `generate` call: a pure function of (seed, request, position, token).
+
+    A position is the index of a token in its row's real text, pads not counted. The noise of a position decides the
+    one token that is emitted there, whatever was drafted, so the text is a function of the target and the seed.
+
+    Each evaluation of the cipher serves two tokens, and what is evaluated is kept until every row that asks has moved
+    past it: drafter and rule read one table.
+
+    Args:
+        seeds, requests: per row of the batch, its key. vocab: width of the noise.
+    """
+
+    def __init__(self, seeds: Sequence[int], requests: Sequence[int], vocab: int, device: torch.device):
+        self._seeds = torch.tensor([signed(seed) for seed in seeds], device=device)[:, None, None]
+        self._requests = torch.tensor(list(requests), device=device)[:, None, None]
+        self._pairs = torch.arange((vocab + 1) // 2, device=device)
+        self._vocab = vocab
+        self._device = device
+        self._table = torch.zeros(0, 0, vocab, dtype=torch.float64, device=device)
+        self._place: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, rows: Sequence[int], positions: Sequence[int], depths: int) -> Tensor:
+        """Float64 `[rows, depths, vocab]`: Exp(1) noise of `depths` positions of each row. Never written to.
+
+        Args:
+            rows: indices into the batch; positions: the first position of each of them.
+        """
+        pairs = list(zip(rows, positions, strict=True))
+        if not all(self._holds(row, position, depths) for row, position in pairs):
+            # One more than asked for: the drafter asks for its levels, the rule also for the position after them.
+            width = max(depths + 1, min(POSITIONS, ENTRIES // max(1, len(pairs) * self._vocab)))
+            self._table = self._evaluate(rows, positions, width)
+            self._place = {row: (index, position) for index, (row, position) in enumerate(pairs)}
+        places = [(self._place[row][0], position - self._place[row][1]) for row, position in pairs]
+        if len(places) == 1:
+            index, offset = places[0]
+            return self._table[index : index + 1, offset : offset + depths]
+        index_of = torch.tensor([index for index, _ in places], device=self._device)[:, None]
+        offset_of = torch.tensor([offset for _, offset in places], device=self._device)[:, None]
+        return self._table[index_of, offset_of + torch.arange(depths, device=self._device)]
+
+    def _holds(self, row: int, position: int, depths: int) -> bool:
+        if row not in self._place:
+            return False
+        offset = position - self._place[row][1]
+        return 0 <= offset and offset + depths <= self._table.shape[1]
+
+    def _evaluate(self, rows: Sequence[int], positions: Sequence[int], width: int) -> Tensor:
+        index = torch.tensor(list(rows), device=self._device)
+        seeds, requests = self._seeds[index], self._requests[index]
+        first = torch.tensor(list(positions), device=self._device)[:, None, None]
+        table = torch.empty(len(rows), width, self._vocab, dtype=torch.float64, device=self._device)
+        chunk = max(1, CHUNK // (len(rows) * len(self._pairs)))
+        for start in range(0, width, chunk):
+            stop = min(width, start + chunk)
+            at = first + torch.arange(start, stop, device=self._device)[None, :, None]
+            even, odd = uniform_pairs(seeds, requests, at, Role.COUPLED, self._pairs)
+            table[:, start:stop, 0::2] = even
+            table[:, start:stop, 1::2] = odd[..., : self._vocab // 2]
+        return table.neg_().log1p_().neg_()
