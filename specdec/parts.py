@@ -25,7 +25,7 @@ def make_strict(target: PreTrainedModel, exactness: str, width: int | None) -> S
     return None
 
 
-def make_drafter(draft: Draft, target: PreTrainedModel, k: int | None, tree: tuple[int, ...] | None) -> Drafter | None:
+def make_drafter(draft: Draft, target: PreTrainedModel, k: int | None, tree: Any) -> Drafter | None:
     """The drafter a user means by `draft` (see Speculator)."""
     if draft is None:
         if k is not None or tree is not None:

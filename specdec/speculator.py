@@ -36,8 +36,9 @@ class Speculator:
         draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), a path or hub id to load,
             or None (plain decoding on the same loop).
         k: length of drafted chains (model: default 4; n-gram: default 10).
-        tree: instead of k, children per level of a static tree of the drafter's top tokens, e.g. `(3, 2, 1)`.
-        rule: acceptance rule; "auto" takes greedy at temperature 0, naive for deterministic drafts (n-grams, static
+        tree: instead of k, children per level, e.g. `(3, 2, 1)`, a `Topology`, a list of paths, or a growth policy
+            such as `BestFirst(...)` (see ModelDrafter).
+        rule: acceptance rule; "auto" takes greedy at temperature 0, naive for deterministic drafts (n-grams, best-first
             trees), block for sampled chains, budget_flow for trees that mix both, traversal where siblings are
             sampled. By name also rejection, recursive_rejection; coupled, with which sampled text is a function of
             target and seed alone, the same for every drafter, tree, k and draft=None; and typical, which is lossy.
@@ -66,7 +67,7 @@ class Speculator:
         draft: Draft = None,
         *,
         k: int | None = None,
-        tree: Sequence[int] | None = None,
+        tree: Any = None,
         rule: str = "auto",
         lossy: bool = False,
         tokenizer: Any = None,
@@ -82,7 +83,7 @@ class Speculator:
         if not isinstance(monitor, (bool, Monitor)):
             raise UnsupportedArgumentError(f"monitor: expected True, False or a Monitor, got {type(monitor).__name__}")
         self.monitor = monitor
-        drafter = make_drafter(draft, self.target, k, None if tree is None else tuple(tree))
+        drafter = make_drafter(draft, self.target, k, tree)
         self.drafter = (
             None if drafter is None else FallbackGuard(drafter, None if self.strict is None else self.strict.width - 1)
         )
@@ -242,7 +243,7 @@ def generate(
     inputs: Tensor | None = None,
     *,
     k: int | None = None,
-    tree: Sequence[int] | None = None,
+    tree: Any = None,
     rule: str = "auto",
     lossy: bool = False,
     exactness: str = "distribution",

@@ -32,7 +32,7 @@ class Lists:
         self.lengths = [0] * rows
         self.slots: dict[str, list[list[float]]] = {name: [[] for _ in range(rows)] for name in NAMES}
 
-    def commit(self, paths: list[list[int]]) -> None:
+    def commit(self, paths: list[list[int]], places: dict[str, list[list[int]]]) -> None:
         for row, path in enumerate(paths):
             base = self.lengths[row]
             for name in NAMES:
@@ -41,9 +41,11 @@ class Lists:
                     continue
                 tail, kept = held[base:], []
                 for node in path:
-                    if node >= len(tail):
+                    own = places[name][row] if name in places else list(range(len(tail)))
+                    slot = own[node] if node < len(own) else -1
+                    if not 0 <= slot < len(tail):
                         break
-                    kept.append(tail[node])
+                    kept.append(tail[slot])
                 self.slots[name][row] = held[:base] + kept
             self.lengths[row] += len(path)
 
@@ -112,8 +114,13 @@ def _commit(pair: Pair, draw: Callable[..., Any]) -> None:
         nodes = max(0, len(lists.slots["target"][row]) - lists.lengths[row])
         chosen = draw(st.lists(st.booleans(), min_size=nodes, max_size=nodes))
         paths.append([node for node, keep in enumerate(chosen) if keep])
+    places: dict[str, list[list[int]]] = {}
+    if draw(st.booleans()):  # the drafter ran its nodes in another order, or not at all
+        slots = st.lists(st.integers(-1, 9), max_size=9, unique_by=lambda slot: slot if slot >= 0 else object())
+        places["draft"] = [draw(slots) for _ in range(lists.num_rows)]
+        pair.cache.place("draft", places["draft"])
     pair.cache.commit(paths)
-    lists.commit(paths)
+    lists.commit(paths, places)
 
 
 def _rollback(pair: Pair, draw: Callable[..., Any]) -> None:
@@ -179,7 +186,7 @@ def test_a_non_first_branch_is_moved_down_for_both_models(kind: str) -> None:
     pair.write("target", [3, 2], 6, [6, 6])
     pair.write("draft", [3, 2], 3, [3, 3])  # a drafter never runs its deepest level
     pair.cache.commit([[0, 2, 5], [0, 1]])
-    pair.lists.commit([[0, 2, 5], [0, 1]])
+    pair.lists.commit([[0, 2, 5], [0, 1]], {})
     pair.check()
     assert pair.cache.filled("draft") == [5, 4]  # row 0 lags behind lengths 6: it never ran node 5
 
@@ -200,6 +207,7 @@ def test_misuse_is_refused(kind: str) -> None:
         ("hole", lambda: cache.writing("target", [1, 0], 2).__enter__()),
         ("one start for each", lambda: cache.writing("target", [0], 2).__enter__()),
         ("one path for each", lambda: cache.commit([[0]])),
+        ("slots for each", lambda: cache.place("draft", [[0]])),
         ("cannot truncate", lambda: cache.truncate(0, 1)),
         ("not active", lambda: cache.retire(2)),
     ]

@@ -115,6 +115,16 @@ def test_each_broken_property_is_named(problem: str) -> None:
         BAD[problem]().validate(6, ROOTS)
 
 
+def test_sampled_siblings_repeat_a_token_only_if_drawn_with_replacement() -> None:
+    tokens, q = torch.tensor([[4, 1, 1], [5, 3, 0]]), torch.full((2, 1, 6), 1 / 6)
+    siblings = DraftTree.build(Topology.widths((2,)), tokens, q)
+    with pytest.raises(InvalidTreeError, match="without replacement"):
+        siblings.validate(6, ROOTS)
+    dataclasses.replace(siblings, replacement=True).validate(6, ROOTS)
+    one_sampled = torch.tensor([False, False, True]).expand(2, 3)
+    dataclasses.replace(siblings, sampled=one_sampled).validate(6, ROOTS)
+
+
 def per_path_logits(
     model: Any, text: torch.Tensor, tree: DraftTree, row: int, parents: tuple[int, ...]
 ) -> torch.Tensor:
