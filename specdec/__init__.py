@@ -20,12 +20,15 @@ _EXPORTS = {
     "UnsupportedModelError": "specdec.kv.errors",
     "UnsupportedArgumentError": "specdec.kv.errors",
     "TargetFaultError": "specdec.kv.errors",
+    "check": "specdec.lab.check",
+    "CheckReport": "specdec.lab.findings",
     "Drafter": "specdec.drafters",
     "ModelDrafter": "specdec.drafters",
     "NgramDrafter": "specdec.drafters",
 }
 
 __all__ = [
+    "CheckReport",
     "Drafter",
     "ModelDrafter",
     "NgramDrafter",
@@ -37,6 +40,7 @@ __all__ = [
     "UnsupportedArgumentError",
     "UnsupportedModelError",
     "__version__",
+    "check",
     "generate",
     "patch",
 ]
@@ -44,6 +48,8 @@ __all__ = [
 if TYPE_CHECKING:
     from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
     from specdec.kv.errors import SpecdecError, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
+    from specdec.lab.check import check
+    from specdec.lab.findings import CheckReport
     from specdec.patching import patch
     from specdec.report import SpecReport, StepTrace
     from specdec.speculator import Speculator, generate

@@ -1,4 +1,4 @@
-"""The command line: `specdec generate | chat | bench | doctor`. torch is imported by the commands only."""
+"""The command line: `specdec generate | chat | bench | check | doctor`. torch is imported by the commands only."""
 
 from specdec.cli.app import app, main
 

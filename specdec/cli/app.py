@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 import specdec
 from specdec.cli.chat import chat
+from specdec.cli.check import check
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.experiments.bench.__main__ import bench
@@ -66,6 +67,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(chat)
 app.command()(bench)
+app.command()(check)
 app.command()(doctor)
 
 

@@ -1,0 +1,228 @@
+"""`specdec.check`: the whole exactness check of one pair with one way of drafting, within a time budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec.drafters import Drafter, ModelDrafter
+from specdec.kv import UnsupportedArgumentError
+from specdec.kv.support import text_config
+from specdec.lab.acceptance import NUM_SUMS, AcceptanceRecorder
+from specdec.lab.findings import CheckReport, Finding
+from specdec.lab.greedy import GreedyAudit
+from specdec.lab.kv import KVAudit, LogitAudit
+from specdec.lab.laws import NUM_TESTS, LawTests, draw
+from specdec.lab.prompts import encode_prompts
+from specdec.parts import Draft, make_drafter
+from specdec.speculator import Speculator
+from specdec.verify.rules import RULES, make_rule
+
+ALPHA = 1e-6
+"""Chance that an exact pair fails any of the statistical tests of one check."""
+MAX_ROWS = 40_000
+"""Sampled continuations after which more would not say much more."""
+MAX_LOGITS = 1 << 27
+"""Rows of one sampling call times nodes times vocabulary."""
+AUDIT_TOKENS = 32
+AUDIT_TREE = (2, 2, 1)
+"""Also audited when the draft model drafts chains: only trees have nodes that a commit must move."""
+GREEDY_SHARE, AUDIT_SHARE, SAMPLING_SHARE = 0.15, 0.3, 0.92
+"""Parts of the budget after which each stage gives way to the next; each does its least in any case."""
+
+Progress = Callable[[float, str], None]
+
+
+def check(
+    target: PreTrainedModel,
+    draft: Draft = None,
+    *,
+    prompts: Sequence[str | Sequence[int] | Tensor] | None = None,
+    k: int | None = None,
+    tree: Any = None,
+    rule: str = "auto",
+    exactness: str = "distribution",
+    temperature: float = 1.0,
+    budget_s: float = 100.0,
+    seed: int = 0,
+    tokenizer: Any = None,
+    max_rows: int = MAX_ROWS,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> CheckReport:
+    """Does this pair emit exactly the target's law, on this machine, drafted this way?
+
+    Judges greedy text, K/V and logits against the plain `transformers` model; sampled tokens against its one-step laws
+    (G-tests, ALPHA shared by all of them) and against plain sampling; acceptance and draft tokens against theory.
+    How close acceptance is to the best possible is told, not judged.
+
+    Args:
+        target, draft, k, tree, rule, exactness, tokenizer: as in `Speculator`.
+        prompts: texts or token ids; default: a few short texts (without a tokenizer: random ids).
+        temperature: of the sampled part.
+        budget_s: seconds to spend, loading not included. Fewer seconds find only larger errors: see "see TV".
+        seed: of prompts, noise and audits.
+        max_rows: sampled continuations at most.
+        progress: called with (share done, what is being done).
+        sampling: more arguments of `generate` that choose the law, e.g. `top_p=0.9`; default: no filter.
+
+    Raises:
+        UnsupportedArgumentError: a lossy rule, a temperature or budget that is not positive, bad prompts.
+    """
+    if not temperature > 0:
+        raise UnsupportedArgumentError(f"temperature: expected > 0 (greedy text is checked too), got {temperature}")
+    if not budget_s > 0 or max_rows < 1:
+        raise UnsupportedArgumentError(f"expected budget_s > 0 and max_rows >= 1, got {budget_s} and {max_rows}")
+    if rule != "auto":
+        chosen = make_rule(rule)
+        if not chosen.lossless:
+            exact = [name for name, kind in RULES.items() if kind.lossless]
+            raise UnsupportedArgumentError(
+                f"rule {rule!r} is lossy by design: there is no law to check it against. Exact: {exact}"
+            )
+        if rule == "greedy":
+            raise UnsupportedArgumentError("rule='greedy' does not sample: leave rule at 'auto'")
+    drafter = make_drafter(draft, target, k, tree)
+    embeddings: Any = target.get_input_embeddings()
+    vocab = int(text_config(target).vocab_size)
+    encoded = encode_prompts(prompts, tokenizer, vocab, seed, embeddings.weight.device)
+    sampling = {"temperature": temperature, "top_k": 0, **sampling}
+    options = {"rule": rule, "exactness": exactness}
+    return _Run(target, drafter, options, encoded, sampling, budget_s, seed, max_rows, progress).report()
+
+
+class _Run:
+    """One check. `deadline(share)` tells when a stage has used its part of the budget."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: Drafter | None,
+        options: dict[str, Any],
+        prompts: list[Tensor],
+        sampling: dict[str, Any],
+        budget_s: float,
+        seed: int,
+        max_rows: int,
+        progress: Progress | None,
+    ):
+        self.target, self.drafter, self.options, self.prompts = target, drafter, options, prompts
+        self.sampling, self.budget_s, self.seed, self.max_rows = sampling, budget_s, seed, max_rows
+        self._progress = progress
+        self._start = perf_counter()
+        self.depth = 0 if drafter is None else drafter.max_depth
+        self.width = 1 if drafter is None else drafter.max_nodes + 1
+        self.faults: list[str] = []
+
+    def report(self) -> CheckReport:
+        findings: list[Finding] = []
+        greedy = self._greedy()
+        findings.append(greedy.finding())
+        findings += self._audits(greedy.noise)
+        recorder = AcceptanceRecorder()
+        laws = LawTests(self.target, self.prompts, self.sampling, greedy.noise, self.seed)
+        self._sample(laws, recorder)
+        alpha = ALPHA / (NUM_TESTS + NUM_SUMS)
+        findings += laws.findings(alpha)
+        findings += recorder.findings(alpha)
+        if self.faults:
+            detail = f"{len(self.faults)} calls had faults, last: {self.faults[-1]}"
+            findings.append(Finding("drafter", "FAIL", detail, {"faults": self.faults}))
+        self._tell(1.0, "done")
+        settings = {
+            "drafter": "none" if self.drafter is None else self.drafter.name,
+            **self.options,
+            "max_depth": self.depth,
+            "max_nodes": self.width - 1,
+            "sampling": self.sampling,
+            "num_prompts": len(self.prompts),
+            "num_rows": laws.rows,
+            "num_tokens": laws.tokens,
+            "alpha": ALPHA,
+            "alpha_per_test": alpha,
+            "seed": self.seed,
+            "budget_s": self.budget_s,
+            "seconds": round(perf_counter() - self._start, 2),
+        }
+        return CheckReport(tuple(findings), settings)
+
+    def _greedy(self) -> GreedyAudit:
+        spec = self._speculator()
+        audit = GreedyAudit(spec, self.width, AUDIT_TOKENS)
+        for number, prompt in enumerate(self.prompts):
+            if number and self._over(GREEDY_SHARE):
+                break
+            self._tell(None, "greedy text")
+            audit.add(number, prompt)
+            self._note_faults(spec)
+        return audit
+
+    def _audits(self, noise: float) -> list[Finding]:
+        kv, logits = KVAudit(self.seed), LogitAudit()
+        first = True
+        for drafter in self._audited_drafters():
+            for number, prompt in enumerate(self.prompts):
+                if number and self._over(AUDIT_SHARE):
+                    break
+                for arguments in (
+                    {"do_sample": True, "seed": self.seed + number, **self.sampling},
+                    {"do_sample": False},
+                ):
+                    self._tell(None, "K/V cache and logits")
+                    options = self.options if first else {**self.options, "rule": "auto"}
+                    spec = Speculator(self.target, drafter, monitor=kv, **options)
+                    logits.add(spec, prompt, 2, AUDIT_TOKENS, noise, **arguments)
+                    kv.compare()
+                    self._note_faults(spec)
+            first = False
+        return [kv.finding(), logits.finding()]
+
+    def _audited_drafters(self) -> Iterator[Drafter | None]:
+        yield self.drafter
+        if isinstance(self.drafter, ModelDrafter) and self.drafter.max_nodes == self.drafter.max_depth:
+            yield ModelDrafter(self.drafter.model, tree=AUDIT_TREE)
+
+    def _sample(self, laws: LawTests, recorder: AcceptanceRecorder) -> None:
+        """Alternate over the prompts; the size of a call follows from what calls cost, never from what they showed."""
+        spec = self._speculator(recorder)
+        new_tokens = min(self.depth + 3, 16)
+        vocab = laws.references[0].vocab
+        most = max(8, min(8192, MAX_LOGITS // (self.width * vocab)))
+        rows, call, per_row = min(32, most), 0, 0.0
+        while laws.rows < self.max_rows:
+            left = SAMPLING_SHARE * self.budget_s - (perf_counter() - self._start)
+            if call >= len(self.prompts) and left < rows * per_row:
+                rows = int(left / per_row)
+                if rows < 8:
+                    break
+            rows = min(rows, most, self.max_rows - laws.rows)
+            self._tell(laws.rows / self.max_rows, f"sampling, {laws.rows} continuations")
+            started = perf_counter()
+            number = call % len(self.prompts)
+            key = (self.seed << 24) + call
+            laws.add(number, draw(spec, self.prompts[number], rows, new_tokens, key, self.sampling))
+            laws.add_plain(number, rows, key)
+            self._note_faults(spec)
+            per_row = (perf_counter() - started) / rows
+            call += 1
+            wanted = max(1.0, min(4.0, left / (2 * len(self.prompts)))) / per_row
+            rows = int(min(most, 4 * rows, max(8, wanted)))
+
+    def _speculator(self, monitor: AcceptanceRecorder | None = None) -> Speculator:
+        return Speculator(self.target, self.drafter, monitor=monitor or False, **self.options)
+
+    def _note_faults(self, spec: Speculator) -> None:
+        if spec.report is not None and spec.report.num_drafter_faults:
+            self.faults.append(str(spec.report.last_drafter_fault))
+
+    def _over(self, share: float) -> bool:
+        return perf_counter() - self._start > share * self.budget_s
+
+    def _tell(self, share: float | None, what: str) -> None:
+        if self._progress is not None:
+            spent = (perf_counter() - self._start) / self.budget_s
+            self._progress(min(1.0, max(spent, share or 0.0)), what)

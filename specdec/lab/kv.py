@@ -1,0 +1,143 @@
+"""K/V audit: after random accept/reject histories the cache and the logits are those of plain passes over the text."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from specdec.drafters.base import CACHE_NAME
+from specdec.lab.findings import Finding, Status
+from specdec.loop import DecodeLoop
+from specdec.monitor import Monitor
+from specdec.report import StepTrace
+from specdec.speculator import Speculator
+from specdec.target import TARGET
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+"""Largest relative error of one token's keys or values in one layer. Those of another token, or of this token at
+another position, are wrong by about 1."""
+LOGIT_MARGIN = 32.0
+"""Logits of a verification pass may differ from a plain pass by this many times the measured kernel noise."""
+
+
+class Snapshot(NamedTuple):
+    """One row of one model's committed K/V at some step: `layers` of `[kv_heads, tokens, head_dim]` pairs."""
+
+    name: str
+    model: Any
+    text: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+
+class KVAudit(Monitor):
+    """Takes snapshots while the loop runs and compares them once the models are their plain selves again.
+
+    Args:
+        most: snapshots to take per call and model, at random steps and rows.
+    """
+
+    def __init__(self, seed: int, most: int = 8):
+        self._rng = random.Random(seed)
+        self._most = most
+        self._taken: list[list[Snapshot]] = []
+        self._seen = 0
+        self.compared = 0
+        self.worst: dict[str, float] = {}
+        self.worst_ratio = 0.0
+
+    def stepped(self, loop: DecodeLoop) -> None:
+        if not loop.rows.live:
+            return
+        self._seen += 1
+        slot = len(self._taken) if len(self._taken) < self._most else self._rng.randrange(self._seen)
+        if slot >= self._most:
+            return
+        i = self._rng.randrange(len(loop.rows.live))
+        found = [self._snapshot(loop, TARGET, loop.target, i)]
+        inner = getattr(loop.drafter, "inner", None)
+        model = getattr(inner, "model", None)
+        if loop.drafter is not None and loop.drafter.num_cache_layers and model is not None:
+            found.append(self._snapshot(loop, CACHE_NAME, model, i))
+        self._taken[slot : slot + 1] = [found]
+
+    def _snapshot(self, loop: DecodeLoop, name: str, model: Any, i: int) -> Snapshot:
+        held = min(loop.cache.filled(name)[i], loop.cache.lengths[i])
+        text = loop.rows.text[loop.rows.live[i], :held].clone()
+        return Snapshot(name, model, text, [(k.clone(), v.clone()) for k, v in loop.cache.layers(name, i)])
+
+    @torch.no_grad()
+    def compare(self) -> None:
+        """Check all snapshots taken so far against fresh prefills, and forget them."""
+        for name, model, text, layers in (snapshot for taken in self._taken for snapshot in taken):
+            if not len(text):
+                continue
+            cache: Any = DynamicCache()  # without a config no layer drops tokens, windowed ones included
+            model(input_ids=text[None], past_key_values=cache, use_cache=True)
+            for (keys, values), plain in zip(layers, cache.layers, strict=True):
+                for got, wanted in ((keys, plain.keys[0]), (values, plain.values[0])):
+                    error = float(_relative(got, wanted).max())
+                    self.worst[name] = max(self.worst.get(name, 0.0), error)
+                    self.worst_ratio = max(self.worst_ratio, error / TOLERANCE.get(got.dtype, 0.25))
+                    self.compared += got.shape[1]
+        self._taken, self._seen = [], 0
+
+    def finding(self) -> Finding:
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in self.worst.items())
+        detail = f"{self.compared} token layers against fresh prefills, largest relative errors: {errors}"
+        if not self.compared:
+            return Finding("K/V cache", "skipped", "no snapshot was taken")
+        status: Status = "pass" if self.worst_ratio <= 1 else "FAIL"
+        return Finding("K/V cache", status, detail, {"compared": self.compared, "relative_errors": self.worst})
+
+
+def _relative(got: Tensor, wanted: Tensor) -> Tensor:
+    """Per token, the norm of the difference over the norm of what is wanted; NaN counts as wrong."""
+    if got.shape != wanted.shape:
+        return torch.tensor([torch.inf])
+    difference = (got.double() - wanted.double()).transpose(0, 1).flatten(1).norm(dim=1)
+    size = wanted.double().transpose(0, 1).flatten(1).norm(dim=1)
+    return torch.nan_to_num(difference / size.clamp(min=1e-30), nan=torch.inf)
+
+
+class LogitAudit:
+    """The target's logits along emitted texts against one plain pass over each text."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self.noise = 0.0
+        self.compared = 0
+
+    @torch.no_grad()
+    def add(self, spec: Speculator, prompt: Tensor, rows: int, new_tokens: int, noise: float, **arguments: Any) -> None:
+        """Generate `rows` continuations of `prompt` and compare every emitted token's logits."""
+        emitted = [0] * rows
+
+        def count(trace: StepTrace) -> None:
+            for row, run in zip(trace.rows, trace.emitted, strict=True):
+                emitted[row] += len(run)
+
+        out: Any = spec.generate(
+            prompt.expand(rows, -1), attention_mask=torch.ones_like(prompt).expand(rows, -1), max_new_tokens=new_tokens,
+            return_dict_in_generate=True, output_logits=True, on_step=count, **arguments,
+        )  # fmt: skip
+        ours = torch.stack(out.logits, dim=1)
+        target: Any = spec.target
+        plain = target(input_ids=out.sequences[:, :-1]).logits[:, prompt.shape[1] - 1 :].to(ours.dtype)
+        places = torch.arange(ours.shape[1], device=ours.device)
+        real = places < torch.tensor(emitted, device=ours.device)[:, None]
+        apart = (ours - plain[..., : ours.shape[-1]]).abs().amax(-1)
+        self.worst = max(self.worst, float(torch.nan_to_num(apart, nan=torch.inf)[real].max()))
+        # Recorded logits are float32 whatever the model computes in.
+        rounding = 4 * torch.finfo(torch.float32).eps * float(plain.abs().max())
+        self.noise = max(self.noise, noise, rounding)
+        self.compared += int(real.sum())
+
+    def finding(self) -> Finding:
+        limit = LOGIT_MARGIN * self.noise
+        detail = f"{self.compared} tokens against plain passes, largest difference {self.worst:.1e} (limit {limit:.1e})"
+        figures = {"compared": self.compared, "largest_difference": self.worst, "limit": limit}
+        return Finding("verification logits", "pass" if self.worst <= limit else "FAIL", detail, figures)
