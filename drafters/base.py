@@ -63,7 +63,7 @@ class Drafter(ABC):
     """Proposes a tree for every live row, each step.
 
     Call order: `start`, then per step `propose` and `observe` (also after a faulty or empty proposal), `stop` for
-    rows that finish, and finally `stop` for all that are left. After `observe` the drafter's state agrees with the
+    rows that finish, and finally `finish`, also after an error. After `observe` the drafter's state agrees with the
     emitted tokens in `session.rows`.
 
     Exactness: the decision to draft or keep a *sampled* token may depend on the text before it, on q and on time,
@@ -117,3 +117,6 @@ class Drafter(ABC):
 
     def stop(self, rows: Sequence[int]) -> None:  # noqa: B027 - optional hook, not an abstract duty
         """These rows of the batch are finished; drop what is kept for them."""
+
+    def finish(self) -> None:  # noqa: B027 - optional hook, not an abstract duty
+        """The call is over, well or not: let go of the session, which holds the call's K/V."""

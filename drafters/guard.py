@@ -105,6 +105,11 @@ class FallbackGuard(Drafter):
     def stop(self, rows: Sequence[int]) -> None:
         self._run(lambda: self.inner.stop(rows))
 
+    def finish(self) -> None:
+        if self._session is not None:
+            self._run(self.inner.finish)
+            self._session = None
+
     def _checked(self, budget: Budget, uniforms: Tensor, roots: Tensor) -> DraftTree:
         assert self._session is not None
         tree = self.inner.propose(budget, uniforms)

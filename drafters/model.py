@@ -112,6 +112,9 @@ class ModelDrafter(Drafter):
     def start(self, session: Session) -> None:
         self._session = session
 
+    def finish(self) -> None:
+        self._session = self._gumbel = None
+
     @torch.no_grad()
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"

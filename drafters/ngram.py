@@ -51,6 +51,10 @@ class NgramDrafter(Drafter):
         self._texts = {row: [] for row in session.rows.live}
         self._ends = {row: {} for row in session.rows.live}
 
+    def finish(self) -> None:
+        self._session = None
+        self._texts, self._ends = {}, {}
+
     def stop(self, rows: Sequence[int]) -> None:
         for row in rows:
             self._texts.pop(row, None)

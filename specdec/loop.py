@@ -89,8 +89,12 @@ class DecodeLoop:
             if self.drafter is not None:
                 race = None if self.race is None else self._race
                 self.drafter.start(Session(self.rows, self.cache, self.law, self.sampling, self.passes.vocab, race))
-            while self.rows.live:
-                self.step()
+            try:
+                while self.rows.live:
+                    self.step()
+            finally:
+                if self.drafter is not None:
+                    self.drafter.finish()
             self._cut_at_finish_line()
             if self.request.wants_dict or self.request.cache_is_callers:
                 self.passes.fill_finished(self.storage)

@@ -27,6 +27,9 @@ from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
 from specdec.verify.rules import check_choice
 
+_FROM_CONFIG = object()
+"""Stands for an argument that was not given, where None means something."""
+
 
 class Speculator:
     """Speculative decoding of `target` with `draft`; the output law is the target's own.
@@ -141,7 +144,7 @@ class Speculator:
                 seed=seed, generator=generator, streamer=streamer, on_step=on_step,
             )  # fmt: skip
 
-        strings = kwargs.pop("stop_strings", None)
+        strings = kwargs.pop("stop_strings", _FROM_CONFIG)
         with _own_stop_strings(self.target, generation_config, strings) as (config, found):
             criteria = StoppingCriteriaList(stopping_criteria or [])
             if found is not None:
@@ -259,13 +262,14 @@ def generate(
 def _own_stop_strings(target: PreTrainedModel, config: GenerationConfig | None, strings: Any) -> Any:
     """Take `stop_strings` out of whatever configuration holds them: `transformers` loses the tokenizer on the way to
     a custom method and would refuse. Yields (config, strings); the target's own config is restored afterwards.
+    An explicit None means no stop strings, as in plain `generate`.
     """
     own = target.generation_config.stop_strings
     if config is not None and config.stop_strings is not None:
-        strings = config.stop_strings if strings is None else strings
+        strings = config.stop_strings if strings is _FROM_CONFIG else strings
         config = copy.deepcopy(config)
         config.stop_strings = None
-    strings = own if strings is None else strings
+    strings = own if strings is _FROM_CONFIG else strings
     target.generation_config.stop_strings = None
     try:
         yield config, strings

@@ -88,6 +88,15 @@ def test_stop_strings_of_these_cases_really_stop() -> None:
     assert report.num_emitted_tokens < 30
 
 
+@pytest.mark.parametrize("explicit", [{}, {"stop_strings": None}], ids=["the model's own", "explicitly none"])
+def test_stop_strings_of_the_models_own_config(explicit: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("llama-gqa", "fp64", (5,), Drafting("chain", "near", k=4), 30)
+    monkeypatch.setattr(case.target.generation_config, "stop_strings", list("abcdefghijklm"), raising=False)
+    report = checker.compare(case, NearTies(), tokenizer=arguments.tokenizer(), **explicit)
+    assert (report.num_emitted_tokens < 30) == (not explicit)
+    assert case.target.generation_config.stop_strings == list("abcdefghijklm")
+
+
 @settings(max_examples=50)
 @given(cases(), st.integers(9, 24), st.sampled_from([None, 1, 2, 3, 5]))
 def test_max_length_and_chunked_prefill(ties: NearTies, case: Case, limit: int, chunk: int | None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -28,9 +30,27 @@ from law_checks import counts_of
 from stats import g_test, judge
 from torch import Tensor
 
-from specdec import ModelDrafter, Speculator, StepTrace
+from specdec import ModelDrafter, NgramDrafter, Speculator, StepTrace
 from specdec.drafters import DrafterFaultWarning, Session
 from specdec.verify import DraftTree, Verdict
+
+
+def test_a_finished_call_keeps_nothing_alive() -> None:
+    """The drafters let go of the session, and with it of the call's K/V."""
+    for drafter in (ModelDrafter(DRAFT, k=3), NgramDrafter(k=3)):
+        caches: list[weakref.ref[Any]] = []
+        start = drafter.start
+
+        def kept(session: Session, start: Any = start, caches: list[Any] = caches) -> None:
+            caches.append(weakref.ref(session.cache))
+            start(session)
+
+        drafter.start = kept  # type: ignore[method-assign]
+        spec = Speculator(MODEL, drafter)
+        spec.generate(PROMPT, **GREEDY)
+        gc.collect()
+        assert caches
+        assert caches[0]() is None
 
 
 @pytest.mark.parametrize("name", SPOILS)
