@@ -42,12 +42,6 @@ class Noise(NamedTuple):
     race: Tensor | None = None
 
 
-def _mul(value: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32x32-bit product; int64 wraps modulo 2^64, which keeps all its bits."""
-    product = value * factor
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def uniform(seed: Tensor | int, request: Tensor | int, step: Tensor | int, role: int, index: Tensor) -> Tensor:
     """Uniforms in [0, 1) with 52 random bits, float64, shape of the broadcast arguments.
 
@@ -76,16 +70,18 @@ def _philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit output words of Philox-4x32-10, int64, shape of the broadcast arguments."""
     device = index.device
-    key = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    k0, k1 = key & _MASK, (key >> 32) & _MASK
-    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in (index, step, request, role)]
-    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in (index, step, request, role, seed)]
+    c0, c1, c2, c3, _ = torch.broadcast_tensors(*words)
+    k0, k1 = words[4] & _MASK, (words[4] >> 32) & _MASK
     for _ in range(10):
-        h0, l0 = _mul(c0, _M0)
-        h1, l1 = _mul(c2, _M1)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        # int64 products wrap modulo 2^64, which keeps all bits of 32x32. Words 1 and 3 are only XORed in the next
+        # round: their high halves need not be cleared.
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _unit(high: Tensor, low: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from specdec.verify.noise import Role, signed, uniform_pairs
 
 POSITIONS = 64
 """Positions tabulated at once when they are cheap: one sequence of kernel launches then serves many steps."""
-ENTRIES = 1 << 20
-"""Rows x positions x vocabulary of a table (8 MiB); wide vocabularies and batches tabulate no more than they need."""
-CHUNK = 1 << 17
-"""Counters evaluated at once, which bounds the cipher's temporaries."""
+ENTRIES = 1 << 18
+"""Rows x positions x vocabulary of a table (2 MiB); wide vocabularies and batches tabulate no more than they need."""
+CHUNK = 1 << 15
+"""Counters evaluated at once: the cipher's temporaries stay within a processor's cache."""
 
 
 def arrivals(law: Tensor, race: Tensor) -> Tensor:
