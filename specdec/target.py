@@ -65,13 +65,14 @@ class TargetPasses:
     def tree(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """Logits `[rows, nodes, vocab]` of every node. Out of memory: once more without the draft, then an error.
 
-        To drop a draft because of its size is lossless even for sampled drafts: sizes do not depend on the tokens.
+        To drop a draft because of its size is lossless for sampled drafts, too, as long as the size does not depend on
+        the drawn tokens; where it may (no common shape) the error stands.
         """
         try:
             try:
                 return tree, self._forward.tree(self._cache, tree)[..., : self.vocab]
             except torch.OutOfMemoryError:
-                if tree.tokens.shape[1] == 1:
+                if tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
                     raise
                 self._report.notes.append(f"step {self._report.num_steps}: out of memory on the tree, decoded plainly")
                 tree = DraftTree.root_only(tree.tokens[:, 0])
