@@ -1,0 +1,200 @@
+"""Does strict mode keep its promise on this machine, and what does it cost? `python -m specdec.experiments.strict`.
+
+Texts of all drafters are compared with those of draft=None, token by token, in strict mode and (the control) in the
+ordinary mode; the models are random and their best tokens lie close together, so that any difference shows. Then the
+shipped pair is timed in both modes. Writes one JSON file with its provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from transformers import PreTrainedModel
+
+import specdec
+from specdec.drafters import BestFirst, NgramDrafter
+from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.bench.pair import Pair, prompt_batches
+from specdec.experiments.provenance import provenance
+from specdec.shipped import pair_folder
+
+VOCAB = 3000
+RESULTS = Path(__file__).parent / "results"
+RULES: dict[str, dict[str, Any]] = {
+    "greedy": dict(do_sample=False),
+    "coupled": dict(do_sample=True, temperature=1.0, top_k=0, seed=5),
+}
+
+
+def random_llama(layers: int, hidden: int, seed: int, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A Llama of random weights, drawn in float64."""
+    config = tf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=3 * hidden // 2, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, max_position_embeddings=1024,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = tf.LlamaForCausalLM._from_config(config, dtype=torch.float64)
+    made: PreTrainedModel = model.eval().to(dtype)
+    return made
+
+
+def models(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel]:
+    """The target, a draft whose weights are the target's off by 2 % of their spread, and an unrelated draft."""
+    draft: Any = random_llama(2, 64, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            if weight.dim() > 1:
+                noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+                weight.add_(0.02 * weight.std() * noise)
+    return random_llama(2, 64, 0, dtype), draft.to(dtype), random_llama(1, 32, 9, dtype)
+
+
+def ways(near: PreTrainedModel, junk: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Arguments of the Speculators that must all write the same texts."""
+    return {
+        "none": {},
+        "chain k=1": dict(draft=near, k=1),
+        "chain k=4": dict(draft=near, k=4),
+        "chain k=8": dict(draft=near, k=8),
+        "tree (3,2,1)": dict(draft=near, tree=(3, 2, 1)),
+        "best-first": dict(draft=near, tree=BestFirst(depth=4, top_k=3, num_nodes=10)),
+        "ngram x2": dict(draft=NgramDrafter(k=5, branches=2)),
+        "junk k=4": dict(draft=junk, k=4),
+    }
+
+
+def prompts(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Left-padded batches of ragged prompts, of 1, 4, 7 and 40 rows by turns: int64 ids and mask."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = (1, 4, 7, 40)
+    turn = 0
+    while count:
+        rows = min(count, sizes[turn % 4])
+        lengths = torch.randint(2, 90, (rows,), generator=generator)
+        width = int(lengths.max())
+        ids = torch.randint(1, VOCAB, (rows, width), generator=generator)
+        mask = (torch.arange(width) >= width - lengths[:, None]).long()
+        yield ids * mask, mask
+        count, turn = count - rows, turn + 1
+
+
+def identity(dtype: torch.dtype, rule: str, exactness: str, num_prompts: int, tokens: int) -> dict[str, Any]:
+    """How many of `num_prompts` texts each way writes differently from draft=None, and how fast it drafts."""
+    target, near, junk = models(dtype)
+    found: dict[str, Any] = {}
+    plain: list[Tensor] = []
+    for name, way in ways(near, junk).items():
+        speculator = specdec.Speculator(target, **way, exactness=exactness, rule="auto" if rule == "greedy" else rule)
+        texts: list[Tensor] = []
+        emitted, steps = 0, 0
+        start = time.perf_counter()
+        for ids, mask in tqdm(list(prompts(num_prompts)), desc=f"{dtype} {rule} {exactness} {name}", leave=False):
+            out: Any = speculator.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
+                **RULES[rule],
+            )  # fmt: skip
+            texts += list(out[:, ids.shape[1] :])
+            assert speculator.report is not None
+            assert speculator.report.num_drafter_faults == 0, speculator.report.last_drafter_fault
+            emitted += speculator.report.num_emitted_tokens
+            steps += speculator.report.num_drafts
+        plain = plain or texts
+        differing = sum(not torch.equal(a, b) for a, b in zip(plain, texts, strict=True))
+        found[name] = {
+            "differing_texts": differing, "tokens_per_step": round(emitted / steps, 3),
+            "seconds": round(time.perf_counter() - start, 1),
+        }  # fmt: skip
+    return found
+
+
+def alone(dtype: torch.dtype, num_prompts: int, tokens: int) -> int:
+    """Strict texts that a row writes differently alone (draft=None) and in its batch (chain k=4); greedy."""
+    target, near, _ = models(dtype)
+    single = specdec.Speculator(target, exactness="strict")
+    batched = specdec.Speculator(target, near, k=4, exactness="strict")
+    options: dict[str, Any] = dict(max_new_tokens=tokens, eos_token_id=None, pad_token_id=0, do_sample=False)
+    differing = 0
+    for ids, mask in prompts(num_prompts):
+        together: Any = batched.generate(input_ids=ids, attention_mask=mask, **options)
+        for row in range(ids.shape[0]):
+            length = int(mask[row].sum())
+            text: Any = single.generate(input_ids=ids[row : row + 1, -length:], **options)
+            differing += not torch.equal(text[0, length:], together[row, ids.shape[1] :])
+    return differing
+
+
+def cost(dtype: str, batch: int, num_prompts: int, tokens: int) -> dict[str, Any]:
+    """Tokens per second of the shipped pair, greedy, both modes alternating; medians over calls."""
+    options = BenchOptions(dtype=dtype, batch=batch, num_prompts=num_prompts)
+    pair = Pair.load(pair_folder(), options)
+    speculators = {
+        (name, exactness): specdec.Speculator(pair.target, exactness=exactness, **way)
+        for name, way in (("none", {}), ("chain k=4", dict(draft=pair.draft, k=4)), ("ngram", dict(draft="ngram")))
+        for exactness in ("distribution", "strict")
+    }
+    speeds: dict[tuple[str, str], list[float]] = {key: [] for key in speculators}
+    differing = 0
+    for ids in prompt_batches(pair, options):
+        texts = []
+        for (name, exactness), speculator in speculators.items():
+            out: Any = speculator.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+            assert speculator.report is not None
+            speeds[name, exactness].append(speculator.report.tokens_per_second)
+            texts += [out] if exactness == "strict" else []
+        differing += sum(not torch.equal(texts[0], text) for text in texts[1:])
+    report = speculators["none", "strict"].report
+    assert report is not None
+    found: dict[str, Any] = {f"{name}, {mode}": round(statistics.median(x), 1) for (name, mode), x in speeds.items()}
+    passes = {"ms_strict_pass": round(report.ms_strict_pass, 2), "ms_plain_pass": round(report.ms_plain_pass, 2)}
+    return {"tokens_per_second": found, **passes, "strict_calls_differing": differing}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m specdec.experiments.strict", description=__doc__)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pair-prompts", type=int, default=12, help="prompts of the shipped pair to time")
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {"provenance": provenance(seed=0, threads=args.threads, prompts=args.prompts,
+                                                       tokens=args.tokens), "identity": {}, "cost": {}}  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for rule in args.rules:
+            for exactness in ("strict", "distribution"):
+                # The control needs to fail, not to fail often.
+                count = args.prompts if exactness == "strict" else max(1, args.prompts // 4)
+                found = identity(dtype, rule, exactness, count, args.tokens)
+                result["identity"][f"{name} {rule} {exactness}, {count} prompts"] = found
+                differing = {way: numbers["differing_texts"] for way, numbers in found.items()}
+                print(name, rule, exactness, differing, flush=True)
+        result["identity"][f"{name} alone against batches"] = alone(dtype, max(1, args.prompts // 4), args.tokens)
+        print(name, "alone against batches", result["identity"][f"{name} alone against batches"], flush=True)
+        for batch in (1, 4):
+            found = cost(name, batch, args.pair_prompts, 128)
+            result["cost"][f"{name} batch {batch}"] = found
+            print(name, "batch", batch, json.dumps(found), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"strict-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path.name}")
+
+
+if __name__ == "__main__":
+    main()
