@@ -137,7 +137,7 @@ def compare(calls: int, seed: int) -> tuple[int, float]:
 
 
 def test_the_text_does_not_depend_on_the_draft_or_the_batch() -> None:
-    compare(calls=20, seed=1)
+    compare(calls=16, seed=1)
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ class KeyedByPlace(RaceStream):
 def test_noise_keyed_by_anything_else_is_caught(bug: type[RaceStream], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.loop.RaceStream", bug)
     with pytest.raises(AssertionError, match="top_k"):
-        compare(calls=20, seed=1)
+        compare(calls=16, seed=1)
 
 
 DRAFTERS: dict[str, Any] = {
@@ -218,14 +218,15 @@ def test_a_text_goes_on_where_it_stopped() -> None:
 
 
 def test_joint_law_of_first_tokens() -> None:
-    check_joint_law(Speculator(target(0), DRAFTERS["chain"](), rule="coupled"), PROMPT, top_k=0)
+    check_joint_law(Speculator(target(0), DRAFTERS["chain"](), rule="coupled"), PROMPT, top_k=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "tree", "best first", "unaware chain", "n-gram"])
 def test_joint_law_of_first_tokens_whatever_is_drafted(name: str) -> None:
+    """Smaller samples: the text is the same function of the noise (see above) as the one judged there."""
     sampling: dict[str, Any] = {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.4}
-    check_joint_law(Speculator(target(0), DRAFTERS[name](), rule="coupled"), PROMPT, samples=30_000, **sampling)
+    check_joint_law(Speculator(target(0), DRAFTERS[name](), rule="coupled"), PROMPT, samples=8_000, **sampling)
 
 
 @pytest.mark.parametrize("name", ["chain", "tree"])

@@ -92,6 +92,10 @@ def test_drafter_and_rule_share_one_evaluation(monkeypatch: pytest.MonkeyPatch) 
         stream([0, 1], [start, start + 2], 4)
         stream([0, 1], [start, start + 2], 5)
         assert sum(evaluated) == 2 * 5 * vocab
+    evaluated.clear()
+    stream([0, 1], [18, 19], 4)  # rows have moved by 3 and 2: what is left of both is not evaluated again
+    stream([0, 1], [18, 19], 5)
+    assert sum(evaluated) == 2 * 3 * vocab
     small = RaceStream([1], [0], 8, CPU)
     evaluated.clear()
     for step in range(20):

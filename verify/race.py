@@ -48,8 +48,8 @@ class RaceStream:
     A position is the index of a token in its row's real text, pads not counted. The noise of a position decides the
     one token that is emitted there, whatever was drafted, so the text is a function of the target and the seed.
 
-    Each evaluation of the cipher serves two tokens, and what is evaluated is kept until every row that asks has moved
-    past it: drafter and rule read one table.
+    Each evaluation of the cipher serves two tokens, and drafter and rule read one table, which moves along with the
+    text: a rejected position is not evaluated again.
 
     Args:
         seeds, requests: per row of the batch, its key. vocab: width of the noise.
@@ -70,36 +70,44 @@ class RaceStream:
         Args:
             rows: indices into the batch; positions: the first position of each of them.
         """
-        pairs = list(zip(rows, positions, strict=True))
-        if not all(self._holds(row, position, depths) for row, position in pairs):
+        held = min((self._held(row, position) for row, position in zip(rows, positions, strict=True)), default=0)
+        if held < depths:
             # One more than asked for: the drafter asks for its levels, the rule also for the position after them.
-            width = max(depths + 1, min(POSITIONS, ENTRIES // max(1, len(pairs) * self._vocab)))
-            self._table = self._evaluate(rows, positions, width)
-            self._place = {row: (index, position) for index, (row, position) in enumerate(pairs)}
-        places = [(self._place[row][0], position - self._place[row][1]) for row, position in pairs]
-        if len(places) == 1:
-            index, offset = places[0]
-            return self._table[index : index + 1, offset : offset + depths]
-        index_of = torch.tensor([index for index, _ in places], device=self._device)[:, None]
-        offset_of = torch.tensor([offset for _, offset in places], device=self._device)[:, None]
-        return self._table[index_of, offset_of + torch.arange(depths, device=self._device)]
+            width = max(depths + 1, min(POSITIONS, ENTRIES // max(1, len(rows) * self._vocab)))
+            known = self._read(rows, positions, held)
+            self._table = torch.cat([known, self._evaluate(rows, positions, range(held, width))], dim=1)
+            self._place = {row: (at, first) for at, (row, first) in enumerate(zip(rows, positions, strict=True))}
+        return self._read(rows, positions, depths)
 
-    def _holds(self, row: int, position: int, depths: int) -> bool:
+    def _held(self, row: int, position: int) -> int:
+        """Positions from this one on that the table has for a row."""
         if row not in self._place:
-            return False
+            return 0
         offset = position - self._place[row][1]
-        return 0 <= offset and offset + depths <= self._table.shape[1]
+        return max(0, self._table.shape[1] - offset) if offset >= 0 else 0
 
-    def _evaluate(self, rows: Sequence[int], positions: Sequence[int], width: int) -> Tensor:
+    def _read(self, rows: Sequence[int], positions: Sequence[int], depths: int) -> Tensor:
+        if depths == 0:
+            return self._table.new_empty(len(rows), 0, self._vocab)
+        places = [
+            (self._place[row][0], first - self._place[row][1]) for row, first in zip(rows, positions, strict=True)
+        ]
+        if len(places) == 1:
+            at, offset = places[0]
+            return self._table[at : at + 1, offset : offset + depths]
+        index, offsets = torch.tensor(places, device=self._device).T[:, :, None]
+        return self._table[index, offsets + torch.arange(depths, device=self._device)]
+
+    def _evaluate(self, rows: Sequence[int], positions: Sequence[int], depths: range) -> Tensor:
         index = torch.tensor(list(rows), device=self._device)
         seeds, requests = self._seeds[index], self._requests[index]
         first = torch.tensor(list(positions), device=self._device)[:, None, None]
-        table = torch.empty(len(rows), width, self._vocab, dtype=torch.float64, device=self._device)
+        table = torch.empty(len(rows), len(depths), self._vocab, dtype=torch.float64, device=self._device)
         chunk = max(1, CHUNK // (len(rows) * len(self._pairs)))
-        for start in range(0, width, chunk):
-            stop = min(width, start + chunk)
-            at = first + torch.arange(start, stop, device=self._device)[None, :, None]
+        for start in range(0, len(depths), chunk):
+            some = depths[start : start + chunk]
+            at = first + torch.arange(some.start, some.stop, device=self._device)[None, :, None]
             even, odd = uniform_pairs(seeds, requests, at, Role.COUPLED, self._pairs)
-            table[:, start:stop, 0::2] = even
-            table[:, start:stop, 1::2] = odd[..., : self._vocab // 2]
+            table[:, start : start + chunk, 0::2] = even
+            table[:, start : start + chunk, 1::2] = odd[..., : self._vocab // 2]
         return table.neg_().log1p_().neg_()
