@@ -155,6 +155,7 @@ def test_show_draft_marks_every_run(tiny_pair: Path, colours: bool) -> None:
         (["--seed", "1"], "greedy decoding does not sample"),
         (["--temperature", "-1"], "--temperature"),
         (["--dtype", "float8"], "--dtype"),
+        (["--rule", "wishful"], "--rule: expected one of auto, greedy"),
         (["--device", "abacus"], "--device"),
         (["--device", "cuda:99"], "CUDA devices"),
         (["--draft", "none", "--k", "2"], "--draft none"),
@@ -177,9 +178,15 @@ def test_tree_widths() -> None:
 
 
 def test_failures_exit_with_1_and_no_traceback(tiny_pair: Path, tmp_path: Path) -> None:
-    rule = generate(tiny_pair, "--rule", "wishful")
+    rule = generate(tiny_pair, "--rule", "block", "--tree", "2,1")
+    law = generate(tiny_pair, "--rule", "typical")
     empty = invoke("generate", "--target", tmp_path, "-p", "x")
-    for result, said in ((rule, "expected one of"), (empty, "could not load a causal language model")):
+    failures = (
+        (rule, "rule 'block' takes chains only"),
+        (law, "Pass lossy=True"),
+        (empty, "could not load a causal language model"),
+    )
+    for result, said in failures:
         assert result.exit_code == 1
         assert result.stderr.startswith("error: ")
         assert said in result.stderr

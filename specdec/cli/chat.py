@@ -24,6 +24,7 @@ def chat(
     k: cli.ChainLength = None,
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
+    lossy: cli.Lossy = False,
     max_new_tokens: cli.MaxNewTokens = 256,
     temperature: cli.Temperature = 0.0,
     top_k: cli.TopK = None,
@@ -37,7 +38,7 @@ def chat(
     show_draft: bool = typer.Option(False, "--show-draft", help="Mark accepted, recovered and bonus tokens."),
 ) -> None:
     """Converse with a model; without a chat template the conversation is one growing text."""
-    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads)
+    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads, lossy)
     decoding = cli.Decoding(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
 
     from specdec.cli.loading import load

@@ -22,6 +22,7 @@ def generate(
     k: cli.ChainLength = None,
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
+    lossy: cli.Lossy = False,
     max_new_tokens: cli.MaxNewTokens = 128,
     temperature: cli.Temperature = 0.0,
     top_k: cli.TopK = None,
@@ -39,7 +40,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text and report.")] = False,
 ) -> None:
     """Continue a text speculatively; the text goes to stdout, the report to stderr."""
-    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads)
+    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads, lossy)
     decoding = cli.Decoding(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     if prompt is None:
         prompt = _read_stdin()

@@ -63,7 +63,9 @@ def load(choice: ModelChoice) -> Loaded:
     if choice.draft is not None and choice.draft != "ngram":
         draft = load_model("draft", choice.draft, dtype, device)
         _warn_if_tokenizers_differ(tokenizer, choice)
-    speculator = Speculator(target, draft, k=choice.k, tree=choice.tree, rule=choice.rule, tokenizer=tokenizer)
+    speculator = Speculator(
+        target, draft, k=choice.k, tree=choice.tree, rule=choice.rule, lossy=choice.lossy, tokenizer=tokenizer
+    )
     return Loaded(speculator, tokenizer, device)
 
 

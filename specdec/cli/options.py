@@ -11,6 +11,11 @@ import typer
 
 from specdec.shipped import DEFAULT_PAIR, pair_folder
 
+RULES = (
+    "auto", "greedy", "rejection", "block", "naive", "recursive_rejection", "traversal", "budget_flow", "coupled",
+    "typical",
+)  # fmt: skip
+"""What --rule takes (a test holds it to the registry, which imports torch)."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 _MODELS, _DRAFTS, _TEXT, _MACHINE = "Models", "Drafting", "Decoding", "Machine"
@@ -53,7 +58,17 @@ TreeWidths = Annotated[
 ]
 Rule = Annotated[
     str,
-    _option("--rule", panel=_DRAFTS, show_default=True, help="Acceptance rule by name; auto picks the best exact one."),
+    _option(
+        "--rule",
+        panel=_DRAFTS,
+        metavar="NAME",
+        show_default=True,
+        help=f"Acceptance rule: {', '.join(RULES)}. auto picks the best exact one; with coupled, sampled text depends "
+        "on target and seed alone; typical is lossy.",
+    ),
+]
+Lossy = Annotated[
+    bool, _option("--lossy", panel=_DRAFTS, help="Agree that --rule typical changes the law of the text.")
 ]
 MaxNewTokens = Annotated[
     int, _option("--max-new-tokens", "-n", panel=_TEXT, min=1, show_default=True, help="Tokens to generate at most.")
@@ -98,6 +113,7 @@ class ModelChoice:
     dtype: str
     device: str
     threads: int | None
+    lossy: bool = False
 
     @staticmethod
     def of(
@@ -110,6 +126,7 @@ class ModelChoice:
         dtype: str,
         device: str,
         threads: int | None,
+        lossy: bool = False,
     ) -> ModelChoice:
         """From the command line's own values.
 
@@ -120,6 +137,8 @@ class ModelChoice:
             raise typer.BadParameter("expected --target or --pair, got both")
         if k is not None and tree is not None:
             raise typer.BadParameter("expected --k or --tree, got both: --tree 1,1,1 is --k 3")
+        if rule not in RULES:
+            raise typer.BadParameter(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         if target is None:
@@ -138,6 +157,7 @@ class ModelChoice:
             dtype=dtype,
             device=device,
             threads=threads,
+            lossy=lossy,
         )
 
 
