@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from specdec.lab.reference import processors_of
 
 PAD = 0
 
@@ -33,21 +35,6 @@ def noisy_copy(model: LlamaForCausalLM, seed: int, noise: float = 0.15) -> Llama
         for parameter in other.parameters():
             parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return other
-
-
-def processors_of(model: PreTrainedModel, prompt: Tensor, mask: Tensor, **sampling: Any) -> LogitsProcessorList:
-    """The processors that plain `generate` builds for these arguments, in its order."""
-    seen: list[LogitsProcessorList] = []
-
-    def capture(
-        model: PreTrainedModel, input_ids: Tensor, logits_processor: LogitsProcessorList, **rest: Any
-    ) -> Tensor:
-        seen.append(logits_processor)
-        return input_ids
-
-    generate: Any = model.generate
-    generate(prompt, attention_mask=mask, do_sample=True, max_new_tokens=1, custom_generate=capture, **sampling)
-    return seen[0]
 
 
 @torch.no_grad()

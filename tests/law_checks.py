@@ -16,7 +16,6 @@ from torch import Tensor
 from specdec import Speculator, StepTrace
 from specdec.verify import DraftTree, Noise, Verdict
 from specdec.verify.rules import RULES
-from specdec.verify.rules.chain import view_chain
 
 CHUNK = 8000
 """Rows of one generate call."""
@@ -105,24 +104,6 @@ def check_second_step(spec: Speculator, prompt: Tensor, samples: int, seed: int 
     judge(g_test_strata(counts, laws), "law of the first token of step 2 given step 1")
 
 
-def expected_accepted(rule: str, tree: DraftTree, p: Tensor) -> Tensor:
-    """E[accepted tokens] of one step, per row: `sum_i P_i` for block, products of min(1, p/q) for rejection, path
-    probabilities for naive (their average over drafts, for block; given the draft, for the others)."""
-    if rule == "naive":
-        rows = torch.arange(p.shape[0])[:, None]
-        own = torch.where(tree.valid, p[rows, tree.parents.clamp(min=0), tree.tokens].double(), 0.0)
-        own[:, 0] = 1.0
-        path = torch.where(tree.ancestor_mask, own[:, None, :], 1.0).prod(-1)
-        return path[:, 1:].sum(1)
-    chain = view_chain(tree, p)
-    weight, total = torch.ones(p.shape[0], dtype=torch.float64), torch.zeros(p.shape[0], dtype=torch.float64)
-    for i in range(chain.p_x.shape[1]):
-        ratio = chain.p_x[:, i] / chain.q_x[:, i]
-        weight = (weight * ratio).clamp(max=1.0) if rule == "block" else weight * ratio.clamp(max=1.0)
-        total += torch.where(chain.real[:, i], weight, 0.0)
-    return total
-
-
 def check_acceptance(spec: Speculator, prompt: Tensor, samples: int, seed: int = 1, **sampling: Any) -> None:
     """Judge how many tokens each step really accepts against what the theory says of the very same draft."""
     kind = RULES[spec.rule]
@@ -132,7 +113,9 @@ def check_acceptance(spec: Speculator, prompt: Tensor, samples: int, seed: int =
     class Recording(kind):  # type: ignore[misc, valid-type]
         def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
             verdict: Verdict = super().__call__(tree, p, noise)
-            differences.append(verdict.num_accepted.double() - expected_accepted(self.name, tree, p))
+            excess = self.excess(tree, p, verdict)
+            assert excess is not None
+            differences.append(excess.mean)
             accepted.append(float(verdict.num_accepted.double().mean()))
             return verdict
 

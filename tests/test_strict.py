@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import specdec
 from specdec.drafters import NgramDrafter
-from specdec.kv import TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
+from specdec.kv import CacheStateError, SharedKVCache, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
 from specdec.verify import strict, strict_mode
 from specdec.verify.strict_mode import StrictMode
 
@@ -135,6 +135,57 @@ def test_neighbours_change_no_bit(dtype: str) -> None:
         ends = (text[row] == stop).nonzero()
         count = int(ends[0]) + 1 if len(ends) else 12
         assert torch.equal(ended[row, ids.shape[1] :][:count], text[row, :count])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_coupled_texts_change_no_token(dtype: str) -> None:
+    """Sampling with rule "coupled": the text is decided by position and seed, so it inherits strict mode's promise."""
+    target = models.target("llama-gqa", dtype)
+    ids, mask = models.prompts(LENGTHS, target.config.vocab_size, seed=0, period=3)
+    texts: dict[str, Any] = {}
+    for name, way in {"none": dict(draft=None), **ways("llama-gqa", dtype)}.items():
+        spec = specdec.Speculator(target, rule="coupled", exactness="strict", **way)
+        texts[name] = spec.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=True, temperature=1.3, top_p=0.95, seed=3,
+            pad_token_id=models.PAD, eos_token_id=None, num_return_sequences=2,
+        )  # fmt: skip
+        assert torch.equal(texts[name], texts["none"]), name
+    assert len({tuple(row.tolist()) for row in texts["none"][:, ids.shape[1] :]}) > 1
+
+
+def test_a_reused_cache_changes_no_bit() -> None:
+    """Two turns: what the first left in the cache, and its prefill of the second, do not depend on the drafts."""
+    target = models.target("llama-gqa", "bf16")
+    ids, _ = models.prompts((9, 9), target.config.vocab_size, seed=4)
+    turns = []
+    for way in (dict(draft=None), *ways("llama-gqa", "bf16").values()):
+        spec = specdec.Speculator(target, exactness="strict", **way)
+        options: dict[str, Any] = dict(
+            max_new_tokens=30, do_sample=False, pad_token_id=models.PAD, eos_token_id=None,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        first: Any = spec.generate(input_ids=ids, **options)
+        longer = torch.cat([first.sequences, ids], 1)
+        turns.append(spec.generate(input_ids=longer, past_key_values=first.past_key_values, **options))
+    for turn in turns[1:]:
+        assert apart(turns[0], turn) == (0, 0, 0)
+
+
+def test_a_pass_of_one_row_writes_to_no_other() -> None:
+    cache = SharedKVCache({"m": 1}, 3, 8)
+    states = torch.ones(1, 2, 2, 4)
+    for row in range(3):
+        with cache.row(row).writing("m", [0], 2, [2]) as read:
+            keys, values = cache.store("m").write(0, (row + 1) * states, -(row + 1) * states)
+        assert read == 2
+        assert torch.equal(keys, (row + 1) * states)
+        assert torch.equal(values, -(row + 1) * states)
+    assert cache.filled("m") == [2, 2, 2]
+    stored = cache.store("m").keys[0]
+    assert stored is not None
+    assert stored[:, 0, 0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(CacheStateError, match="row 1"), cache.row(1).writing("m", [3], 1):
+        pass
 
 
 def test_other_widths_and_the_report() -> None:

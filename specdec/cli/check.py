@@ -13,6 +13,7 @@ from specdec.cli import options as cli
 
 BUDGET, QUICK_BUDGET = 90.0, 20.0
 """Seconds, loading not included."""
+QUICK_PROMPTS = 2
 _STYLES = {"pass": "green", "FAIL": "bold red", "info": "dim", "skipped": "dim"}
 
 
@@ -50,6 +51,7 @@ def check(
         raise typer.BadParameter(f"--temperature: expected > 0 (greedy text is checked in any case), got {temperature}")
 
     from specdec.cli.loading import load
+    from specdec.lab.prompts import DEFAULT_PROMPTS
 
     loaded = load(choice)
     sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -58,7 +60,7 @@ def check(
         spec.target,
         None if spec.drafter is None else spec.drafter.inner,
         rule=choice.rule,
-        prompts=prompt or None,
+        prompts=prompt or (DEFAULT_PROMPTS[:QUICK_PROMPTS] if quick else None),
         temperature=temperature,
         budget_s=min(budget, QUICK_BUDGET) if quick else budget,
         seed=seed,

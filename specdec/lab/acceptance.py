@@ -153,15 +153,17 @@ class AcceptanceRecorder(AcceptanceMonitor):
 
     def _best_at_root(self) -> Finding:
         """Acceptance of the first drafted level against alpha* of its draft law (see `optimal_acceptance`)."""
-        best = [_optimum(root) for root in self.roots]
-        fit = [root for root in self.roots if root.q is not None and _scannable(root.q, 2)][:MOST_SCANS]
-        more = [optimal_acceptance(root.p, root.q, 2) for root in fit if root.q is not None]
-        measured, optimum = self.first_kept / self.steps, _mean(best)
-        figures = {"measured": measured, "alpha_star": optimum, "alpha_star_two_children": _mean(more)}
+        optimum = _mean([_optimum(root) for root in self.roots])
+        measured = self.first_kept / self.steps
+        figures = {"measured": measured, "alpha_star": optimum}
         detail = f"first level kept in {measured:.3f} of drafts; optimum of its draft law {optimum:.3f}"
-        if not math.isnan(figures["alpha_star_two_children"]):
-            detail += f", of two sampled children {figures['alpha_star_two_children']:.3f}"
-        return Finding("acceptance at the root", "info", f"{detail} (over {len(self.roots)} roots)", figures)
+        fit = [root for root in self.roots if root.sampled == 1 and not len(root.fixed)]
+        pairs = [(root.p, root.q) for root in fit if root.q is not None and _scannable(root.q, 2)][:MOST_SCANS]
+        if pairs:  # of the very same roots, or their difference would be that of the texts
+            gain = _mean([optimal_acceptance(p, q, 2) - optimal_acceptance(p, q, 1) for p, q in pairs])
+            figures["gain_of_two_children"] = gain
+            detail += f" ({gain:+.3f} with two sampled children)"
+        return Finding("acceptance at the root", "info", f"{detail}, over {len(self.roots)} roots", figures)
 
 
 NUM_SUMS = 3
