@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pair-prompts", type=int, default=12, help="prompts of the shipped pair to time")
+    parser.add_argument("--pair-prompts", type=int, default=12, help="prompts of the shipped pair to time, 0 for none")
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(name, rule, exactness, differing, flush=True)
         result["identity"][f"{name} alone against batches"] = alone(dtype, max(1, args.prompts // 4), args.tokens)
         print(name, "alone against batches", result["identity"][f"{name} alone against batches"], flush=True)
-        for batch in (1, 4):
+        for batch in (1, 4) if args.pair_prompts else ():
             found = cost(name, batch, args.pair_prompts, 128)
             result["cost"][f"{name} batch {batch}"] = found
             print(name, "batch", batch, json.dumps(found), flush=True)
