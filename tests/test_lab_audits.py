@@ -155,7 +155,7 @@ def test_texts_that_end_count_up_to_their_end() -> None:
 
 def test_strict_mode_can_be_checked() -> None:
     report = specdec.check(
-        TARGET, noisy_copy(TARGET, 2), k=2, prompts=[PROMPT], max_rows=200, budget_s=600, exactness="strict"
+        TARGET, noisy_copy(TARGET, 2), k=2, prompts=[PROMPT], max_rows=64, budget_s=600, exactness="strict"
     )
     assert report.passed, report.summary()
 
