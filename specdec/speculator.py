@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,8 @@ from specdec.planner.calls import Plans
 from specdec.planner.options import Options
 from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
+from specdec.stopping import FROM_CONFIG, own_stop_strings
 from specdec.verify.rules import check_choice
-
-_FROM_CONFIG = object()
-"""Stands for an argument that was not given, where None means something."""
 
 
 class Speculator:
@@ -62,11 +60,12 @@ class Speculator:
         monitor: True holds the acceptance of sampling calls against theory (`report.acceptance_z`); a `Monitor` object
             of your own watches every step of every call.
 
-    One Speculator decodes one call at a time. While it does, the target's attention function and few-row linear
-    layers are exchanged, so calls on one target from several threads must not overlap.
+    One Speculator decodes one call at a time: a call from another thread waits for its turn (no callback may wait for
+    such a call), one from a callback is refused. Meanwhile the target's attention function and few-row linear layers
+    are exchanged: several Speculators on one target, or its own `generate`, must not run in several threads at once.
 
     Attributes:
-        report: `SpecReport` of the last finished call, None before the first.
+        report: `SpecReport` of the last finished call, of whichever thread; None before the first.
 
     Raises:
         UnsupportedModelError: a model that cannot be rolled back; UnsupportedArgumentError: contradictory options.
@@ -104,6 +103,7 @@ class Speculator:
         if drafter is not None:
             check_choice(rule, lossy, drafter.name, drafter.kind)
         self.report: SpecReport | None = None
+        self._turn = threading.RLock()
         self._busy = False
 
     @classmethod
@@ -165,8 +165,9 @@ class Speculator:
                 seed=seed, generator=generator, streamer=streamer, on_step=on_step,
             )  # fmt: skip
 
-        strings = kwargs.pop("stop_strings", _FROM_CONFIG)
-        with _own_stop_strings(self.target, generation_config, strings) as (config, found):
+        strings = kwargs.pop("stop_strings", FROM_CONFIG)
+        # From here on: the target's generation config is changed while `transformers` prepares the call.
+        with self._turn, own_stop_strings(self.target, generation_config, strings) as (config, found):
             criteria = StoppingCriteriaList(stopping_criteria or [])
             if found is not None:
                 criteria.insert(0, self._stop_string_criteria(found, tokenizer))
@@ -228,12 +229,7 @@ class Speculator:
                 "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
             )
         request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
-        if self._busy:
-            raise UnsupportedArgumentError(
-                "this Speculator is already decoding (a call from a callback or another thread): build another one"
-            )
-        self._busy = True
-        try:
+        with self._alone():
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
             cost = None if self.strict is None else self.strict.cost(device)
@@ -243,14 +239,27 @@ class Speculator:
                 loop.report.exactness, loop.report.strict_width = "strict", self.strict.width
                 loop.report.ms_strict_pass, loop.report.ms_plain_pass = cost
             out = loop.run()
-        finally:
-            self._busy = False
-        self.report = loop.report if plan is None else plan.tell(loop.report)
-        if isinstance(monitor, AcceptanceMonitor):
-            self.report.acceptance_z = monitor.z
+            self.report = loop.report if plan is None else plan.tell(loop.report)
+            if isinstance(monitor, AcceptanceMonitor):
+                self.report.acceptance_z = monitor.z
         if isinstance(out, Tensor):
             return out.to(input_ids.device)
         return out
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for calls of other threads; a call from a callback of the call at hand would wait for itself."""
+        with self._turn:
+            if self._busy:
+                raise UnsupportedArgumentError(
+                    "this Speculator is already decoding, and this call comes from one of that call's callbacks: build "
+                    "another Speculator for it"
+                )
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
 
     def _stop_string_criteria(self, strings: Any, tokenizer: Any) -> StopStringCriteria:
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
@@ -278,22 +287,3 @@ def generate(
     return Speculator(target, draft, k=k, tree=tree, rule=rule, lossy=lossy, exactness=exactness).generate(
         inputs, **kwargs
     )
-
-
-@contextmanager
-def _own_stop_strings(target: PreTrainedModel, config: GenerationConfig | None, strings: Any) -> Any:
-    """Take `stop_strings` out of whatever configuration holds them: `transformers` loses the tokenizer on the way to
-    a custom method and would refuse. Yields (config, strings); the target's own config is restored afterwards.
-    An explicit None means no stop strings, as in plain `generate`.
-    """
-    own = target.generation_config.stop_strings
-    if config is not None and config.stop_strings is not None:
-        strings = config.stop_strings if strings is _FROM_CONFIG else strings
-        config = copy.deepcopy(config)
-        config.stop_strings = None
-    strings = own if strings is _FROM_CONFIG else strings
-    target.generation_config.stop_strings = None
-    try:
-        yield config, strings
-    finally:
-        target.generation_config.stop_strings = own

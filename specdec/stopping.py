@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from specdec.verify.rows import Rows
+
+FROM_CONFIG = object()
+"""Stands for stop strings that were not given, where None means none."""
 
 
 class StopRules:
@@ -81,3 +89,24 @@ class StopRules:
             return False
         prefix = self._rows.ids[row : row + 1, :columns]
         return bool(self._others(prefix, scores).all())
+
+
+@contextmanager
+def own_stop_strings(
+    target: PreTrainedModel, config: GenerationConfig | None, strings: Any
+) -> Iterator[tuple[GenerationConfig | None, Any]]:
+    """Take `stop_strings` out of whatever configuration holds them: `transformers` loses the tokenizer on the way to
+    a custom method and would refuse. Yields (config, strings); the target's own config is restored afterwards.
+    An explicit None means no stop strings, as in plain `generate`.
+    """
+    own = target.generation_config.stop_strings
+    if config is not None and config.stop_strings is not None:
+        strings = config.stop_strings if strings is FROM_CONFIG else strings
+        config = copy.deepcopy(config)
+        config.stop_strings = None
+    strings = own if strings is FROM_CONFIG else strings
+    target.generation_config.stop_strings = None
+    try:
+        yield config, strings
+    finally:
+        target.generation_config.stop_strings = own
