@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 from specdec.cli import app
 from specdec.experiments.accept import AcceptOptions, Setting, run_from_cli, runner
 from specdec.experiments.accept.cells import Cell, cells
-from specdec.experiments.accept.metrics import Runs, ratio, spec_bench
+from specdec.experiments.accept.metrics import Runs, spec_bench
 from specdec.experiments.accept.options import KNOWN_RULES
 from specdec.experiments.accept.report import write_report
 from specdec.experiments.accept.scores import Logs
@@ -219,13 +218,6 @@ def test_figures_of_a_hand_made_run(tmp_path: Path) -> None:
     assert spec_bench(runs, cell, "b").mean_accepted_tokens == pytest.approx(2)
     # Steps of "a" begin at 0, 3 and 5, that of "b" at 0.
     assert runs.by_output_position(cell, width=4) == [(0, pytest.approx(7 / 3), 3), (4, 1.0, 1)]
-
-
-def test_standard_error_of_a_ratio() -> None:
-    assert ratio([2, 2], [1, 1]) == (2.0, 0.0)
-    assert math.isnan(ratio([2], [1]).error)
-    mean = ratio([1, 3], [1, 1])
-    assert (mean.value, mean.error) == pytest.approx((2.0, 1.0))
 
 
 def test_rules_of_settings_are_those_that_take_their_drafts() -> None:

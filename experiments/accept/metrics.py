@@ -14,29 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specdec.experiments.accept.cells import Cell
+from specdec.experiments.accept.interval import Mean, ratio
 from specdec.experiments.accept.options import PLAIN
 from specdec.experiments.accept.store import Store
 
 Entry = dict[str, Any]
-
-
-class Mean(NamedTuple):
-    """A ratio of sums and its standard error over prompts, which are the independent units."""
-
-    value: float
-    error: float
-
-
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Mean:
-    """sum(a) / sum(b) over prompts, with the delta method's standard error (NaN for fewer than two prompts)."""
-    a, b = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
-    if b.sum() == 0:
-        return Mean(math.nan, math.nan)
-    value = float(a.sum() / b.sum())
-    n = len(a)
-    if n < 2:
-        return Mean(value, math.nan)
-    return Mean(value, float(np.sqrt(n / (n - 1) * ((a - value * b) ** 2).sum()) / b.sum()))
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class CellStats:
     drafted_per_step: float
 
     def to_dict(self) -> dict[str, Any]:
-        out = {**self.__dict__, "cell": str(self.cell), "tokens_per_step": self.tokens_per_step._asdict()}
+        out = {**self.__dict__, "cell": str(self.cell), "tokens_per_step": self.tokens_per_step.to_dict()}
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in out.items()}
 
 

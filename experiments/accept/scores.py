@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from specdec.experiments.accept.cells import Cell
 from specdec.experiments.accept.counterfactual import reach_law, refusal
+from specdec.experiments.accept.interval import Mean, ratio, ratio_difference
 from specdec.experiments.accept.lookup import lookup_law
-from specdec.experiments.accept.metrics import Mean, Runs, ratio
+from specdec.experiments.accept.metrics import Runs
 from specdec.experiments.accept.setting import Setting
+from specdec.experiments.accept.show import text
 from specdec.experiments.accept.steps import expected_steps
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.accept.summary import Summary
@@ -30,19 +33,53 @@ DEFAULT_SCORED = (
 
 @dataclass(frozen=True)
 class Score:
-    """Expected figures of one setting, rule and temperature on the logged texts (see CellStats for the terms)."""
+    """Expected figures of one setting, rule and temperature on the logged texts (see CellStats for the terms).
+
+    tokens, steps: of each prompt's text, by prompt.
+    """
 
     setting: Setting
     rule: str
     temperature: float
-    num_texts: int
-    tokens_per_step: Mean
+    tokens: dict[str, int]
+    steps: dict[str, float]
     per_position: list[float]
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.setting, self.rule, self.temperature)
+
+    @property
+    def tokens_per_step(self) -> Mean:
+        return ratio(list(self.tokens.values()), list(self.steps.values()))
 
     def to_dict(self) -> dict[str, Any]:
         return {"setting": str(self.setting), "rule": self.rule, "temperature": self.temperature,
-                "num_texts": self.num_texts, "tokens_per_step": self.tokens_per_step._asdict(),
-                "per_position": self.per_position}  # fmt: skip
+                "num_texts": len(self.tokens), "tokens_per_step": self.tokens_per_step.to_dict(),
+                "per_position": [None if math.isnan(rate) else rate for rate in self.per_position]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A score beside what the run's own calls measured on the same prompts; measured less expected, if any were."""
+
+    score: Score
+    measured: Mean | None
+    difference: Mean | None
+
+    @staticmethod
+    def of(score: Score, runs: Runs) -> Comparison:
+        """First turns only: later ones go on from other answers than the logged text."""
+        found = {entry["prompt"]: entry["turns"][0] for entry in runs.of(score.cell) if entry["prompt"] in score.tokens}
+        if not found:
+            return Comparison(score, None, None)
+        tokens, steps = ([len(turn[name]) for turn in found.values()] for name in ("token_ids", "accepted"))
+        expected = tuple([part[prompt] for prompt in found] for part in (score.tokens, score.steps))
+        return Comparison(score, ratio(tokens, steps), ratio_difference((tokens, steps), (expected[0], expected[1])))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.score.to_dict(), "measured": None if self.measured is None else self.measured.to_dict(),
+                "difference": None if self.difference is None else self.difference.to_dict()}  # fmt: skip
 
 
 class Logs:
@@ -52,25 +89,26 @@ class Logs:
         asked = store.asked()
         self.limit = int(asked.get("new_tokens", 0))
         self.seed = int(asked.get("seed", 0))
-        self.texts: dict[float, list[Summary]] = {}
+        self.texts: dict[float, dict[str, Summary]] = {}
         for entry in store.entries("log"):
             summary = Summary.read(store.folder / "logs" / str(entry["file"]))
-            self.texts.setdefault(float(entry["temperature"]), []).append(summary)
+            self.texts.setdefault(float(entry["temperature"]), {})[entry["prompt"]] = summary
 
     def score(self, setting: Setting, rule: str, temperature: float) -> Score:
         """Raises ExperimentError: a setting or rule that cannot be scored."""
         texts = self.texts[temperature]
-        found = []
-        for number, text in enumerate(texts):
+        found = {}
+        for number, (prompt, summary) in enumerate(texts.items()):
             if setting.kind == "ngram":
-                reach = lookup_law(text, setting)
+                reach = lookup_law(summary, setting)
             else:
-                reach = reach_law(text, setting, rule, temperature, self.seed + number)
-            found.append(expected_steps(reach, self.limit))
-        kept, reached = (np.sum([getattr(one, name) for one in found], 0) for name in ("kept", "reached"))
+                reach = reach_law(summary, setting, rule, temperature, self.seed + number)
+            found[prompt] = expected_steps(reach, self.limit)
+        kept, reached = (np.sum([getattr(one, name) for one in found.values()], 0) for name in ("kept", "reached"))
         return Score(
-            setting, rule, temperature, len(texts), ratio([one.tokens for one in found], [one.steps for one in found]),
-            [float(k / r) if r > 0 else float("nan") for k, r in zip(kept, reached, strict=True)],
+            setting, rule, temperature, {prompt: one.tokens for prompt, one in found.items()},
+            {prompt: one.steps for prompt, one in found.items()},
+            [float(k / r) if r > 0 else math.nan for k, r in zip(kept, reached, strict=True)],
         )  # fmt: skip
 
     def scores(self, settings: Sequence[Setting], rules: Sequence[str] = ()) -> list[Score]:
@@ -99,37 +137,34 @@ def score_folder(folder: Path, settings: list[str] | None, rules: list[str] | No
     if not logs.texts:
         raise ResultsError(f"{folder.name}: no logged texts; run `specdec accept` with --log")
     runs = Runs.read(store)
-    measured = {str(cell): stats for cell in runs.cells() if (stats := runs.stats(cell))}
     wanted = [Setting.parse(text) for text in settings or DEFAULT_SCORED]
     unable = {str(setting): why for setting in wanted
               if setting.kind != "ngram" and (why := refusal(setting)) is not None}  # fmt: skip
-    found = logs.scores([setting for setting in wanted if str(setting) not in unable], rules or ())
+    able = [setting for setting in wanted if str(setting) not in unable]
+    found = [Comparison.of(score, runs) for score in logs.scores(able, rules or ())]
     table = Table(title="Counterfactual: expected on the logged texts, no model run", title_justify="left")
-    for name in ("setting", "rule", "T", "tokens/step", "measured", "z", "by position"):
+    for name in ("setting", "rule", "T", "tokens/step", "measured", "difference", "by position"):
         table.add_column(name, no_wrap=name != "setting", overflow="fold")
     for one in found:
-        key = f"{one.setting} | {one.rule} | T={one.temperature:g}"
-        mean, real = one.tokens_per_step, measured.get(key)
+        score, difference = one.score, one.difference
         table.add_row(
-            str(one.setting), one.rule, f"{one.temperature:g}", f"{mean.value:.2f} ±{mean.error:.2f}",
-            "" if real is None else f"{real.tokens_per_step.value:.2f} ±{real.tokens_per_step.error:.2f}",
-            "" if real is None else f"{difference(real.tokens_per_step, mean):+.1f}",
-            " ".join(f"{rate:.2f}".removeprefix("0") for rate in one.per_position[:8]),
+            str(score.setting), score.rule, f"{score.temperature:g}", score.tokens_per_step.text(),
+            "" if one.measured is None else one.measured.text(),
+            "" if difference is None else difference.text("+") + " *" * difference.excludes_zero,
+            " ".join(text(rate).removeprefix("0") for rate in score.per_position[:8]),
         )  # fmt: skip
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(table)
+    differences = [one.difference for one in found if one.difference is not None]
+    console.print("±: 95 % interval over prompts (Student's law)")
+    if differences:
+        console.print(
+            f"*: {sum(one.excludes_zero for one in differences)} of {len(differences)} measured figures differ by more "
+            "than the interval of their difference, where\nprompts are paired; 1 in 20 would by chance, and several "
+            "together rather than one by one: all rows of a temperature share the logged texts"
+        )
     for name, why in unable.items():
         console.print(f"not scored: {name}: {why}")
     if json_path is not None:
-        written = []
-        for one in found:
-            real = measured.get(f"{one.setting} | {one.rule} | T={one.temperature:g}")
-            written.append({**one.to_dict(), "measured": None if real is None else real.tokens_per_step._asdict()})
-        result = {"options": store.asked(), "provenance": runs.sources, "scores": written}
+        result = {"options": store.asked(), "provenance": runs.sources, "scores": [one.to_dict() for one in found]}
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def difference(measured: Mean, expected: Mean) -> float:
-    """Standard errors between two independent means; NaN where an error is not known."""
-    spread = math.hypot(measured.error, expected.error)
-    return (measured.value - expected.value) / spread if spread > 0 else math.nan

@@ -31,22 +31,22 @@ def show(console: Console, runs: Runs) -> None:
         table.add_row(*row(stats))
     console.print(table)
     console.print(
-        "tokens/step: emitted per pass of the target, with the standard error over prompts. kept: of the drafted "
-        "tokens. alpha: first drafted level kept;\nalpha*: the most any rule could keep there (same draft law, same "
-        "roots). vs plain: median over prompts of the speed against draft-less decoding\nof the same prompt [quartiles]"
+        "tokens/step: emitted per pass of the target, ± the 95 % interval over prompts (Student's). kept: of the "
+        "drafted tokens. alpha: first drafted\nlevel kept; alpha*: the most any rule could keep there (same draft law, "
+        "same roots). vs plain: median over prompts of the speed against draft-less\ndecoding of the same prompt "
+        "[quartiles]"
     )
 
 
 def row(stats: CellStats) -> list[str]:
     """A cell's figures as text, in the order of COLUMNS."""
     cell = stats.cell
-    mean = stats.tokens_per_step
     return [
         str(cell.setting),
         "-" if cell.is_plain else cell.rule,
         f"{cell.temperature:g}",
         "-" if cell.is_plain else f"{stats.drafted_per_step:.1f}",
-        f"{mean.value:.2f}" + ("" if math.isnan(mean.error) else f" ±{mean.error:.2f}"),
+        stats.tokens_per_step.text(),
         text(stats.acceptance_rate),
         " ".join(text(rate).removeprefix("0") for rate in stats.per_position[:6]) or "-",
         text(stats.alpha_there if stats.alpha_star == stats.alpha_star else stats.alpha),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from specdec.experiments.accept.counterfactual import reach_law
+from specdec.experiments.accept.interval import Mean, ratio
 from specdec.experiments.accept.logbook import laws
-from specdec.experiments.accept.metrics import Mean, ratio
 from specdec.experiments.accept.models import Models
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.setting import Setting

@@ -104,9 +104,10 @@ def _table(runs: Runs) -> str:
         lines.append(f"<tr{first}>" + "".join(f"<td>{html.escape(text)}</td>" for text in row(stats)) + "</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
     note = (
-        "tokens/step: emitted per pass of the target ± standard error over prompts; kept: of the drafted tokens; by "
-        "position: of the steps that reached a depth; alpha: first level kept; alpha*: the most any rule could keep "
-        "with that draft law at those roots; vs plain: median [quartiles] over prompts of the speed ratio."
+        "tokens/step: emitted per pass of the target ± the 95 % interval over prompts (Student's); kept: of the "
+        "drafted tokens; by position: of the steps that reached a depth; alpha: first level kept; alpha*: the most any "
+        "rule could keep with that draft law at those roots; vs plain: median [quartiles] over prompts of the speed "
+        "ratio."
     )
     return _scrolled(note, head, lines)
 
