@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_bench import make_pair
 from typer.testing import CliRunner
 
@@ -24,7 +25,9 @@ from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.setting import COMPARED
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.errors import ExperimentError
+from specdec.verify import linear
 from specdec.verify.kinds import DraftKind
+from specdec.verify.linear import FormTable
 from specdec.verify.rules import RULES, make_rule
 
 
@@ -110,6 +113,36 @@ def test_a_killed_run_is_resumed_without_loss(
     assert path.read_bytes().startswith(before)
     assert len(list(store.entries("provenance"))) == 2
     assert texts(store) == texts(finished)
+
+
+def test_a_resumed_run_multiplies_as_the_killed_one_did(
+    options: AcceptOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which form of a linear layer is fastest is measured; a second session may measure differently, by the last bits
+    of its sums and now and then a token. The control: without the first session's lines, it does."""
+    table = FormTable()
+    monkeypatch.setattr(linear, "FORMS", table)
+    monkeypatch.setattr(runner, "FORMS", table)
+    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
+    here = replace(options, out=tmp_path, settings=("model:k=3",), temperatures=(1.0,))
+
+    def session(form: Any) -> dict[str, str]:
+        table.__init__()  # type: ignore[misc] # as in a new process
+        monkeypatch.setattr(linear, "_measure", lambda *arguments: form)
+        run_from_cli(here)
+        return table.names()
+
+    path = tmp_path / "runs-0.jsonl"
+    first = session(linear.rows_last)
+    assert set(first.values()) == {"rows_last"}
+    whole = path.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(whole) if '"kind": "forms"' in line)
+    path.write_text("".join(whole[: last + 1]))
+    resumed = session(torch.nn.functional.linear)
+    assert {sizes: resumed[sizes] for sizes in first} == first
+    assert Store(tmp_path).forms() == {**resumed, **first}
+    path.write_text("".join(line for line in whole[: last + 1] if '"kind": "forms"' not in line))
+    assert set(session(torch.nn.functional.linear).values()) == {"linear"}
 
 
 def test_two_processes_share_the_work(options: AcceptOptions, finished: Store, tmp_path: Path,

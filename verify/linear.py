@@ -8,7 +8,7 @@ and machine, so it is measured, once per process. The forms differ in the last b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import perf_counter
@@ -77,7 +77,21 @@ class FormTable:
             self._best[key] = _measure(weight, others, rows)
         return self._best[key]
 
+    def names(self) -> dict[str, str]:
+        """What was chosen so far, for a file: "in,out,rows,threads" to the name of a form."""
+        return {",".join(map(str, key)): form.__name__ for key, form in self._best.items()}
 
+    def adopt(self, names: Mapping[str, str]) -> None:
+        """Choose as an earlier process did (see `names`), instead of by a measurement of one's own: then every sum is
+        taken in the same order. A form this version does not know is measured anew."""
+        for key, name in names.items():
+            if name in _NAMED:
+                sizes = tuple(map(int, key.split(",")))
+                assert len(sizes) == 4
+                self._best[sizes] = _NAMED[name]
+
+
+_NAMED: dict[str, Form] = {form.__name__: form for form in (F.linear, rows_last, doubled)}
 FORMS = FormTable()
 
 

@@ -22,6 +22,7 @@ from specdec.experiments.accept.show import show
 from specdec.experiments.accept.store import Store, unit_key
 from specdec.experiments.provenance import provenance
 from specdec.experiments.workloads import Prompt
+from specdec.verify.linear import FORMS
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def _key(unit: Unit) -> str:
 
 
 def _work(options: AcceptOptions, models: Models, store: Store, units: list[Unit]) -> None:
+    forms = store.forms()
+    FORMS.adopt(forms)
     speculators = Speculators(models)
     writer = Cell(options.parsed_settings()[0], "auto", 0.0) if options.parsed_settings() else None
     warm: set[str] = set()
@@ -116,14 +119,18 @@ def _work(options: AcceptOptions, models: Models, store: Store, units: list[Unit
             progress.update(task, description=str(cell or f"log T={temperature:g}"))
             if cell is None:
                 assert writer is not None
-                entry = log_unit(models, speculators.get(writer), temperature, prompt, options, store)
-                store.append("log", entry)
+                kind, entry = "log", log_unit(models, speculators.get(writer), temperature, prompt, options, store)
             else:
                 speculator = speculators.get(cell)
                 if str(cell.setting) not in warm:  # the first call measures linear layers and fills tables
                     run_unit(models, speculator, cell, prompt, options)
                     warm.add(str(cell.setting))
-                store.append("run", run_unit(models, speculator, cell, prompt, options))
+                kind, entry = "run", run_unit(models, speculator, cell, prompt, options)
+            new = {sizes: form for sizes, form in FORMS.names().items() if sizes not in forms}
+            if new:  # before the unit that they were measured for: whoever goes on from here multiplies the same way
+                store.append("forms", {"linear": new})
+                forms |= new
+            store.append(kind, entry)
             progress.advance(task)
 
 

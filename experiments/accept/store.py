@@ -19,7 +19,10 @@ REQUIRED = {
     "run": ("cell", "prompt", "domain", "turns"),
     "log": ("temperature", "prompt", "domain", "file"),
     "provenance": ("command", "date"),
+    "forms": ("linear",),
 }
+REPEATED = frozenset({"provenance", "forms"})
+"""Kinds of lines that stand for no unit of work."""
 
 
 class ResultsError(ExperimentError):
@@ -90,10 +93,17 @@ class Store:
         for path in sorted(self.folder.glob("runs-*.jsonl")):
             for entry in _lines(path):
                 if entry["kind"] == kind:
-                    key = unit_key(entry)
-                    if key not in seen or kind == "provenance":
+                    key = None if kind in REPEATED else unit_key(entry)
+                    if key is None or key not in seen:
                         seen.add(key)
                         yield entry
+
+    def forms(self) -> dict[str, str]:
+        """How earlier sessions multiplied (see `verify.linear.FormTable.names`); what was written first holds."""
+        found: dict[str, str] = {}
+        for entry in self.entries("forms"):
+            found = {**entry["linear"], **found}
+        return found
 
     def finished(self) -> set[str]:
         """Keys of the units that need not be run again."""
