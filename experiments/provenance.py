@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ def provenance(*, seed: int, threads: int, device: str = "cpu", **more: Any) -> 
 
     Args:
         seed, threads, device: what the run uses.
-        more: anything else worth keeping (options, checksums of models).
+        more: anything else worth keeping (options, checksums of models), as `placeless` has it.
     """
     import specdec
 
@@ -41,17 +42,40 @@ def provenance(*, seed: int, threads: int, device: str = "cpu", **more: Any) -> 
         "device": device,
         "threads": threads,
         "seed": seed,
-        **more,
+        **placeless(more),
     }
 
 
 def command() -> str:
-    """The command line, with the program's name instead of its place on this machine."""
+    """The command line, with the names of the program and of files instead of their places on this machine."""
     name = Path(sys.argv[0]).name
     if name == "__main__.py":
         spec = getattr(sys.modules.get("__main__"), "__spec__", None)
         name = "python -m " + (spec.parent if spec is not None else Path(sys.argv[0]).parent.name)
-    return " ".join([name, *sys.argv[1:]])
+    return " ".join([name, *map(placeless, sys.argv[1:])])
+
+
+def placeless(value: Any) -> Any:
+    """`value` (text, a path, or lists and dictionaries of such) without places of this machine.
+
+    Absolute paths become relative to the checkout if they lie in it, and their last component otherwise, also behind
+    "=", ":" or ",": "--out=/home/me/runs/a" -> "--out=a".
+    """
+    if isinstance(value, dict):
+        return {name: placeless(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [placeless(one) for one in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    return _ABSOLUTE.sub(lambda found: found[1] + _short(Path(found[2])), str(value))
+
+
+_ABSOLUTE = re.compile(r"(^|[=:,])(/[^=:,\n]*)")
+
+
+def _short(path: Path) -> str:
+    root = Path(__file__).resolve().parent.parent
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name or path.as_posix()
 
 
 def git_state(folder: Path) -> dict[str, Any]:

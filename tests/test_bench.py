@@ -266,6 +266,23 @@ def test_provenance_names_the_program_not_its_place(monkeypatch: pytest.MonkeyPa
     json.dumps(source)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("/home/me/private/runs/a", "a"), ("--out=/home/me/private/a.json", "--out=a.json"), ("/home/me/dir/", "dir"),
+        ("spec-bench:/home/me/question.jsonl", "spec-bench:question.jsonl"), ("runs/a", "runs/a"), ("-t", "-t"),
+        (str(Path(__file__).parents[1] / "experiments" / "results" / "x.json"), "experiments/results/x.json"),
+        ("model:tree=3,2,1:children=top", "model:tree=3,2,1:children=top"), ("owner/name", "owner/name"), ("/", "/"),
+        ("a / b", "a / b"),
+    ],
+)  # fmt: skip
+def test_provenance_names_files_not_their_places(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/private/bin/specdec", "accept", "--x", given])
+    source = provenance(seed=3, threads=1, options={"out": Path(given), "several": (given, 3)})
+    assert source["command"] == f"specdec accept --x {kept}"
+    assert source["options"] == {"out": str(Path(kept)), "several": [kept, 3]}
+
+
 def _environment() -> dict[str, str]:
     import os
 

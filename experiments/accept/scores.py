@@ -22,6 +22,7 @@ from specdec.experiments.accept.show import text
 from specdec.experiments.accept.steps import expected_steps
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.accept.summary import Summary
+from specdec.experiments.provenance import placeless
 
 DEFAULT_SCORED = (
     *(f"model:k={k}" for k in (1, 2, 3, 4, 5, 6, 8)),
@@ -166,5 +167,9 @@ def score_folder(folder: Path, settings: list[str] | None, rules: list[str] | No
     for name, why in unable.items():
         console.print(f"not scored: {name}: {why}")
     if json_path is not None:
-        result = {"options": store.asked(), "provenance": runs.sources, "scores": [one.to_dict() for one in found]}
+        result = {
+            "options": placeless(store.asked()),
+            "provenance": runs.sources,
+            "scores": [one.to_dict() for one in found],
+        }
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

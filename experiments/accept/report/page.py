@@ -16,6 +16,7 @@ from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.show import COLUMNS, row
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.errors import ExperimentError
+from specdec.experiments.provenance import placeless
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222; }
@@ -86,7 +87,7 @@ def _page(runs: Runs, sections: list[str]) -> str:
     body = [f"<h1>{title}</h1>", f'<p class="note">{html.escape(facts)}</p>', *sections]
     body += ["<h2>All figures</h2>", _table(runs), "<h2>By domain, as Spec-Bench defines it</h2>", _spec_bench(runs)]
     body += ["<h2>Texts</h2>", texts(runs)]
-    whole = html.escape(json.dumps({"options": options, "sessions": runs.sources}, indent=1))
+    whole = html.escape(json.dumps({"options": placeless(options), "sessions": runs.sources}, indent=1))
     body += ["<h2>Where this comes from</h2>", f"<details><summary>provenance</summary><pre>{whole}</pre></details>"]
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
