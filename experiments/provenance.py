@@ -59,7 +59,7 @@ def placeless(value: Any) -> Any:
     """`value` (text, a path, or lists and dictionaries of such) without places of this machine.
 
     Absolute paths become relative to the checkout if they lie in it, and their last component otherwise, also behind
-    "=", ":" or ",": "--out=/home/me/runs/a" -> "--out=a".
+    "=", ":" or ",": "--out=/somewhere/runs/a" -> "--out=a".
     """
     if isinstance(value, dict):
         return {name: placeless(one) for name, one in value.items()}

@@ -28,7 +28,6 @@ from specdec.drafters import BestFirst, NgramDrafter
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.pair import Pair, prompt_batches
 from specdec.experiments.provenance import provenance
-from specdec.shipped import pair_folder
 
 VOCAB = 3000
 RESULTS = Path(__file__).parent / "results"
@@ -150,7 +149,7 @@ def alone(dtype: torch.dtype, num_prompts: int, tokens: int) -> int:
 def cost(dtype: str, batch: int, num_prompts: int, tokens: int) -> dict[str, Any]:
     """Tokens per second of the shipped pair, greedy, both modes alternating; medians over calls."""
     options = BenchOptions(dtype=dtype, batch=batch, num_prompts=num_prompts)
-    pair = Pair.load(pair_folder(), options)
+    pair = Pair.load(options)
     drafts: dict[str, dict[str, Any]] = {
         "none": {},
         "chain k=4": dict(draft=pair.draft, k=4),

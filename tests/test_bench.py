@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pair(folder: Path) -> Pair:
-    return Pair.load(folder, OPTIONS)
+    return Pair.load(replace(OPTIONS, pair=folder))
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -93,7 +93,11 @@ def test_options_refuse_with_the_fix(wrong: dict[str, Any], message: str) -> Non
 
 def test_unknown_pair_and_peer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder with target/ and draft/"):
-        BenchOptions(pair=tmp_path).pair_folder()
+        BenchOptions(pair=tmp_path).chosen_pair()
+    with pytest.raises(ValueError, match="ngram': expected a pair with a draft model"):
+        BenchOptions(pair="llama-3.1-8b-ngram").chosen_pair()
+    with pytest.raises(ValueError, match="does not run eagle3 heads as drafters yet; use "):
+        BenchOptions(pair="llama-3.1-8b-eagle3").chosen_pair()
     with pytest.raises(ValueError, match="unknown hf-asisted"):
         select(all_peers(), ("hf-asisted",))
 
@@ -112,7 +116,7 @@ def test_help_needs_no_torch() -> None:
 def test_assisted_drafts_exactly_k(folder: Path, pair: Pair, k: int) -> None:
     """transformers takes k from the assistant's own config only; a benchmark of its default 20 would flatter us."""
     draft = ModelClock()
-    perfect = replace(pair, draft=Pair.load(folder, OPTIONS).target)
+    perfect = replace(pair, draft=Pair.load(replace(OPTIONS, pair=folder)).target)
     generate = HFAssisted(k).bind(perfect, replace(OPTIONS, new_tokens=2 * (k + 1)))
     target = ModelClock()
     with draft.on(perfect.draft), target.on(perfect.target):
@@ -269,8 +273,8 @@ def test_provenance_names_the_program_not_its_place(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ("/home/me/private/runs/a", "a"), ("--out=/home/me/private/a.json", "--out=a.json"), ("/home/me/dir/", "dir"),
-        ("spec-bench:/home/me/question.jsonl", "spec-bench:question.jsonl"), ("runs/a", "runs/a"), ("-t", "-t"),
+        ("/somewhere/private/runs/a", "a"), ("--out=/somewhere/private/a.json", "--out=a.json"), ("/somewhere/dir/", "dir"),
+        ("spec-bench:/somewhere/question.jsonl", "spec-bench:question.jsonl"), ("runs/a", "runs/a"), ("-t", "-t"),
         (str(Path(__file__).parents[1] / "experiments" / "results" / "x.json"), "experiments/results/x.json"),
         ("model:tree=3,2,1:children=top", "model:tree=3,2,1:children=top"), ("owner/name", "owner/name"), ("/", "/"),
         ("a / b", "a / b"),

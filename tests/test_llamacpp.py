@@ -221,7 +221,7 @@ def test_llama_cpp_writes_plain_generations_text(lookup: int, options: BenchOpti
 @real
 def test_llama_cpp_samples_by_the_seed(options: BenchOptions) -> None:
     sampling = replace(options, temperature=1.0)
-    generate = LlamaCpp("f32").bind(Pair.load(sampling.pair_folder(), sampling), sampling)
+    generate = LlamaCpp("f32").bind(Pair.load(sampling), sampling)
     ids = torch.arange(5, 17)[None]
     texts = [generate(ids, seed).ids.tolist() for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]

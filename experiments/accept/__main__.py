@@ -28,7 +28,9 @@ app = typer.Typer(
 def accept(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted one is resumed.")] = DEFAULTS.out,
-    pair: Annotated[str, typer.Option(help="Folder with target/ and draft/, or a shipped pair.")] = str(DEFAULTS.pair),
+    pair: Annotated[str, typer.Option(help="A pair by name, TOML file, or folder with target/ and draft/.")] = str(
+        DEFAULTS.pair
+    ),
     setting: Annotated[
         list[str] | None, typer.Option("--setting", "-s", help=f"What drafts; repeat for more. {EXAMPLES}")
     ] = None,
@@ -60,7 +62,7 @@ def accept(
             tuple(temperature or DEFAULTS.temperatures), tuple(prompts or DEFAULTS.prompts), num_prompts, prompt_tokens,
             new_tokens, top_k, top_p, ignore_eos, log, report, seed, threads, dtype, device,
         )  # fmt: skip
-        options.pair_folder()
+        options.chosen_pair()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     with _one_line():

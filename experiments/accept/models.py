@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.workloads import Prompt
 from specdec.kv.errors import SpecdecError
+from specdec.pairing.loading import load_pair
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,12 @@ class Models:
 
     @staticmethod
     def load(options: AcceptOptions, device: torch.device) -> Models:
-        """Raises SpecdecError: a folder without loadable models."""
-        folder = options.pair_folder()
-        dtype = getattr(torch, options.dtype)
-        loaded = []
-        for part in ("target", "draft"):
-            try:
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder / part, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-                )
-            except (OSError, ValueError, KeyError) as error:
-                raise SpecdecError(f"{part}: could not load a model from the pair {folder.name!r}: {error}") from error
-            loaded.append(model.to(device).eval())
-        target = loaded[0]
+        """Raises SpecdecError: models that cannot be loaded, or whose vocabularies differ."""
+        target, draft, tokenizer = load_pair(options.chosen_pair(), getattr(torch, options.dtype), device)
         if options.ignore_eos:
             target.generation_config = GenerationConfig(pad_token_id=0)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "target", trust_remote_code=False, local_files_only=True)
         context = int(getattr(target.config.get_text_config(), "max_position_embeddings", 1 << 20))
-        return Models(target, loaded[1], tokenizer, device, context)
+        return Models(target, draft, tokenizer, device, context)
 
     def turn_ids(self, prompt: Prompt, answers: list[str], options: AcceptOptions) -> list[int]:
         """The ids that turn `len(answers)` starts from, cut on the left to what fits."""

@@ -9,7 +9,8 @@ from typing import Any
 from specdec.experiments.accept.setting import Setting
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.workloads import Source
-from specdec.shipped import pair_folder
+from specdec.pairing import Pair
+from specdec.pairing.runnable import two_models
 
 DEFAULT_SETTINGS = (
     "model:k=2",
@@ -29,8 +30,8 @@ UNRECORDED = ("out", "threads", "device", "report")
 class AcceptOptions:
     """One acceptance experiment.
 
-    out: its folder; a run that was interrupted there is resumed. pair: folder with `target/` and `draft/`, or a
-    shipped pair's name. settings: see Setting. rules: of each setting, by name; empty: up to `max_rules` that take its
+    out: its folder; a run that was interrupted there is resumed. pair: its name, TOML file or
+    folder. settings: see Setting. rules: of each setting, by name; empty: up to `max_rules` that take its
     drafts. temperatures: 0 is greedy. prompts: see workloads.Source. num_prompts: of each source. new_tokens: at most,
     per turn. prompt_tokens: longer prompts lose their beginning. top_k, top_p: of the caller's law (0 and 1: none).
     log: also keep p/q summaries of one text per prompt and temperature, for `specdec accept score`.
@@ -88,9 +89,9 @@ class AcceptOptions:
     def sources(self) -> list[Source]:
         return [Source.parse(text) for text in dict.fromkeys(self.prompts)]
 
-    def pair_folder(self) -> Path:
-        """Raises ValueError: no such pair."""
-        return pair_folder(self.pair)
+    def chosen_pair(self) -> Pair:
+        """Raises PairError: no such pair, or none with two models that run here."""
+        return two_models(self.pair)
 
     def sampling(self, temperature: float) -> dict[str, Any]:
         """The arguments of `generate` that decide the law."""

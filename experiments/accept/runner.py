@@ -66,7 +66,7 @@ def run(options: AcceptOptions) -> int:
     if share.rank:
         store.open(options.recorded())
     source = provenance(
-        seed=options.seed, threads=options.threads, device=str(share.device), pair=options.pair_folder().name,
+        seed=options.seed, threads=options.threads, device=str(share.device), pair=options.chosen_pair().name,
         options=options.to_dict(), rank=share.rank, num_processes=share.count,
     )  # fmt: skip
     models = Models.load(options, share.device)

@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def bench(
-    pair: Annotated[str, typer.Option(help="Folder with target/ and draft/, or a shipped pair's name.")] = str(
+    pair: Annotated[str, typer.Option(help="A pair by name, TOML file, or folder with target/ and draft/.")] = str(
         DEFAULTS.pair
     ),
     num_prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = DEFAULTS.num_prompts,
@@ -42,7 +42,7 @@ def bench(
             pair, num_prompts, prompt_tokens, new_tokens, temperature, batch, threads, dtype, device,
             tuple(peers or ()), rounds, seed, out, memory, json, quick,
         )  # fmt: skip
-        options.pair_folder()
+        options.chosen_pair()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     sys.exit(run_from_cli(options))

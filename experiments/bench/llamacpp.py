@@ -56,7 +56,9 @@ class LlamaCpp(Peer):
             import llama_cpp  # noqa: F401
         except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library does not load
             return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec[llamacpp]'"
-        return refusal(options.pair_folder() / "target")
+        chosen = options.chosen_pair()
+        folder = Path(chosen.location(chosen.target))
+        return refusal(folder) if folder.is_dir() else f"{folder.as_posix()} is not a folder on this machine"
 
     def bind(self, pair: Pair, options: BenchOptions) -> Generate:
         with TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from specdec.experiments.bench.options import BenchOptions
+from specdec.shipped import pair_folder
 
 BENCH = "llama-bench"
 SPECULATIVE = "llama-speculative-simple"
@@ -179,14 +180,14 @@ def main(
         raise typer.Exit(1)
     try:
         options = BenchOptions(pair, num_prompts, prompt_tokens, new_tokens, threads=threads, rounds=rounds, out=out)
-        folder = options.pair_folder()
+        folder = pair_folder(pair)
         source = provenance(
             seed=options.seed,
             threads=threads,
             pair=folder.name,
             options={**options.to_dict(), "k": k, "weights": dtype},
         )
-        loaded = Pair.load(folder, options)
+        loaded = Pair.load(options)
         prompts = [loaded.tokenizer.decode(ids[0]) for ids in prompt_batches(loaded, options)]
         runs: list[ToolRun] = []
         with TemporaryDirectory() as files:

@@ -52,7 +52,7 @@ def _in_child(name: str, options: BenchOptions) -> Memory:
     from specdec.experiments.bench.peers import all_peers
 
     torch.set_num_threads(options.threads)
-    pair = Pair.load(options.pair_folder(), options)
+    pair = Pair.load(options)
     peer = next(peer for peer in all_peers(options.quick) if peer.name == name)
     ids = prompt_batches(pair, options)[0]
     generate = peer.bind(pair, options)

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from specdec.pairing import Pair
+from specdec.pairing.runnable import two_models
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -13,7 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 class BenchOptions:
     """One benchmark run.
 
-    pair: folder with `target/` and `draft/`, or the name of a shipped pair.
+    pair: a pair with two models: its name, TOML file, or folder with `target/` and `draft/`.
     num_prompts: held-out prompts; `batch` of them share a call.
     prompt_tokens, new_tokens: length of each prompt, and of what is generated (end tokens do not stop a run).
     temperature: 0 = greedy, where outputs are compared token by token; else sampling from the unfiltered law.
@@ -76,23 +79,13 @@ class BenchOptions:
             memory=False,
         )
 
-    def pair_folder(self) -> Path:
-        """The folder `pair` means.
+    def chosen_pair(self) -> Pair:
+        """The pair that `pair` means.
 
         Raises:
-            ValueError: neither a folder with `target/` and `draft/` nor a shipped pair.
+            PairError: no such pair, or none with two models that run here.
         """
-        import specdec
-
-        shipped = Path(specdec.__file__).parent / "pairs"
-        for folder in (Path(self.pair), shipped / self.pair):
-            if (folder / "target").is_dir() and (folder / "draft").is_dir():
-                return folder
-        names = sorted(path.name for path in shipped.iterdir() if path.is_dir()) if shipped.is_dir() else []
-        raise ValueError(
-            f"pair: expected a folder with target/ and draft/ in it or a shipped pair ({', '.join(names) or 'none'}), "
-            f"got {str(self.pair)!r}"
-        )
+        return two_models(self.pair)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}

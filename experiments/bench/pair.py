@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from specdec.experiments.bench.options import BenchOptions
+from specdec.pairing.loading import load_pair
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,19 @@ class Pair:
     tokenizer: Any
 
     @staticmethod
-    def load(folder: Path, options: BenchOptions) -> Pair:
-        dtype = getattr(torch, options.dtype)
-        return Pair(
-            target=_model(folder / "target", dtype, options.device),
-            draft=_model(folder / "draft", dtype, options.device),
-            tokenizer=AutoTokenizer.from_pretrained(folder / "target", trust_remote_code=False, local_files_only=True),
-        )
+    def load(options: BenchOptions) -> Pair:
+        """The models that `options` name.
 
-
-def _model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
-    # Without an end token every peer generates exactly `new_tokens`. `min_new_tokens` would do so too, but with a
-    # logits processor that costs each peer a different amount of time.
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    loaded: PreTrainedModel = model.to(device).eval()
-    return loaded
+        Raises:
+            PairError: no such pair; SpecdecError: models that cannot be loaded, or whose vocabularies differ.
+        """
+        target, draft, tokenizer = load_pair(options.chosen_pair(), getattr(torch, options.dtype), options.device)
+        assert isinstance(draft, PreTrainedModel)
+        for model in (target, draft):
+            # Without an end token every peer generates exactly `new_tokens`. `min_new_tokens` would do so too, but with
+            # a logits processor that costs each peer a different amount of time.
+            model.generation_config = GenerationConfig(pad_token_id=0)
+        return Pair(target, draft, tokenizer)
 
 
 def prompt_batches(pair: Pair, options: BenchOptions) -> list[Tensor]:

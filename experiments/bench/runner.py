@@ -42,12 +42,15 @@ def run(options: BenchOptions) -> int:
     if not options.peers:
         peers = [peer for peer in peers if not (peer.optional and peer.name in skipped)]
     runnable = [peer for peer in peers if peer.name not in skipped]
-    folder = options.pair_folder()
     # Before the run: its own threads would show in the load average.
     source = provenance(
-        seed=options.seed, threads=options.threads, device=options.device, pair=folder.name, options=options.to_dict()
+        seed=options.seed,
+        threads=options.threads,
+        device=options.device,
+        pair=options.chosen_pair().name,
+        options=options.to_dict(),
     )
-    pair = Pair.load(folder, options)
+    pair = Pair.load(options)
     batches = prompt_batches(pair, options)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"bench-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
@@ -76,7 +79,9 @@ def run(options: BenchOptions) -> int:
             memory = measure_memory(best, options, lambda name: progress.update(task, advance=1, description=name))
         write("memory", ({**asdict(entry), "added": entry.added} for entry in memory))
     mode = f"temperature {options.temperature:g}" if options.sampling else "greedy"
-    title = f"{folder.name}: {mode}, batch {options.batch}, {options.dtype}, {options.threads} threads, {source['cpu']}"
+    title = (
+        f"{source['pair']}: {mode}, batch {options.batch}, {options.dtype}, {options.threads} threads, {source['cpu']}"
+    )
     drawn = plot(summaries, title, path.with_suffix(".png"))
     if options.json:
         print(json.dumps({kind: entries for kind, entries in written.items() if kind != "run"}))

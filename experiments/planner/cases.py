@@ -15,7 +15,6 @@ from specdec.drafters import NgramDrafter
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.pair import Pair, prompt_batches
 from specdec.report import SpecReport
-from specdec.shipped import pair_folder
 
 MODEL_KS = (1, 2, 3, 4, 6, 8, 10, 12)
 NGRAM_KS = (1, 2, 4, 6, 10)
@@ -34,7 +33,7 @@ class Models:
 
     @staticmethod
     def load() -> Models:
-        pair = Pair.load(pair_folder(), BenchOptions())
+        pair = Pair.load(BenchOptions())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             made: Any = type(pair.draft)._from_config(pair.draft.config, dtype=pair.draft.dtype)

@@ -45,11 +45,12 @@ def serving(
         levels = [int(level) for level in concurrency.split(",")]
         if min([*levels, k, rounds, prompt_tokens, threads]) < 1 or new_tokens < 2:
             raise ValueError(f"expected positive numbers and new_tokens >= 2, got concurrency={concurrency}, k={k}")
-        folder = BenchOptions(pair=pair).pair_folder()
+        options = BenchOptions(pair=pair, threads=threads)
+        name = options.chosen_pair().name
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    source = provenance(seed=seed, threads=threads, pair=folder.name)
-    loaded = Pair.load(folder, BenchOptions(pair=pair, threads=threads))
+    source = provenance(seed=seed, threads=threads, pair=name)
+    loaded = Pair.load(options)
     makers: dict[str, Callable[[str], Peer]] = {
         "engine": lambda name: OurEngine(name, loaded, k, True, max(levels)),
         f"engine-k{k}": lambda name: OurEngine(name, loaded, k, False, max(levels)),

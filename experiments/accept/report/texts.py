@@ -71,15 +71,15 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 def _tokenizer(runs: Runs) -> Any:
     """The pair's tokenizer; None (ids are shown) where the pair is not on this machine."""
-    from transformers import AutoTokenizer
-
     from specdec.experiments.accept.options import AcceptOptions
+    from specdec.kv.errors import SpecdecError
+    from specdec.pairing.loading import load_tokenizer
 
     known: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in runs.options.items()
     }
     try:
-        folder = AcceptOptions(**{name: known[name] for name in known if name not in UNRECORDED}).pair_folder()
-        return AutoTokenizer.from_pretrained(folder / "target", trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, TypeError):
+        pair = AcceptOptions(**{name: known[name] for name in known if name not in UNRECORDED}).chosen_pair()
+        return load_tokenizer(pair.location(pair.target), pair.target.revision)
+    except (ValueError, TypeError, SpecdecError):
         return None
