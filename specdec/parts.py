@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
+from specdec.pairing.loading import load_model
 from specdec.planner.catalogue import plan_options, planned_chain
 from specdec.verify.strict_mode import DEFAULT_WIDTH, StrictMode
 
@@ -92,10 +93,7 @@ def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Draf
             raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
         return NgramDrafter() if k is None else NgramDrafter(k=k)
     if isinstance(draft, (str, Path)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(draft), dtype=target.dtype, trust_remote_code=False, use_safetensors=True
-        )
-        draft = loaded.to(target.device)
+        draft = load_model("draft", str(draft), target.dtype, target.device)
     if not isinstance(draft, PreTrainedModel):
         raise UnsupportedArgumentError(
             "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, a list of such, or None, got "

@@ -149,6 +149,8 @@ def test_show_draft_marks_every_run(tiny_pair: Path, colours: bool) -> None:
     ("arguments", "said"),
     [
         (["--k", "0"], "--k"),
+        (["--k", "soon"], "--k: expected a number of tokens, at least 1, or auto, got 'soon'"),
+        (["--k", "auto", "--tree", "2,1"], "--k or --tree"),
         (["--k", "2", "--tree", "2,1"], "--k or --tree"),
         (["--tree", "2,x"], "children per level"),
         (["--tree", "2,0"], "children per level"),

@@ -39,6 +39,14 @@ def texts(spec: specdec.Speculator) -> list[int]:
     return spec.generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist()
 
 
+def test_a_draft_given_by_name_is_loaded_with_the_same_errors(tiny_pair: Path, tmp_path: Path) -> None:
+    target: Any = AutoModelForCausalLM.from_pretrained(tiny_pair / "target", dtype=torch.float32)
+    assert specdec.Speculator(target, tiny_pair / "draft").drafter is not None
+    for name, said in (("no-one/no-model", "run `hf download no-one/no-model`"), (tmp_path, "no config.json in it")):
+        with pytest.raises(specdec.SpecdecError, match=f"draft: could not load .*{said}"):
+            specdec.Speculator(target, name)
+
+
 @pytest.fixture(scope="module")
 def plain(tiny_pair: Path) -> list[int]:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair / "target", dtype=torch.float32)

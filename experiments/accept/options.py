@@ -30,10 +30,10 @@ UNRECORDED = ("out", "threads", "device", "report")
 class AcceptOptions:
     """One acceptance experiment.
 
-    out: its folder; a run that was interrupted there is resumed. pair: its name, TOML file or
-    folder. settings: see Setting. rules: of each setting, by name; empty: up to `max_rules` that take its
-    drafts. temperatures: 0 is greedy. prompts: see workloads.Source. num_prompts: of each source. new_tokens: at most,
-    per turn. prompt_tokens: longer prompts lose their beginning. top_k, top_p: of the caller's law (0 and 1: none).
+    out: its folder; a run that was interrupted there is resumed. pair: its name, TOML file or folder. settings: see
+    Setting. rules: of each setting, by name; empty: up to `max_rules` that take its drafts. temperatures: 0 is greedy.
+    prompts: see workloads.Source. num_prompts: of each source. new_tokens: at most, per turn. prompt_tokens: longer
+    prompts lose their beginning. top_k, top_p: of the caller's law (0 and 1: none).
     log: also keep p/q summaries of one text per prompt and temperature, for `specdec accept score`.
     """
 

@@ -47,9 +47,13 @@ PairName = Annotated[
     ),
 ]
 ChainLength = Annotated[
-    int | None,
+    str | None,
     _option(
-        "--k", "-k", panel=_DRAFTS, min=1, help="Tokens drafted per step, as a chain (default: planned at every step)."
+        "--k",
+        "-k",
+        panel=_DRAFTS,
+        metavar="N|auto",
+        help="Tokens drafted per step, as a chain; auto: planned at every step (default: the pair's own, mostly auto).",
     ),
 ]
 TreeWidths = Annotated[
@@ -102,7 +106,8 @@ Threads = Annotated[int | None, _option("--threads", panel=_MACHINE, min=1, help
 class ModelChoice:
     """Which models run, how they draft, and where.
 
-    target: folder or hub id. draft: the same, "ngram", or None (plain decoding). tree: children per level.
+    target: folder or hub id. draft: the same, "ngram", or None (plain decoding). k: chain length; None: planned where
+    no tree is given. tree: children per level.
     pair: what they were taken from, if its own draft runs. pair_dtype: what dtype "auto" means on an accelerator.
     Revisions are those of the pair's models on the hub.
     """
@@ -126,7 +131,7 @@ class ModelChoice:
         target: str | None,
         draft: str | None,
         pair: str | None,
-        k: int | None,
+        k: int | str | None,
         tree: str | None,
         rule: str,
         dtype: str,
@@ -147,6 +152,7 @@ class ModelChoice:
             raise typer.BadParameter(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        length = parse_length(k)
         found, own_draft = None, draft is None
         if target is None:
             found = _pair(DEFAULT_PAIR if pair is None else pair, own_draft)
@@ -155,7 +161,7 @@ class ModelChoice:
             if draft is None:
                 draft = "ngram" if found.draft.kind == "ngram" else found.location(found.draft)
                 if k is None and tree is None:
-                    k, tree = found.drafting.k, _tree_text(found)
+                    length, tree = found.drafting.k, _tree_text(found)
             else:
                 found = replace(found, draft=replace(found.draft, revision=None))
         elif draft is None:
@@ -165,7 +171,7 @@ class ModelChoice:
         return ModelChoice(
             target=_existing("--target", target),
             draft=None if draft == "none" else draft if draft == "ngram" else _existing("--draft", draft),
-            k=k,
+            k=length,
             tree=None if tree is None else parse_tree(tree),
             rule=rule,
             dtype=dtype,
@@ -212,6 +218,16 @@ class Decoding:
         if self.stop:
             arguments["stop_strings"] = list(self.stop)
         return arguments
+
+
+def parse_length(text: int | str | None) -> int | None:
+    """ "4" -> 4; "auto" -> None, which is how a Speculator is told to plan."""
+    if text is None or text == "auto":
+        return None
+    length = int(text) if str(text).isdecimal() else 0
+    if length < 1:
+        raise typer.BadParameter(f"--k: expected a number of tokens, at least 1, or auto, got {text!r}")
+    return length
 
 
 def parse_tree(text: str) -> tuple[int, ...]:

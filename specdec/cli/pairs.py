@@ -81,7 +81,7 @@ def new(
     draft: Annotated[str, typer.Option("--draft", metavar="PATH|ID|ngram", help="Folder, hub id, or ngram.")],
     name: Annotated[str | None, typer.Option("--name", help="Default: made of both models' names.")] = None,
     k: Annotated[
-        int | None, typer.Option("--k", "-k", min=1, help="Fixed chain length (default: chosen live).")
+        str | None, typer.Option("--k", "-k", metavar="N|auto", help="Fixed chain length (default: auto, chosen live).")
     ] = None,
     tree: Annotated[str | None, typer.Option("--tree", metavar="W,W,...", help="Fixed children per level.")] = None,
     rule: Annotated[str, typer.Option("--rule", help=f"One of {', '.join(RULES)}.")] = "auto",
@@ -91,12 +91,12 @@ def new(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (default: standard output).")] = None,
 ) -> None:
     """Write a pair's file, with the facts that lie on this machine. Never asks the hub, never overwrites."""
-    from specdec.cli.options import parse_tree
+    from specdec.cli.options import parse_length, parse_tree
     from specdec.pairing.create import new_pair
 
     if out is not None and out.exists():
         raise typer.BadParameter(f"--out: {str(out)!r} exists; remove it or choose another name")
-    drafting = Drafting(k=k, tree=None if tree is None else parse_tree(tree), rule=rule)
+    drafting = Drafting(k=parse_length(k), tree=None if tree is None else parse_tree(tree), rule=rule)
     try:
         pair = new_pair(
             target, draft, name, drafting=drafting, dtype=dtype, revision=revision, draft_revision=draft_revision,
