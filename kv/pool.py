@@ -154,11 +154,12 @@ class KVPool:
         return self.sequence(sequence).filled[self.known(name)]
 
     def set_length(self, sequence: int, length: int) -> None:
-        """Declare `length` committed tokens (after a prefill); models may lag behind it."""
+        """Declare `length` committed tokens (after a prefill); models may lag behind it. Fewer than before: the others
+        are forgotten, and their pages given back."""
         found = self.sequence(sequence)
+        if length < found.length:
+            self.pages.cut(found, length)
         found.length = length
-        found.agreed = min(found.agreed, length)
-        found.published = min(found.published, length // self.page_size)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget committed slots from `length` on."""
@@ -195,6 +196,14 @@ class KVPool:
         Never needed to make room: pages that nobody references count as free and are taken when no others are left.
         """
         return self.allocator.evict(self.index.num_resting if count is None else count)
+
+    def reset(self) -> None:
+        """Forget every sequence and every published prefix; all pages are free. For callers that were interrupted in
+        the middle of a change, after which no count and no K/V can be trusted."""
+        self.sequences.clear()
+        self.index = PrefixIndex(self.page_size)
+        self.allocator = PageAllocator(self._limit, self.index)
+        self.pages = SequencePages(self.allocator, self.index, self.stores, self.sequences, self.page_size)
 
     def check_integrity(self) -> None:
         """Hold every count against every other: holders, free and resting pages, the chain of published prefixes,

@@ -184,11 +184,12 @@ class PoolMachine(RuleBasedStateMachine):
         for number in numbers:
             self.rows[number].drop_tail()
 
-    @on_rows()
-    def truncate(self, data: st.DataObject) -> None:
+    @on_rows(declare=st.booleans())
+    def truncate(self, data: st.DataObject, declare: bool) -> None:
+        """A shorter text, by either call."""
         number, row = self._pick(data)
         length = data.draw(st.integers(0, row.length))
-        self.pool.truncate(number, length)
+        (self.pool.set_length if declare and length < row.length else self.pool.truncate)(number, length)
         row.length = length
         row.wanted = (*row.text, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
         row.drop_tail()

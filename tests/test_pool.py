@@ -158,3 +158,34 @@ def test_models_and_rows_come_and_go() -> None:
     assert cache.join(rows[0]) == 1
     assert cache.sequences == [rows[1], rows[0], rows[2]]
     assert cache.num_rows == 2
+
+
+def test_a_shorter_declared_length_gives_pages_back() -> None:
+    pool = KVPool(LAYERS, num_pages=8, page_size=4)
+    row = pool.open()
+    prefill(pool, row, 14)
+    write(pool, "draft", [row], [0], 1.0, 14)
+    assert pool.num_held_pages == 4
+    pool.set_length(row, 5)
+    assert (pool.num_held_pages, pool.num_free_pages) == (2, 6)
+    assert (pool.length(row), pool.filled(row, "target"), pool.filled(row, "draft")) == (5, 5, 5)
+    pool.check_integrity()
+    prefill(pool, row, 9, 2.0)
+    assert keys_of(pool, row) == [1.0] * 5 + [2.0] * 4
+
+
+def test_a_pool_that_was_reset_is_as_good_as_new() -> None:
+    pool = KVPool(LAYERS, num_pages=4, page_size=4)
+    row = pool.open()
+    prefill(pool, row, 8)
+    pool.publish(row, range(8))
+    write(pool, "target", [row], [8], float("nan"), 4)
+    pool.allocator.take(1)  # as if a change had been interrupted
+    pool.reset()
+    pool.check_integrity()
+    assert (pool.num_free_pages, pool.match_prefix(range(8))) == (4, 0)
+    with pytest.raises(CacheStateError, match="open sequence"):
+        pool.length(row)
+    fresh = pool.open()
+    keys = write(pool, "target", [fresh], [0], 1.0, 6)
+    assert not bool(keys.isnan().any())

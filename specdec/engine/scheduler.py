@@ -188,7 +188,8 @@ class Scheduler:
         """Take a sequence if the whole text and one step fit beside everybody's next page."""
         text = task.text[: task.wanted]
         sequence = self.pool.open(text)
-        held = self.pool.length(sequence)
+        held = min(self.pool.length(sequence), self.pool.filled(sequence, "target"))
+        self.pool.set_length(sequence, held)
         others = len(self.prefilling) + len(self.running)
         if (
             self.pool.pages_wanted(sequence, len(text) - held + task.tail) + others > self.pool.num_free_pages
@@ -197,8 +198,7 @@ class Scheduler:
             self.pool.close(sequence)
             return False
         task.sequence = sequence
-        task.done = min(held, self.pool.filled(sequence, "target"))
-        self.pool.set_length(sequence, task.done)
+        task.done = held
         task.num_cached_tokens = max(task.num_cached_tokens, min(task.done, task.prompt_length))
         return True
 
