@@ -174,22 +174,15 @@ class ModelStore:
                     tensors[i] = new
 
 
-class PassPlan(Protocol):
-    """What a model may ask about the pass that runs."""
-
-    @property
-    def width(self) -> int: ...
-    @property
-    def read(self) -> int: ...
-
-
 class LayerStorage(Protocol):
-    """One model's K/V, in whatever layout: `write` takes a layer's new states and returns all that the pass reads."""
+    """One model's K/V, in whatever layout: `write` takes a layer's new states and returns all that the pass reads.
+
+    plan: of the pass that runs, None before the first; of the layout's own kind, with `width` and `read`.
+    """
 
     num_layers: int
+    plan: Any
 
-    @property
-    def plan(self) -> PassPlan | None: ...
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -204,6 +197,21 @@ class StoreView(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.store.write(layer_idx, key_states, value_states)
+
+    def pinned(self) -> PinnedView:
+        """What the pass planned last reads and writes through when others are planned before it runs."""
+        return PinnedView(self.store)
+
+
+class PinnedView:
+    """`StoreView.update` under one pass's plan, for several passes over disjoint rows that run layer by layer."""
+
+    def __init__(self, store: LayerStorage):
+        self._store, self._plan = store, store.plan
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._store.plan = self._plan
+        return self._store.write(layer, key, value)
 
 
 class _StoreLayer(CacheLayerMixin):

@@ -137,20 +137,22 @@ def test_a_pass_that_raises_is_repeated_request_by_request(monkeypatch: pytest.M
     """Out of memory on everybody's trees at once: nobody's text suffers."""
     crowd = [Ask(a.prompt, draft, a.seed, a.new_tokens, 0) for a, draft in zip(
         asks(8, seed=4), ["chain", "tree", "ngram", "none"] * 2, strict=True)]  # fmt: skip
-    trees, calls = EnginePasses.trees, 0
+    step, calls, chunks_met = EnginePasses.step, 0, 0
 
-    def full(self: Any, *arguments: Any) -> Any:
-        nonlocal calls
+    def full(self: Any, lanes: Any, trees: Any, chunks: Any) -> Any:
+        nonlocal calls, chunks_met
         calls += 1
         if calls % 2:
+            chunks_met += len(chunks)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return trees(self, *arguments)
+        return step(self, lanes, trees, chunks)
 
-    monkeypatch.setattr(EnginePasses, "trees", full)
-    served = engine()
+    monkeypatch.setattr(EnginePasses, "step", full)
+    served = engine(max_rows=3)
     handles = [submit(served, ask) for ask in crowd]
     served.run()
     assert [handle.result().token_ids for handle in handles] == [alone(ask)[0] for ask in crowd]
+    assert chunks_met > 2  # prompts that were to be read in such a pass are read after it
     assert_clean(served)
 
 

@@ -119,19 +119,17 @@ def test_a_prompt_shared_by_64_requests_is_prefilled_once() -> None:
 def test_no_step_exceeds_the_token_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft nodes and chunks of prefill together, whatever is asked for at once."""
     used: list[list[int]] = []
-    trees, prefill = EnginePasses.trees, EnginePasses.prefill
+    step, prefill = EnginePasses.step, EnginePasses.prefill
 
-    def count_trees(self: Any, lanes: Any, drafts: Any) -> Any:
-        used.append([int(sum(draft.num_nodes.sum() for draft in drafts)), 0])
-        return trees(self, lanes, drafts)
+    def count_step(self: Any, lanes: Any, trees: Any, chunks: Any) -> Any:
+        used.append([int(sum(tree.num_nodes.sum() for tree in trees)), sum(chunk.num_tokens for chunk in chunks)])
+        return step(self, lanes, trees, chunks)
 
     def count_prefill(self: Any, chunks: Any) -> Any:
-        last = used[-1] if used and used[-1][1] == 0 else [0, 0]
-        last[1] = sum(chunk.num_tokens for chunk in chunks)
-        used.append(last)
+        used.append([0, sum(chunk.num_tokens for chunk in chunks)])
         return prefill(self, chunks)
 
-    monkeypatch.setattr(EnginePasses, "trees", count_trees)
+    monkeypatch.setattr(EnginePasses, "step", count_step)
     monkeypatch.setattr(EnginePasses, "prefill", count_prefill)
     served = engine(max_step_tokens=40, num_pages=300, page_size=4)
     for ask in asks(20, seed=9, longest=60):

@@ -8,6 +8,7 @@ order and rounding, in about half as many calls: results are bitwise those of th
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from specdec.verify.attention import NAME as FOLDED
 from specdec.verify.attention import attend, fitting_attention, tiled
 from specdec.verify.linear import Form, few_row_form
+from specdec.verify.parts import Part
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Model classes whose layers have this shape; one with a sliding window is left to its modules (see `TreeForward`)."""
@@ -138,7 +140,7 @@ class _Norm:
 
 
 class DirectPass:
-    """Callable like the model: tokens, positions, mask and cache in, logits out."""
+    """A whole pass: rows in parts of one width each, with the same weights read once for all of them."""
 
     def __init__(self, model: Any):
         inner, config = model.model, model.config
@@ -152,23 +154,15 @@ class DirectPass:
         self._static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
         self._table: Tensor | None = None
 
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, view: Cache, keep: int, read: int
-    ) -> Tensor:
-        """Logits of the last `keep` columns (0 = all), `[rows, *, vocab]`.
-
-        Args:
-            tokens: int64 `[rows, T]`; positions: int64 `[rows or 1, T]`, below `read`.
-            mask: additive `[rows or 1, 1, T, S]`, or None (see `folded_attention`).
-            read: slots of the cache that this pass reads.
-        """
-        rows, width = tokens.shape
-        heads, groups = self._heads, self._heads // self._kv_heads
-        hidden = F.embedding(tokens.reshape(-1), self._embed)
-        cos, sin = self._angles(hidden, positions, read)
-        mask = tiled(mask, groups)
-        half = self._head_dim // 2
-        split = (rows, width, -1, self._head_dim)
+    def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Logits `[rows, *, vocab]` of every part that asks for some."""
+        tokens = _joined([part.tokens.reshape(-1) for part in parts])
+        hidden = F.embedding(tokens, self._embed)
+        cos, sin = self._angles(hidden, parts)
+        groups, half = self._heads // self._kv_heads, self._head_dim // 2
+        counts = [part.tokens.numel() for part in parts]
+        masks = [tiled(part.mask, groups) for part in parts]
+        split = (len(tokens), -1, self._head_dim)
         for layer in self._layers:
             x = layer.before(hidden)
             q, k = layer.q(x), layer.k(x)
@@ -176,29 +170,61 @@ class DirectPass:
                 q, k = (norm(y.view(split)).view(y.shape) for norm, y in ((layer.q_norm, q), (layer.k_norm, k)))
             both = torch.cat((q, k), 1).view(split)
             # x * cos + rotate_half(x) * sin, the sign of rotate_half moved into sin: the same products, bit for bit
-            both = (both * cos).add_(both.roll(half, -1).mul_(sin)).transpose(1, 2)
-            v = layer.v(x).view(split).transpose(1, 2)
-            keys, values = view.update(both[:, heads:], v, layer.index)
-            out = attend(both[:, :heads], keys, values, mask, groups, layer.scaling)
-            hidden = hidden + layer.o(out.view(rows * width, -1))
+            both = (both * cos).add_(both.roll(half, -1).mul_(sin))
+            v = layer.v(x).view(split)
+            if len(parts) == 1:
+                out = self._attend(layer, parts[0], masks[0], both, v)
+            else:
+                pieces = zip(parts, masks, both.split(counts), v.split(counts), strict=True)
+                out = torch.cat([self._attend(layer, *piece) for piece in pieces])
+            hidden = hidden + layer.o(out)
             x = layer.after(hidden)
             gate = F.silu(layer.gate(x), inplace=True)
             hidden = hidden + layer.down(gate.mul_(layer.up(x)))
-        if keep:
-            hidden = hidden.view(rows, width, -1)[:, -keep:].reshape(rows * min(keep, width), -1)
-        return self._head(self._norm(hidden)).view(rows, hidden.shape[0] // rows, -1)
+        return self._logits(hidden, parts)
 
-    def _angles(self, hidden: Tensor, positions: Tensor, read: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines `[rows or 1, T, 1, head_dim]`, as the model's own rotary module computes them."""
+    def _attend(self, layer: _Layer, part: Part, mask: Tensor | None, both: Tensor, value: Tensor) -> Tensor:
+        """One part's attention, `[rows * T, heads * head_dim]`, from its rotated queries and keys and its values."""
+        rows, width = part.tokens.shape
+        heads = self._heads
+        split = (rows, width, -1, self._head_dim)
+        both = both.view(split).transpose(1, 2)
+        keys, values = part.view.update(both[:, heads:], value.view(split).transpose(1, 2), layer.index)
+        out = attend(both[:, :heads], keys, values, mask, heads // self._kv_heads, layer.scaling)
+        return out.view(rows * width, -1)
+
+    def _logits(self, hidden: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+        wanted, shapes = [], []
+        for part, own in zip(parts, hidden.split([part.tokens.numel() for part in parts]), strict=True):
+            if part.keep is None:
+                continue
+            rows, width = part.tokens.shape
+            if part.keep:
+                width = min(part.keep, width)
+                own = own.view(rows, -1, own.shape[-1])[:, -width:].reshape(rows * width, -1)
+            wanted.append(own)
+            shapes.append((rows, width))
+        logits = self._head(self._norm(_joined(wanted)))
+        pieces = logits.split([rows * width for rows, width in shapes])
+        return [piece.view(*shape, -1) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def _angles(self, hidden: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines `[tokens, 1, head_dim]`, as the model's own rotary module computes them."""
+        positions = _joined([part.positions.expand(part.tokens.shape).reshape(-1) for part in parts])
         if not self._static_rope:
-            cos, sin = self._rotary(hidden, positions)
-            return cos[:, :, None], _signed(sin)[:, :, None]
+            cos, sin = self._rotary(hidden, positions[None])
+            return cos[0, :, None], _signed(sin)[0, :, None]
+        read = max(part.read for part in parts)
         if self._table is None or len(self._table) < read:
             cos, sin = self._rotary(hidden, torch.arange(max(2 * read, _FIRST_POSITIONS))[None])
             self._table = torch.cat([cos[0], _signed(sin[0])], dim=-1)
-        both = F.embedding(positions, self._table)[:, :, None]
+        both = F.embedding(positions, self._table)[:, None]
         cos, sin = both.chunk(2, dim=-1)
         return cos, sin
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _signed(sin: Tensor) -> Tensor:

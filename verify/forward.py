@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,9 @@ from specdec.kv.support import text_config
 from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.linear import few_row_linears
-from specdec.verify.masks import BAND_SLOTS, CausalBand
+from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks
+from specdec.verify.parts import Part, Text
+from specdec.verify.positions import usable_positions, windows_of
 from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
@@ -60,10 +62,10 @@ class TreeForward:
         # Offloading hooks create parameters during the pass, which must stay ordinary ones.
         self._inference = not hasattr(model, "_hf_hook")
         self._direct: DirectPass | None = None
-        self._windows = _windows(config)
+        self._windows = windows_of(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
-        self.num_positions = _usable_positions(config)
+        self.num_positions = usable_positions(config)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -108,30 +110,37 @@ class TreeForward:
         Returns:
             logits of the last `keep` columns (0 = all), `[rows, *, vocab]`.
         """
+        with self._causal_part(Text(cache, tokens, starts, valid), keep) as part:
+            return self._run(part)
+
+    @contextmanager
+    def _causal_part(self, text: Text, keep: int | None) -> Iterator[Part]:
+        """Inside the block the cache is ready for that pass."""
+        cache, tokens, starts, valid = text
         width = tokens.shape[1]
         if valid is not None:
             self._check_positions([start + count for start, count in zip(starts, valid, strict=True)])
         with cache.writing(self.name, starts, width, valid) as read:
             device = tokens.device
             same = all(start == starts[0] for start in starts)
+            mask = None
             if same and not self._windows and read <= BAND_SLOTS:
                 # The common case, from tables: one or two views instead of a dozen small operations.
                 positions = self._band.positions(starts[0], width, device).expand(tokens.shape)
-                mask = None
                 if width > 1 and (read != width or not self._may_skip_mask(read)):
                     mask = self._band.mask(starts[0], width, self._dtype(), device)
-                return self._run(cache, tokens, positions, mask, keep, read)
+                yield self._part(cache, tokens, positions, mask, keep, read)
+                return
             if same:
                 positions = torch.arange(starts[0], starts[0] + width, device=device).expand(tokens.shape)
             else:
                 positions = torch.tensor(list(starts), device=device)[:, None] + torch.arange(width, device=device)
             plain = width == 1 or read == width
-            mask = None
             if not (plain and same) or not self._may_skip_mask(read):
                 visible = torch.arange(read, device=device) <= positions[:, :, None]
                 slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
-                mask = self._masks(visible, positions, slots)
-            return self._run(cache, tokens, positions, mask, keep, read)
+                mask = additive_masks(visible, positions, slots, self._windows, self._dtype())
+            yield self._part(cache, tokens, positions, mask, keep, read)
 
     def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
         """Forward nodes `first .. first + M - 1` of a tree whose earlier nodes are already in the tail.
@@ -144,6 +153,13 @@ class TreeForward:
         Returns:
             logits `[rows, M, vocab]`.
         """
+        with self._nodes_part(cache, tree_tokens, depths, ancestors, first) as part:
+            return self._run(part)
+
+    @contextmanager
+    def _nodes_part(
+        self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int
+    ) -> Iterator[Part]:
         lengths = cache.lengths[: cache.num_rows]
         width = tree_tokens.shape[1]
         starts = [length + first for length in lengths]
@@ -160,7 +176,8 @@ class TreeForward:
                 # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
                 slot_positions = slots.expand(len(lengths), read).clone()
                 slot_positions.scatter_(1, tail[:, 0], committed + depths)
-            return self._run(cache, tree_tokens, positions, self._masks(visible, positions, slot_positions), 0, read)
+            masks = additive_masks(visible, positions, slot_positions, self._windows, self._dtype())
+            yield self._part(cache, tree_tokens, positions, masks, 0, read)
 
     def tree(self, cache: PassCache, tree: DraftTree, unread: Tensor | None = None) -> Tensor:
         """One pass over every node of every row; logits `[rows, nodes, vocab]`.
@@ -178,27 +195,56 @@ class TreeForward:
             return self.causal(cache, tree.tokens, starts, None, keep=0)
         return self.nodes(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0)
 
-    def _run(self, cache: PassCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int, read: int) -> Tensor:
+    def together(self, cache: PassCache, tree: DraftTree, texts: Sequence[Text]) -> Tensor:
+        """What `tree`, and `causal` for each of `texts` (of other rows), do; in one pass where the model allows it: its
+        weights are read once, and no row is padded to the width of a longer text.
+
+        Returns:
+            logits of the tree's nodes, `[rows, nodes, vocab]`.
+        """
+        if self._direct is None or not texts:
+            logits = self.tree(cache, tree)
+            for text in texts:
+                self.causal(*text, keep=1)
+            return logits
+        starts = cache.lengths[: cache.num_rows]
+        self._check_positions([length + 1 for length in starts])
+        if tree.is_shared_chain:
+            first = self._causal_part(Text(cache, tree.tokens, starts, None), 0)
+        else:
+            first = self._nodes_part(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0)
+        with ExitStack() as stack:
+            parts = []
+            for opened in (first, *(self._causal_part(text, None) for text in texts)):
+                part = stack.enter_context(opened)
+                parts.append(part._replace(view=part.view.pinned()))
+            return self._run(*parts)
+
+    def _part(
+        self, cache: PassCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int | None, read: int
+    ) -> Part:
         if self.num_positions is not None:
             # Drafted nodes and padding beyond the table can never be emitted: any position will do for them.
             positions = positions.clamp(max=self.num_positions - 1)
+        return Part(tokens, positions, mask, self._view(cache), keep, read)
+
+    def _run(self, *parts: Part) -> Tensor:
+        """The first part's logits. Only the direct pass takes several."""
         start = perf_counter()
         with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
-            if self._direct is not None:
-                logits = self._direct(tokens, positions, mask, cache.view(self.name), keep, read)
-            else:
-                logits = self._call_model(cache, tokens, positions, mask, keep)
+            logits = self._direct(parts)[0] if self._direct is not None else self._call_model(*parts)
         for observer in _observers.get():
             observer(self.model, perf_counter() - start)
         return logits
 
-    def _call_model(self, cache: PassCache, tokens: Tensor, positions: Tensor, mask: Any, keep: int) -> Tensor:
+    def _call_model(self, part: Part) -> Tensor:
+        keep = part.keep
         extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
         out = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._view(cache),
+            input_ids=part.tokens,
+            position_ids=part.positions,
+            attention_mask=part.mask,
+            past_key_values=part.view,
             use_cache=True,
             return_dict=True,
             **extra,
@@ -227,49 +273,3 @@ class TreeForward:
     def _may_skip_mask(self, read: int) -> bool:
         eager = self._config._attn_implementation == "eager"
         return not eager and all(window is None or read <= window for window in self._windows.values())
-
-    def _masks(self, visible: Tensor, positions: Tensor, slot_positions: Tensor | None) -> Any:
-        """Additive 4-D mask(s) from bool `[rows, M, read]`; a dict by layer type when layers differ.
-
-        Float, not bool: eager attention *adds* its mask, and SDPA would convert a bool mask in every layer.
-        """
-        if slot_positions is None:
-            return self._additive(visible)
-        masks: dict[str, Tensor] = {}
-        for kind, window in self._windows.items():
-            inside = visible
-            if window is not None:
-                inside = visible & (positions[:, :, None] - slot_positions[:, None, :] < window)
-            masks[kind] = self._additive(inside)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        dtype = self._dtype()
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
-
-
-def _usable_positions(config: Any) -> int | None:
-    """Positions at which a pass may place tokens; None when there is no such limit.
-
-    A learned table ends. "dynamic" and "longrope" rotary scaling recompute their frequencies from the longest
-    position *in the pass*: beyond the original length a drafted node would change the law of the nodes before it.
-    Other rotary models may outgrow their configured maximum.
-    """
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        return getattr(config, "max_position_embeddings", None)
-    for scaling in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if scaling.get("rope_type") in ("dynamic", "longrope"):
-            return int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return None
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """Attention window per layer type; empty when every layer sees everything."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return {} if window is None else {"sliding_attention": window}
-    found = {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
-    return found if any(size is not None for size in found.values()) else {}

@@ -1,6 +1,9 @@
-"""Positions and causal masks of ordinary passes, cut from tables instead of built from a dozen operations."""
+"""Positions and masks of ordinary passes: causal ones cut from tables instead of built from a dozen operations."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +47,34 @@ def _step(width: int, columns: int, start: int, dtype: torch.dtype, device: torc
     row = torch.arange(width, device=device)[:, None]
     hidden = torch.arange(columns, device=device) > row + start
     return torch.zeros(1, 1, width, columns, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
+
+
+def additive_masks(
+    visible: Tensor,
+    positions: Tensor,
+    slot_positions: Tensor | None,
+    windows: Mapping[str, int | None],
+    dtype: torch.dtype,
+) -> Any:
+    """Additive 4-D mask(s) from bool `[rows, M, read]`; a dict by layer type when layers differ.
+
+    Float, not bool: eager attention *adds* its mask, and SDPA would convert a bool mask in every layer.
+
+    Args:
+        positions: int64 `[rows, M]`; slot_positions: int64 `[rows, read]`, None where no layer has a window.
+        windows: positions a layer sees, by layer type; None for all.
+    """
+    if slot_positions is None:
+        return _additive(visible, dtype)
+    masks: dict[str, Tensor] = {}
+    for kind, window in windows.items():
+        inside = visible
+        if window is not None:
+            inside = visible & (positions[:, :, None] - slot_positions[:, None, :] < window)
+        masks[kind] = _additive(inside, dtype)
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

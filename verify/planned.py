@@ -93,7 +93,7 @@ class PlannedForward(TreeForward):
         plan = TreePlan(committed, ancestors, depths.to(torch.int32), max(lengths), equal, table)
         positions = committed[:, None] + depths[:, depths.shape[1] - tokens.shape[1] :]
         with planned_pass(self.model, plan, self._windows) as mask:
-            return self._run(cache, tokens, positions.long(), mask, keep, read)
+            return self._run(self._part(cache, tokens, positions.long(), mask, keep, read))
 
     def _view(self, cache: PassCache) -> Cache:
         pages = self._pages(cache)

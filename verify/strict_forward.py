@@ -69,4 +69,4 @@ class StrictForward(TreeForward):
             own_linears(),
             strict_pass(self.model, plan),
         ):
-            return self._run(cache, padded[None], plan.positions[None], masks, 0, read)
+            return self._run(self._part(cache, padded[None], plan.positions[None], masks, 0, read))

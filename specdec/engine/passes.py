@@ -19,6 +19,7 @@ from specdec.kv.support import text_config
 from specdec.report import SpecReport
 from specdec.target import TARGET, TargetPasses
 from specdec.verify import DraftTree
+from specdec.verify.parts import Text
 from specdec.verify.planned import forward_for
 
 _UNEVEN = 2
@@ -44,27 +45,39 @@ class EnginePasses:
         """See `TreeForward.prepared`."""
         return self._forward.prepared()
 
-    def trees(self, lanes: Sequence[Lane], trees: Sequence[DraftTree]) -> list[Tensor]:
-        """Per lane, logits `[rows, nodes, vocab]` of its trees; one pass for all of them."""
+    def step(self, lanes: Sequence[Lane], trees: Sequence[DraftTree], chunks: Sequence[Chunk]) -> list[Tensor]:
+        """The trees of all lanes, and the chunks of prefill besides, in one pass where the model allows it.
+
+        Returns:
+            per lane, logits `[rows, nodes, vocab]` of its trees.
+        """
         sequences = [sequence for lane in lanes for sequence in lane.cache.sequences[: lane.cache.num_rows]]
-        logits = self._forward.tree(PagedKVCache(self._pool, sequences), merged(lanes, trees))[..., : self.vocab]
+        cache, texts = PagedKVCache(self._pool, sequences), [self._text(group) for group in _even(chunks)]
+        logits = self._forward.together(cache, merged(lanes, trees), texts)[..., : self.vocab]
+        self._have_read(chunks)
         parts = logits.split([tree.tokens.shape[0] for tree in trees])
         return [part[:, : tree.tokens.shape[1]] for part, tree in zip(parts, trees, strict=True)]
 
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """K/V of the next tokens of each chunk's request; lengths are moved."""
         for group in _even(chunks):
-            sequences = [chunk.task.sequence for chunk in group]
-            cache = PagedKVCache(self._pool, [sequence for sequence in sequences if sequence is not None])
-            width = max(chunk.num_tokens for chunk in group)
-            tokens = torch.zeros(len(group), width, dtype=torch.int64)
-            for i, (task, count) in enumerate(group):
-                tokens[i, :count] = torch.tensor(task.text[task.done : task.done + count])
-            starts, valid = [chunk.task.done for chunk in group], [chunk.num_tokens for chunk in group]
-            self._forward.causal(cache, tokens.to(self.device), starts, valid, keep=1)
-            for i, (task, count) in enumerate(group):
-                task.done += count
-                cache.set_length(i, task.done)
+            self._forward.causal(*self._text(group), keep=1)
+            self._have_read(group)
+
+    def _text(self, group: Sequence[Chunk]) -> Text:
+        sequences = [chunk.task.sequence for chunk in group]
+        cache = PagedKVCache(self._pool, [sequence for sequence in sequences if sequence is not None])
+        tokens = torch.zeros(len(group), max(chunk.num_tokens for chunk in group), dtype=torch.int64)
+        for i, (task, count) in enumerate(group):
+            tokens[i, :count] = torch.tensor(task.text[task.done : task.done + count])
+        starts, valid = [chunk.task.done for chunk in group], [chunk.num_tokens for chunk in group]
+        return Text(cache, tokens.to(self.device), starts, valid)
+
+    def _have_read(self, chunks: Sequence[Chunk]) -> None:
+        for task, count in chunks:
+            assert task.sequence is not None
+            task.done += count
+            self._pool.set_length(task.sequence, task.done)
 
     def alone(self, lane: Lane, task: Task, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """One request's tree again, without its row's companions and without the nodes that spoil it (see

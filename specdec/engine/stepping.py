@@ -74,7 +74,7 @@ class Stepping:
         chunks = self.scheduler.chunks(self._allotment.left_for_prefill(self._live_lanes(), self.scheduler.prefilling))
         lanes = self._live_lanes()  # whoever had to give way is gone
         if lanes:
-            self._decode(lanes)
+            chunks = self._decode(lanes, chunks)
         if chunks:
             self._prefill(chunks)
         for task in [task for task in self.scheduler.prefilling if task.done == task.wanted]:
@@ -144,14 +144,20 @@ class Stepping:
         done = [chunk for chunk in chunks if chunk.task.state is State.PREFILLING]
         self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in done))
 
-    def _decode(self, lanes: Sequence[Lane]) -> None:
-        """Draft, verify and emit for every running request."""
+    def _decode(self, lanes: Sequence[Lane], chunks: list[Chunk]) -> list[Chunk]:
+        """Draft, verify and emit for every running request, with the chunks of prefill in the target's pass.
+
+        Returns:
+            chunks that are still to be run: all of them where that pass failed.
+        """
         start = monotonic()
         levels = max(task.depth for lane in lanes for task in lane.live)
         trees = [lane.propose() for lane in lanes]
         errors: dict[Task, TargetFaultError] = {}
         try:
-            logits = self._passes.trees(lanes, trees)
+            logits = self._passes.step(lanes, trees, chunks)
+            self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in chunks))
+            left: list[Chunk] = []
         except Exception:  # perhaps one request's fault, perhaps too large a pass: each by itself
             logits = [
                 torch.zeros(*tree.tokens.shape, self.vocab, dtype=torch.float32, device=tree.tokens.device)
@@ -159,6 +165,7 @@ class Stepping:
             ]
             for i, lane in enumerate(lanes):
                 trees[i], logits[i] = self._apart(lane, trees[i], logits[i], range(len(lane.live)), errors)
+            left = chunks
         for lane, tree, scores in zip(lanes, trees, logits, strict=True):
             decided, whole = self._decided(lane, tree, scores, errors)
             for emitted in lane.advance(decided, whole, set(errors)):
@@ -167,7 +174,9 @@ class Stepping:
         for task, error in errors.items():
             self.fail(task, error)
         width = max(tree.tokens.shape[1] for tree in trees)
-        self._allotment.took(width * sum(tree.tokens.shape[0] for tree in trees), levels, monotonic() - start)
+        if not chunks:  # what a prompt costs says nothing about drafts
+            self._allotment.took(width * sum(tree.tokens.shape[0] for tree in trees), levels, monotonic() - start)
+        return left
 
     def _decided(
         self, lane: Lane, tree: DraftTree, logits: Tensor, errors: dict[Task, TargetFaultError]

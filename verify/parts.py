@@ -1,0 +1,38 @@
+"""What a forward pass runs: texts to read, and rows of one width that are ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from specdec.kv.base import PassCache
+
+
+class Text(NamedTuple):
+    """Plain text to be read: row `b`'s `tokens[b, :valid[b]]` go to slots from `starts[b]` on.
+
+    tokens: int64 `[rows, T]`; valid: None when all columns are real.
+    """
+
+    cache: PassCache
+    tokens: Tensor
+    starts: Sequence[int]
+    valid: Sequence[int] | None
+
+
+class Part(NamedTuple):
+    """Rows of one width in a pass, ready to run.
+
+    tokens: int64 `[rows, T]`; positions: int64 `[rows or 1, T]`, below `read`. mask: additive `[rows or 1, 1, T, S]`, a
+    dict of them by layer type, or None (see `folded_attention`). view: where K/V go. keep: logits of so many last
+    columns, 0 for all, None for none. read: slots of the cache that the rows read.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Any
+    view: Any
+    keep: int | None
+    read: int
