@@ -25,8 +25,9 @@ from specdec.experiments.laws.judge import joint_law
 from specdec.experiments.laws.run import Budget as Amount
 from specdec.experiments.laws.run import judge_pair, judge_pairs
 from specdec.kv import UnsupportedArgumentError
-from specdec.verify import DraftTree
+from specdec.verify import DraftTree, Noise, Verdict
 from specdec.verify.rules import RULES
+from specdec.verify.rules.coupled import Coupled
 
 SMALL = ["--samples", "4000", "--chunk", "2000", "--small-samples", "17", "--small-seconds", "0"]
 
@@ -84,6 +85,33 @@ def test_texts_that_depend_on_their_batch_fail_the_run(tmp_path: Path, monkeypat
     same = {cell["batch"]: cell["same texts as the wide batch"]["passed"] for cell in result["cells"][1:]}
     assert not same[1]
     assert result["summary"]["tv_small_to_wide"][1] == 1.0
+
+
+class Swayed(Coupled):
+    """Emits the draft's first token whatever the race says."""
+
+    def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
+        verdict = super().__call__(tree, p, noise)
+        first = verdict.num_accepted == 0
+        return verdict._replace(next_token=torch.where(first, tree.tokens[:, -1], verdict.next_token))
+
+
+def test_texts_of_a_race_are_compared_with_those_without_a_drafter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps end is not judged: best-first trees withdraw nodes after a look at the noise of later positions."""
+    chosen = ("--drafters", "BestFirst", "--rules", "coupled", "--control-samples", "0")
+    code, result = run(tmp_path / "right", *chosen)
+    assert code == 0
+    wide = result["cells"][0]
+    assert wide["same texts as without a drafter"] == {"compared": 4000, "differing": 0, "passed": True}
+    assert wide["joint"]["passed"] is True
+    assert wide["step 2"]["passed"] is None
+    assert result["summary"]["not_promised"] == ["coupled, BestFirst: step 2"]
+    monkeypatch.setitem(RULES, "coupled", Swayed)
+    code, result = run(tmp_path / "wrong", *chosen)
+    assert code == 1
+    assert not result["cells"][0]["same texts as without a drafter"]["passed"]
 
 
 def test_a_bug_that_is_missed_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

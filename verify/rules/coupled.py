@@ -20,6 +20,10 @@ class Coupled(AcceptanceRule):
     ignored. A drafter that runs the same race under its own law meets y with probability
     sum_x 1 / sum_y max(p(y)/p(x), q(y)/q(x)), which is at least (1 - TV)/(1 + TV).
 
+    What the draft does see is the noise of positions that are not decided yet. A drafter that withdraws nodes after
+    seeing deeper ones (`BestFirst`) makes the place where a step ends say something about the token after it. The text
+    is the same all the same; whoever cuts it exactly where steps end must not take the cut for chance.
+
     Needs `noise.race` and no other noise. Of equal siblings the first is the child.
 
     Example: p=(.5, .3, .2), race=(.9, .3, .4): arrivals (1.8, 1, 2), so token 1 is kept if it is a child, else emitted.
