@@ -39,8 +39,9 @@ def speed_by_k(axes: Any, curves: Sequence[Curve]) -> None:
         axes.plot(curve.ks, curve.predicted, color=colour(number), linewidth=1.4)
         middle = np.array([value[0] for value in curve.measured])
         low, high = (np.array([value[i] for value in curve.measured]) for i in (1, 2))
-        axes.errorbar(curve.measured_ks, middle, yerr=[middle - low, high - middle], fmt=MARKERS[number % 8],
-                      color=colour(number), capsize=3, markersize=5, linewidth=0, elinewidth=1,
+        beside = 0.05 * (number - (len(curves) - 1) / 2)  # or bars of several temperatures hide each other
+        axes.errorbar(np.array(curve.measured_ks) + beside, middle, yerr=[middle - low, high - middle],
+                      fmt=MARKERS[number % 8], color=colour(number), capsize=3, markersize=5, linewidth=0, elinewidth=1,
                       label=f"T = {curve.temperature:g}")  # fmt: skip
     axes.axhline(1.0, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_ylim(bottom=0)
@@ -148,9 +149,10 @@ def by_output(axes: Any, runs: Runs, cells: Sequence[CellStats], title: str) -> 
         bins = [entry for entry in runs.by_output_position(stats.cell) if entry[2] >= 5]
         axes.plot([at for at, _, _ in bins], [mean for _, mean, _ in bins], marker=MARKERS[number % 8], markersize=4,
                   color=colour(number), linewidth=1.2, label=f"{stats.cell.setting} ({stats.cell.rule})")  # fmt: skip
-    axes.set_ylim(bottom=1.0)
+    highest = max((mean for stats in cells for _, mean, _ in runs.by_output_position(stats.cell)), default=2.0)
+    axes.set_ylim(1.0, 1.0 + (1.1 + 0.08 * len(cells)) * (highest - 1.0))  # room for the legend above the lines
     _dress(axes, title, "output position (bins of 16)", "tokens per step")
-    _legend(axes)
+    _legend(axes, "upper left")
 
 
 def _dress(axes: Any, title: str, x: str, y: str) -> None:
@@ -161,6 +163,6 @@ def _dress(axes: Any, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, place: str = "best") -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=6, frameon=False)
+        axes.legend(fontsize=6, frameon=False, loc=place)
