@@ -121,7 +121,7 @@ class Decider:
         Args:
             steps: the number of this step, for all live rows or one for each of them.
         """
-        if self._drafter is None:
+        if self._drafter is None or budget.max_depth <= 0:  # no noise is computed for drafts that are not asked for
             return DraftTree.root_only(self._rows.roots())
         count = self._drafter.num_uniforms
         if not self._sampling:

@@ -47,9 +47,11 @@ class World:
 
     def planner(self) -> tuple[Planner, Any]:
         """A planner of one call in this world, and the stand-in for its `Options`."""
-        drafter: Any = SimpleNamespace(num_cache_layers=int(self.found is None), max_depth=DEPTH, max_nodes=DEPTH)
+        drafter: Any = SimpleNamespace(
+            kind=None, num_cache_layers=int(self.found is None), max_depth=DEPTH, max_nodes=DEPTH
+        )
         option = Option("model", "model", drafter, (1,) * DEPTH, may_be_empty=self.found is not None)
-        options: Any = SimpleNamespace(options=(option,), max_depth=DEPTH, used=None, asked=[])
+        options: Any = SimpleNamespace(options=(option,), max_depth=DEPTH, used=None, asked=[], heard=None)
         return Planner(options, lambda rows: self.costs, self.rows, self.prompt), options
 
     def run(self, seed: int, fixed: int | None = None, clock: Callable[[], float] = lambda: 1.0) -> Outcome:

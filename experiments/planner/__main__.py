@@ -28,7 +28,10 @@ CLOSE = 0.15
 def sweep(models: Models, temperature: float, rows: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each planned drafter against the fixed settings it may choose from (and plain decoding); what is found so far."""
     rule = args.rule if temperature > 0 else "auto"
-    ways = {**fixed(models, temperature, args.tokens, rule), **planned(models, temperature, args.tokens, rule)}
+    ways = {
+        **fixed(models, temperature, args.tokens, rule),
+        **planned(models, temperature, args.tokens, rule, args.seeded),
+    }
     texts = prompts(models, "held-out", rows, args.prompts, args.prompt_tokens)
     names = [name for name in ways if not name.startswith("planned")]
     for calls in time_calls(ways, texts, f"sweep T={temperature} batch {rows}"):
@@ -56,7 +59,7 @@ def never_slower(models: Models, temperature: float, rows: int, args: argparse.N
     found: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     for workload in (one for one in WORKLOADS if one.name in args.workloads):
-        ways = workload.ways(models, temperature)
+        ways = workload.ways(models, temperature, args.seeded)
         texts = prompts(models, workload.prompts, rows, args.prompts, args.prompt_tokens)
         for calls in time_calls(ways, texts, f"{workload.name} T={temperature} batch {rows}"):
             found[workload.name] = {
@@ -88,11 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per row (sweep)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--rule", default="auto",
                         help="of a sampling sweep; with coupled every way writes the same text, so few prompts tell "
                         "settings apart")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", default=[one.name for one in WORKLOADS])
+    parser.add_argument("--seeded", action="store_true", help="planned calls get seed=: each row is planned by itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)

@@ -57,21 +57,31 @@ def hugging_face(models: Models, temperature: float, tokens: int) -> Generate:
     return generate
 
 
-def speculating(models: Models, temperature: float, tokens: int, draft: Any = None, **options: Any) -> Generate:
+def speculating(
+    models: Models, temperature: float, tokens: int, draft: Any = None, seeded: bool = False, **options: Any
+) -> Generate:
+    """Like `hugging_face`, with the global generator set before the call.
+
+    Args:
+        seeded: by `seed=` instead, with which every row of a sampled call is planned by itself.
+    """
     spec = specdec.Speculator(models.pair.target, draft, **options)
 
     def generate(ids: Tensor, seed: int) -> SpecReport | None:
         mask = torch.ones_like(ids)
-        spec.generate(ids, attention_mask=mask, max_new_tokens=tokens, seed=seed, **sampling(temperature))
+        torch.manual_seed(seed)
+        spec.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, seed=seed if seeded else None, **sampling(temperature)
+        )
         return spec.report
 
     return generate
 
 
-def planned(models: Models, temperature: float, tokens: int, rule: str) -> dict[str, Generate]:
+def planned(models: Models, temperature: float, tokens: int, rule: str, seeded: bool = False) -> dict[str, Generate]:
     """Every drafter, planned."""
     drafts: dict[str, Any] = {"model": models.pair.draft, "ngram": "ngram", "model+ngram": [models.pair.draft, "ngram"]}
-    return {f"planned {name}": speculating(models, temperature, tokens, draft, rule=rule)
+    return {f"planned {name}": speculating(models, temperature, tokens, draft, seeded, rule=rule)
             for name, draft in drafts.items()}  # fmt: skip
 
 
@@ -110,7 +120,7 @@ class Workload:
     tokens: int
     draft: str
 
-    def ways(self, models: Models, temperature: float) -> dict[str, Generate]:
+    def ways(self, models: Models, temperature: float, seeded: bool = False) -> dict[str, Generate]:
         """Plain generation, specdec without a drafter, and the planned drafter."""
         draft: Any = {
             "model": models.pair.draft, "junk": models.junk, "ngram": "ngram", "both": [models.pair.draft, "ngram"]
@@ -118,7 +128,7 @@ class Workload:
         return {
             "hf plain": hugging_face(models, temperature, self.tokens),
             "none": speculating(models, temperature, self.tokens),
-            "planned": speculating(models, temperature, self.tokens, draft),
+            "planned": speculating(models, temperature, self.tokens, draft, seeded),
         }
 
 
@@ -128,4 +138,5 @@ WORKLOADS = (
     Workload("untrained drafter", "held-out", 96, "junk"),
     Workload("long outputs, untrained drafter", "held-out", 256, "junk"),
     Workload("long outputs, ngram", "held-out", 256, "ngram"),
+    Workload("long outputs, both", "held-out", 256, "both"),
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from specdec.drafters.model import DEFAULT_K
 from specdec.kv import TargetFaultError
 from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
+from specdec.planner.history import Known
 from specdec.planner.measure import kept_processors, measure, measured_depths
 from specdec.planner.options import Options, PlannedBudget
 from specdec.planner.plan import Planner
 from specdec.planner.rowwise import RowwisePlanner
-from specdec.planner.store import STORE, describe, machine
+from specdec.planner.store import STORE, describe, fingerprint, machine
 from specdec.report import SpecReport, StepTrace
 from specdec.request import Request
 from specdec.verify.strict_mode import StrictMode
@@ -30,13 +32,22 @@ _SIZES = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class CallPlanner(Planner):
-    """The planner of one request; notes about its tables go into `notes`."""
+    """The planner of one request; notes about its tables go into `notes`, what it learned to `keep`."""
 
-    def __init__(self, costs: dict[int, Costs], options: Options, rows: int, prompt_tokens: int, notes: list[str]):
-        self.notes = notes
+    def __init__(
+        self,
+        costs: dict[int, Costs],
+        options: Options,
+        rows: int,
+        prompt_tokens: int,
+        notes: list[str],
+        known: Known,
+        keep: Callable[[Known], None] | None,
+    ):
+        self.notes, self._keep = notes, keep
         self._tables = costs
         self._between: dict[int, Costs] = {}
-        super().__init__(options, self._at, rows, prompt_tokens)
+        super().__init__(options, self._at, rows, prompt_tokens, known)
         self.report.ms_measuring = 1e3 * sum(table.seconds for table in costs.values())
 
     def _at(self, rows: int) -> Costs:
@@ -55,6 +66,8 @@ class CallPlanner(Planner):
         """Put what there is to say into a call's report."""
         report.plan = self.report
         report.notes += self.notes
+        if self._keep is not None:
+            self._keep(self.known)
         return report
 
 
@@ -89,6 +102,7 @@ class Plans:
         self._target, self._rule, self._strict = target, rule, strict
         self._fixed: dict[str, Any] | None = None
         self._known: dict[tuple[Any, ...], Costs] = {}
+        self._learned: dict[tuple[Any, ...], Known] = {}
 
     def call(self, request: Request) -> CallPlanner | RowwisePlanner | Unplanned:
         """The planner of one call. Never raises for a drafter or target that fails: the call itself will, and say it
@@ -106,7 +120,12 @@ class Plans:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
             return RowwisePlanner(tables[1], self.options, counts, notes)
-        return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes)
+        known, keep = Known(tables[_size(rows)].beliefs), None
+        if not request.config.do_sample or self._rule == "coupled":
+            # Plans leave no trace in these texts: a call may begin with what the last one ended with.
+            kind = (bool(request.config.do_sample), request.config.temperature)
+            known, keep = self._learned.get(kind, known), partial(self._learned.__setitem__, kind)
+        return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes, known, keep)
 
     def _table(self, request: Request, rows: int, notes: list[str]) -> Costs:
         own = {
@@ -138,6 +157,7 @@ class Plans:
             self._fixed = {
                 "target": describe(self._target),
                 "drafts": [describe(model) for model in models.values()],
+                "weights": [fingerprint(model) for model in (self._target, *models.values())],
                 "options": [[one.name, list(one.widths), measured_depths(one)] for one in self.options.options],
                 "machine": machine(),
                 "rule": self._rule,
@@ -163,5 +183,5 @@ def _mixed(low: Costs, high: Costs, share: float) -> Costs:
     steps = {name: {d: at(low.step(name, d), high.step(name, d)) for d in depths[name]} for name in depths}
     return Costs(
         low.rows, at(low.plain, high.plain), steps, at(low.draft_token, high.draft_token),
-        at(low.prompt_token, high.prompt_token),
+        at(low.prompt_token, high.prompt_token), low.beliefs,
     )  # fmt: skip

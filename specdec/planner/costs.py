@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.kv import UnsupportedArgumentError
+from specdec.planner.history import Belief
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Costs:
     steps: Mapping[str, Mapping[int, float]]
     draft_token: float = 0.0
     prompt_token: float = 0.0
+    beliefs: Mapping[str, Belief] = field(default_factory=dict)
+    """By family, how the drafts fared that were made while measuring."""
     seconds: float = field(default=0.0, compare=False)
     """What measuring took; 0 for a table that was found."""
 
@@ -42,8 +45,10 @@ class Costs:
 
     def to_json(self) -> dict[str, Any]:
         steps = {name: {str(depth): ms for depth, ms in table.items()} for name, table in self.steps.items()}
+        beliefs = {name: {str(width): [list(counts) for counts in seen] for width, seen in belief.items()}
+                   for name, belief in self.beliefs.items()}  # fmt: skip
         return {"rows": self.rows, "plain": self.plain, "steps": steps, "draft_token": self.draft_token,
-                "prompt_token": self.prompt_token}  # fmt: skip
+                "prompt_token": self.prompt_token, "beliefs": beliefs}  # fmt: skip
 
     @staticmethod
     def from_json(data: Any) -> Costs:
@@ -55,8 +60,10 @@ class Costs:
         try:
             steps = {str(name): {int(depth): float(ms) for depth, ms in table.items()}
                      for name, table in data["steps"].items()}  # fmt: skip
+            beliefs = {str(name): {int(width): _counts(*seen) for width, seen in belief.items()}
+                       for name, belief in data.get("beliefs", {}).items()}  # fmt: skip
             costs = Costs(int(data["rows"]), float(data["plain"]), steps, float(data["draft_token"]),
-                          float(data["prompt_token"]))  # fmt: skip
+                          float(data["prompt_token"]), beliefs)  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnsupportedArgumentError(f"expected a cost table, got {type(error).__name__}: {error}") from None
         numbers = [costs.plain, *(ms for table in steps.values() for ms in table.values())]
@@ -66,3 +73,11 @@ class Costs:
         if not all(0 <= ms < float("inf") for ms in (costs.draft_token, costs.prompt_token)):
             raise UnsupportedArgumentError("expected a cost table of milliseconds per token >= 0")
         return costs
+
+
+def _counts(tried: Any, kept: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Decisions and acceptances by depth, checked."""
+    seen = tuple(map(float, tried)), tuple(map(float, kept))
+    if len(seen[0]) != len(seen[1]) or not all(0 <= k <= t < float("inf") for t, k in zip(*seen, strict=True)):
+        raise ValueError("acceptances that do not fit the decisions")
+    return seen

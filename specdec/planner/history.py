@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import sqrt
 
 PRIOR_ACCEPTANCE = 0.7
@@ -19,6 +20,27 @@ _ROW_WEIGHT = 3.0
 """Decisions that the acceptance of the whole batch is worth where a row that stands out is estimated."""
 _UNLIKELY = 2.0
 """Standard deviations below the batch's acceptance from which a row stands out."""
+
+_BELIEF = 4.0
+"""Decisions that what was seen before this call may weigh at one depth when the call begins."""
+
+_EARLIER_CALLS = 0.8
+"""What a decision still weighs one call later."""
+
+Belief = Mapping[int, tuple[Sequence[float], Sequence[float]]]
+"""What is known of a family before a call: number of siblings -> decisions and acceptances by depth."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a call may begin with.
+
+    beliefs: by family. found: by option that may be empty, the share of rows it had a proposal for.
+    """
+
+    beliefs: Mapping[str, Belief] = field(default_factory=dict)
+    found: Mapping[str, float] = field(default_factory=dict)
+
 
 Widths = tuple[int, ...]
 """Children per node, level by level; a chain is all ones."""
@@ -51,6 +73,26 @@ def _level(counts: Mapping[int, Counts], believed: float = PRIOR_ACCEPTANCE, wei
     return (weight * believed + kept) / (weight + tried)
 
 
+def _scaled(depths: int, tried: Sequence[float], kept: Sequence[float]) -> Counts:
+    """Earlier counts, so many of them as a belief may weigh."""
+    counts = Counts(depths)
+    factor = min(1.0, _BELIEF / max(max(tried, default=0.0), 1e-9))
+    for depth, (t, k) in enumerate(zip(tried[:depths], kept[:depths], strict=True)):
+        counts.tried[depth], counts.kept[depth] = factor * t, factor * k
+    return counts
+
+
+def would_be_kept(chain: Sequence[int], run: Sequence[int]) -> tuple[int, int]:
+    """Decisions and acceptances of a deterministic chain that was not drafted, where the step emitted `run`.
+
+    An emitted token is the target's own whatever was drafted, so the same token would have been accepted, another one
+    rejected; of what would have come after the run nothing is known. E.g. chain 5 6 7 and run 5 9: two, one.
+    """
+    known = min(len(chain), len(run))
+    same = next((i for i in range(known) if chain[i] != run[i]), known)
+    return min(known, same + 1), same
+
+
 class History:
     """Acceptance of one family of drafts in one call: per row, and of all rows together.
 
@@ -59,24 +101,45 @@ class History:
 
     Args:
         depths: deepest draft there can be. rows: of the batch.
+        belief: what was seen before the call; it counts like `_BELIEF` decisions of the call itself, and fades like
+            them.
     """
 
-    def __init__(self, depths: int, rows: int):
+    def __init__(self, depths: int, rows: int, belief: Belief | None = None):
         self.depths = depths
         self._batch: dict[int, Counts] = {1: Counts(depths)}
+        self._tried = self._kept = 0.0
+        self._begun, self._own = dict(belief or {}), {1: Counts(depths)}
+        for width, seen in self._begun.items():
+            self._batch[width] = _scaled(depths, *seen)
+        self.believes = any(sum(counts.tried) >= 1 for counts in self._batch.values())
         self._rows: list[dict[int, Counts]] = [{} for _ in range(rows)] if rows > 1 else []
         self._chances: dict[tuple[int, int], list[float]] = {}
 
     @property
     def num_decisions(self) -> float:
-        """Decisions remembered, forgotten ones partly counted."""
-        return sum(sum(counts.tried) for counts in self._batch.values())
+        """Decisions of this call that are remembered, forgotten ones partly counted."""
+        return self._tried
 
     @property
     def acceptance(self) -> float:
-        """Share of the remembered decisions that accepted; 0 without any."""
-        kept = sum(sum(counts.kept) for counts in self._batch.values())
-        return kept / max(self.num_decisions, 1e-9)
+        """Share of the remembered decisions that accepted, of the belief where this call took none; 0 without any."""
+        if self._tried > 0:
+            return self._kept / self._tried
+        tried, kept = (sum(sum(getattr(counts, what)) for counts in self._batch.values()) for what in ("tried", "kept"))
+        return kept / tried if tried else 0.0
+
+    @property
+    def belief(self) -> Belief:
+        """What the next call may begin with: all of this one, and of those before it ever less."""
+        out: dict[int, tuple[Sequence[float], Sequence[float]]] = dict(self._begun)
+        for width, own in self._own.items():
+            tried, kept = out.get(width, ([0.0] * self.depths,) * 2)
+            out[width] = (
+                [_EARLIER_CALLS * old + new for old, new in zip(tried, own.tried, strict=False)],
+                [_EARLIER_CALLS * old + new for old, new in zip(kept, own.kept, strict=False)],
+            )
+        return out
 
     def add(self, widths: Widths, rows: Sequence[int], tried: Sequence[int], kept: Sequence[int]) -> None:
         """One step's drafts.
@@ -86,6 +149,8 @@ class History:
             tried, kept: per such row, levels a decision was taken at, and how many of them accepted a token.
         """
         self._chances.clear()
+        self._tried = MEMORY * self._tried + sum(tried)
+        self._kept = MEMORY * self._kept + sum(kept)
         for counts in self._batch.values():
             counts.fade(MEMORY)
         for row, t, k in zip(rows, tried, kept, strict=True):
@@ -93,7 +158,7 @@ class History:
                 for counts in self._rows[row].values():
                     counts.fade(MEMORY)
             for depth, width in enumerate(widths[:t]):
-                places = [self._batch] if not self._rows else [self._batch, self._rows[row]]
+                places = [self._batch, self._own, self._rows[row]] if self._rows else [self._batch, self._own]
                 for place in places:
                     counts = place.setdefault(width, Counts(self.depths))
                     counts.tried[depth] += 1
@@ -102,6 +167,7 @@ class History:
     def fade(self, factor: float) -> None:
         """Trust what was seen less: the text has moved on since."""
         self._chances.clear()
+        self._tried, self._kept = factor * self._tried, factor * self._kept
         for place in (self._batch, *self._rows):
             for counts in place.values():
                 counts.fade(factor)

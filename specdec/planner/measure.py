@@ -1,4 +1,7 @@
-"""Measuring what steps cost: the real decode loop on a scratch text, told what to draft at every step."""
+"""Measuring what steps cost: the real decode loop on a scratch text, told what to draft at every step.
+
+The scratch text goes on from the end of the caller's own prompt: how its drafts fare is what the first call believes.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from specdec.kv.support import text_config
 from specdec.loop import DecodeLoop
 from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
+from specdec.planner.history import History
 from specdec.planner.options import Option, Options, PlannedBudget
 from specdec.report import StepTrace
 from specdec.request import Request
@@ -96,6 +100,7 @@ class _Script(Planning):
         self._forgotten = 0
         self._rounds = 0
         self._begun = self._last = clock()
+        self.history = {option.family: History(options.max_depth, 1) for option in options.options}
 
     def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
         if self._pending is not None:
@@ -145,7 +150,12 @@ class _Script(Planning):
         return min(self.ms[_PLAIN]) / 1e3
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
-        """Nothing: the clock is read between orders."""
+        """How the drafts fared; the clock is read between orders."""
+        index, depth = self._pending or _PLAIN
+        if depth > 0 and any(trace.drafted):
+            option = self._options.options[index]
+            if not isinstance(option.drafter, _Filler):
+                self.history[option.family].add(option.widths, trace.rows, reached, trace.accepted)
 
 
 def measured_depths(option: Option) -> list[int]:
@@ -181,7 +191,7 @@ def measure(
     scratch = Options([replace(option, drafter=_Filler(option.drafter.max_nodes)) if option.may_be_empty else option
                        for option in options.options])  # fmt: skip
     guard = FallbackGuard(scratch, most_nodes)
-    prompt = _scratch_prompt(target, rows, request.input_ids.device)
+    prompt = _scratch_prompt(request, target, rows)
     # One thread's own time does not count what other processes do meanwhile.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
     script = _Script(scratch, rows, seconds, process_time if alone else perf_counter)
@@ -209,7 +219,8 @@ def measure(
             break
     first = loop.watch.ms.get("prefill", 0.0) + prompt_ms - plain
     prompt_token = max(0.0, min(first / prompt.shape[1], plain * _MOST_PROMPT_TOKEN))
-    return Costs(rows, plain, steps, draft_token, prompt_token, perf_counter() - start)
+    beliefs = {family: history.belief for family, history in script.history.items() if history.num_decisions}
+    return Costs(rows, plain, steps, draft_token, prompt_token, beliefs, perf_counter() - start)
 
 
 def _typical(times: Sequence[float]) -> float:
@@ -218,12 +229,21 @@ def _typical(times: Sequence[float]) -> float:
     return times[len(times) // 3]
 
 
-def _scratch_prompt(target: PreTrainedModel, rows: int, device: torch.device) -> Tensor:
+def _scratch_prompt(request: Request, target: PreTrainedModel, rows: int) -> Tensor:
+    """The ends of the caller's prompts, again and again where there are fewer than `rows`; random tokens before those
+    that are shorter than a scratch prompt."""
     config = text_config(target)
     room = getattr(config, "max_position_embeddings", None) or 4 * PROMPT_TOKENS
     length = max(2, min(PROMPT_TOKENS, room // 4))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(int(config.vocab_size), (rows, length), generator=generator).to(device)
+    prompt = torch.randint(int(config.vocab_size), (rows, length), generator=generator).to(request.input_ids.device)
+    for row in range(rows):
+        source = row % request.input_ids.shape[0]
+        own = request.input_ids[source]
+        own = own if request.real is None else own[request.real[source].bool()]
+        own = own[-length:]
+        prompt[row, length - len(own) :] = own
+    return prompt
 
 
 def _scratch_request(request: Request, prompt: Tensor) -> Request:

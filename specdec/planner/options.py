@@ -38,11 +38,13 @@ class PlannedBudget(Budget):
     """A budget that names the option to ask.
 
     least_rows: it must propose something for so many rows; else `otherwise` is asked (None: decode plainly).
+    beside: this option, which proposes deterministic chains, is asked as well, only to see what it would have said.
     """
 
     option: int = 0
     least_rows: int = 0
     otherwise: PlannedBudget | None = None
+    beside: int | None = None
 
 
 class Options(Drafter):
@@ -54,6 +56,7 @@ class Options(Drafter):
     Attributes:
         used: index of the option whose proposal was returned last; None after an empty one.
         asked: (option, rows for which it had something) of the last step's options that may be empty.
+        heard: (option, its chain for every live row) where one was asked beside the one that was used.
     """
 
     def __init__(self, options: Sequence[Option]):
@@ -64,6 +67,7 @@ class Options(Drafter):
         self._session: Session | None = None
         self.used: int | None = None
         self.asked: list[tuple[int, int]] = []
+        self.heard: tuple[int, list[list[int]]] | None = None
         models = {id(drafter.model): drafter for drafter in self._models()}
         if len(models) > 1:
             raise UnsupportedArgumentError(
@@ -101,15 +105,19 @@ class Options(Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
-        self.used, self.asked = None, []
+        self.used, self.asked, self.heard = None, [], None
         for option in self.options:
             option.drafter.start(session)
 
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
-        self.used, self.asked = None, []
+        self.used, self.asked, self.heard = None, [], None
         plan: PlannedBudget | None
         plan = budget if isinstance(budget, PlannedBudget) else PlannedBudget(budget.depths, budget.max_nodes)
+        if plan.beside is not None:
+            said = self.options[plan.beside].drafter.propose(plan, uniforms[:, :0])
+            counts = said.num_nodes.tolist()
+            self.heard = plan.beside, [row[1:count] for row, count in zip(said.tokens.tolist(), counts, strict=True)]
         while plan is not None and plan.max_depth > 0:
             option = self.options[plan.option]
             tree = option.drafter.propose(plan, uniforms[:, : option.drafter.num_uniforms])

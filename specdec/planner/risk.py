@@ -26,10 +26,14 @@ class Risk:
         self._horizon, self._prefill_ms = horizon, prefill_ms
         self._steps = 0
 
-    def affords(self, loss_ms: float, plain_ms: float) -> bool:
-        """May so much be lost?"""
-        share = RISK * (self._prefill_ms + plain_ms * max(self._horizon, self._steps))
-        return self.debt + loss_ms <= max(RISK_STEPS * plain_ms, share)
+    def affords(self, loss_ms: float, plain_ms: float, share: float = 1.0, debt: float | None = None) -> bool:
+        """May so much be lost?
+
+        Args:
+            share: how many times the usual allowance. debt: in place of the whole call's.
+        """
+        allowed = RISK * (self._prefill_ms + plain_ms * max(self._horizon, self._steps))
+        return (self.debt if debt is None else debt) + loss_ms <= share * max(RISK_STEPS * plain_ms, allowed)
 
     def step(self, lost_ms: float = 0.0) -> None:
         """One step was taken; a drafted one cost so much more (less: negative) than its tokens' worth."""
@@ -66,14 +70,17 @@ class Pause:
         """Is this the first step of a probe?"""
         return self.probing and self._patience == PATIENCE
 
-    def stop(self) -> bool:
+    def stop(self, least: int = 0) -> bool:
         """Nothing pays (or nothing is affordable, where a probe was due): the coming step and some more are plain.
+
+        Args:
+            least: plain steps before the next probe, at least.
 
         Returns:
             True when drafting was given up, False when a probe was put off.
         """
         given_up = not self.probing
-        self._wait = (self._next if given_up else FIRST_WAIT) - 1
+        self._wait = max(least, self._next if given_up else FIRST_WAIT) - 1
         self._next = min(2 * self._next, LAST_WAIT) if given_up else self._next
         self._stopped, self._patience, self._run = True, PATIENCE, 0
         self.probing = False

@@ -8,6 +8,7 @@ from typing import cast
 
 from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
+from specdec.planner.history import Known
 from specdec.planner.options import Options, PlannedBudget
 from specdec.planner.plan import Planner
 from specdec.planner.summary import PlanReport
@@ -28,9 +29,12 @@ class RowwisePlanner(Planning):
     def __init__(self, costs: Costs, options: Options, prompts: Sequence[int], notes: list[str]):
         self._options, self._notes = options, notes
         first = options.options[0]
-        self._view = SimpleNamespace(options=(first,), max_depth=first.drafter.max_depth, used=None, asked=[])
+        self._view = SimpleNamespace(
+            options=(first,), max_depth=first.drafter.max_depth, used=None, asked=[], heard=None
+        )
         view = cast(Options, self._view)
-        self._rows = [Planner(view, lambda rows: costs, 1, count) for count in prompts]
+        known = Known(costs.beliefs)
+        self._rows = [Planner(view, lambda rows: costs, 1, count, known) for count in prompts]
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
         self._plans: list[PlannedBudget] = []
 

@@ -18,9 +18,12 @@ from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
 
-SCHEMA = 1
+SCHEMA = 2
 VARIABLE = "SPECDEC_CACHE"
 """Environment variable that names the folder; "off" keeps tables in memory only."""
+
+_VALUES = 32
+"""Values of each weight that its fingerprint looks at."""
 
 _PASSING = ("_name_or_path", "transformers_version", "architectures")
 """Configuration entries that do not change what a pass costs."""
@@ -49,6 +52,17 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "devices": devices,
         "dtypes": dtypes,
     }
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A few values of every weight, hashed: tables also hold how drafts fared, which other weights would change."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        if not weight.is_meta:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // _VALUES)][:_VALUES]
+            digest.update(some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
 def machine() -> dict[str, Any]:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 _RECENT = 16
 """Steps that say how fast the machine is at the moment."""
+_TREND = 8
+"""Steps that say how much better or worse drafts fare than expected: texts get easier and harder."""
+_TREND_WEIGHT = 2.0
+"""Accepted tokens per row that what was expected is worth there."""
 
 
 @dataclass
@@ -21,7 +25,7 @@ class PlanReport:
     predicted_ms, predicted_tokens: sums of what every step was foretold to take and to emit just before it ran. A
         step's time is the cost table's, times how much slower or faster than the table the last 16 steps were
         (`table_ms` without that factor: only the forecast follows the clock, never the plan); its tokens come from
-        the acceptance seen before it.
+        the acceptance seen before it, times how much better or worse than that the last 8 steps fared.
     The first step counts in `steps` only: it may read the prompt as well.
     realised_ms, realised_tokens: the same steps as they were.
     num_probes: steps that tried the drafter again after it had been given up.
@@ -39,7 +43,7 @@ class PlanReport:
     num_stops: int = 0
     why_plain: str | None = None
     ms_measuring: float = 0.0
-    _recent: list[tuple[float, float]] = field(default_factory=list, repr=False)
+    _recent: list[tuple[float, float, float, float]] = field(default_factory=list, repr=False)
 
     def add(self, name: str, ms: float, tokens: float, trace: StepTrace, emitted: int) -> None:
         """Count one step: its plan, its milliseconds by the table, its expected and its emitted tokens."""
@@ -47,14 +51,16 @@ class PlanReport:
         self.steps[name] = self.steps.get(name, 0) + 1
         if first:  # the target's pass over the prompt is part of this step
             return
-        scale = sum(real for real, _ in self._recent) / sum(ms for _, ms in self._recent) if self._recent else 1.0
+        scale = sum(real for real, *_ in self._recent) / sum(ms for _, ms, *_ in self._recent) if self._recent else 1.0
         real = trace.ms_draft + trace.ms_verify + trace.ms_rest
+        rows = len(trace.rows)
+        won, hoped = (sum(step[i] for step in self._recent[-_TREND:]) + _TREND_WEIGHT for i in (2, 3))
         self.table_ms += ms
         self.predicted_ms += ms * scale
-        self.predicted_tokens += tokens
+        self.predicted_tokens += rows + (tokens - rows) * won / hoped
         self.realised_ms += real
         self.realised_tokens += emitted
-        self._recent = [*self._recent[1 - _RECENT :], (real, ms)]
+        self._recent = [*self._recent[1 - _RECENT :], (real, ms, emitted / rows - 1, tokens / rows - 1)]
 
     @property
     def predicted_tokens_per_second(self) -> float:
