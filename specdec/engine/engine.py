@@ -19,6 +19,7 @@ from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFull
 from specdec.engine.handle import Handle
 from specdec.engine.metrics import Counters, EngineMetrics
 from specdec.engine.params import Params, Preparation, prompt_ids
+from specdec.engine.recovery import Mark, marks, recover
 from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
 from specdec.engine.stepping import Stepping
@@ -47,7 +48,8 @@ class Engine:
         adaptive: draft no more than pays off for the whole batch, down to nothing (see `Params.seed` for the requests
             this leaves alone). False: every request drafts as deep as its drafter does.
 
-    Without a thread of its own (`start`, or `with engine:`) whoever waits for a handle takes the engine's steps. While
+    Without a thread of its own (`start`, or `with engine:`) whoever waits for a handle takes the engine's steps; Ctrl-C
+    then ends the waiting, not the requests: the interrupted step is taken again with the next one, after K/V. While
     it has work, target and drafters are prepared as in `Speculator.generate`; do not use them from other threads.
 
     Example:
@@ -174,13 +176,17 @@ class Engine:
         """One step for everybody who can run; returns whether anything is left to do."""
         with self._lock:
             if not self._stepping.scheduler.idle:
+                before = marks(self._tasks.values())
                 try:
                     self._prepare()
                     with torch.no_grad():  # models with hooks run outside of inference mode
                         for task in self._stepping.step():
                             del self._tasks[task.handle.id]
-                except BaseException as fault:
+                except Exception as fault:
                     self._abandon(fault)
+                    raise
+                except BaseException:  # Ctrl-C of somebody who waits for one request is not the others' end
+                    self._recover(before)
                     raise
             if self._stepping.scheduler.idle:
                 self._rest()
@@ -257,6 +263,11 @@ class Engine:
         if self._is_prepared:
             self._is_prepared = False
             self._prepared.close()
+
+    def _recover(self, before: Mapping[Task, Mark]) -> None:
+        recover(self._stepping, list(self._tasks.values()), before)
+        self._tasks = {number: task for number, task in self._tasks.items() if not task.handle.done}
+        self._rest()
 
     def _abandon(self, fault: BaseException) -> None:
         """A step failed in a way no request is to blame for: all of them are told, the pool is empty again."""

@@ -76,6 +76,10 @@ class Handle:
         """The tokens so far."""
         return list(self._tokens)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
     def cancel(self) -> None:
         """End the request with the tokens it has. It is no error if it is done already."""
         self._engine.cancel(self)

@@ -128,6 +128,7 @@ class Lane:
             run, reason = self._cut(i, task, decision.runs[i])
             task.text.extend(run)
             task.steps += 1
+            task.ending = reason
             out.append(Emitted(task, run, decision.drafted[i], decision.accepted[i], reason))
         if self.drafter is not None:
             self.drafter.observe(decided.verdict, logits)

@@ -162,6 +162,11 @@ class Scheduler:
             task.sequence = None
         task.done = 0
 
+    def restart(self, tasks: Sequence[Task]) -> None:
+        """Exactly these requests wait, and nobody holds anything."""
+        self.num_preemptions += len(self.prefilling) + len(self.running)
+        self.waiting, self.prefilling, self.running = list(tasks), [], []
+
     def started(self, task: Task) -> None:
         """A prefill is complete."""
         self.prefilling.remove(task)

@@ -90,7 +90,15 @@ class Stepping:
     def fail(self, task: Task, error: SpecdecError) -> None:
         """End a request with an error."""
         self.scheduler.release(task, publish=False)
-        self._done(task, "error", error)
+        self.done(task, "error", error)
+
+    def restart(self, tasks: Sequence[Task]) -> None:
+        """Drop lanes and all K/V, whatever state they are in; these requests wait again, nobody else is known."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            lane.close()
+        self.pool.reset()
+        self.scheduler.restart(tasks)
 
     def close(self) -> None:
         """Let go of drafters and their sessions."""
@@ -116,7 +124,7 @@ class Stepping:
             late = task.params.timeout is not None and now - task.submitted > task.params.timeout
             if task.cancelled or late:
                 self.scheduler.release(task, publish=True)
-                self._done(task, "cancelled" if task.cancelled else "timeout")
+                self.done(task, "cancelled" if task.cancelled else "timeout")
 
     def _plan(self) -> None:
         """Depths of this step's drafts, and pages for them."""
@@ -231,9 +239,10 @@ class Stepping:
             task.handle.push(emitted.tokens)
         if emitted.reason is not None:
             self.scheduler.release(task, publish=True)
-            self._done(task, emitted.reason)
+            self.done(task, emitted.reason)
 
-    def _done(self, task: Task, reason: str, error: SpecdecError | None = None) -> None:
+    def done(self, task: Task, reason: str, error: SpecdecError | None = None) -> None:
+        """The request holds nothing any more: tell its handle, and count it."""
         now = monotonic()
         task.state = State.DONE
         self._finished.append(task)

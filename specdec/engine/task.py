@@ -39,7 +39,7 @@ class Task:
     tail: slots behind its text a step may write; nodes: of its largest tree, the root included.
     pinned: its text depends on how much is drafted for it, and is promised.
     granted: the priority it was admitted with. row: its row in its lane while it runs.
-    depth: levels it may draft in the step at hand.
+    depth: levels it may draft in the step at hand. ending: why its text is complete, before its handle knows.
     """
 
     handle: Handle
@@ -62,6 +62,7 @@ class Task:
     steps: int = 0
     acceptance: Acceptance | None = None
     cancelled: bool = False
+    ending: str | None = None
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None

@@ -1,0 +1,47 @@
+"""What is left of a step that was interrupted from outside (Ctrl-C): every request goes on from what it was told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from specdec.engine.stepping import Stepping
+from specdec.engine.task import State, Task
+
+
+class Mark(NamedTuple):
+    """Where a request stood before a step: decoding steps, and tokens its handle had."""
+
+    num_steps: int
+    num_tokens: int
+
+
+def marks(tasks: Iterable[Task]) -> dict[Task, Mark]:
+    """To be taken before a step that may have to be recovered from."""
+    return {task: Mark(task.steps, task.handle.num_tokens) for task in tasks}
+
+
+def recover(stepping: Stepping, tasks: Sequence[Task], before: Mapping[Task, Mark]) -> None:
+    """Put every request back to waiting, or end it if its last tokens were handed over.
+
+    An interruption may come between any two operations: K/V may be half-written, pages taken by nobody, drafters out
+    of step with the text. So nothing is kept but the requests themselves; their K/V is computed again. What a handle
+    was told stands and its step counts; where it was told nothing, the step is taken again from its beginning, with
+    the same noise: nobody has seen what came of it, and an interruption does not depend on it.
+    """
+    for task in tasks:
+        emitted = task.handle.token_ids
+        mark = before.get(task, Mark(0, 0))
+        told = len(emitted) > mark.num_tokens
+        ended = task.ending if told else None
+        task.text = [*task.handle.prompt_ids, *emitted]
+        task.steps = mark.num_steps + told
+        task.ending = None
+        if task.sequence is not None:
+            task.num_preemptions += 1
+        task.sequence, task.done, task.row, task.state = None, 0, -1, State.WAITING
+        if task.handle.done:
+            task.state = State.DONE
+        elif ended is not None:
+            stepping.done(task, ended)
+    stepping.restart([task for task in tasks if task.state is State.WAITING])
