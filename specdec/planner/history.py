@@ -66,7 +66,7 @@ class Counts:
         return [(weight * belief + kept) / (weight + tried) for belief, kept, tried in pairs]
 
 
-def _level(counts: Mapping[int, Counts], believed: float = PRIOR_ACCEPTANCE, weight: float = PRIOR_WEIGHT) -> float:
+def _level(counts: Mapping[int, Counts], believed: float, weight: float = PRIOR_WEIGHT) -> float:
     """Acceptance at all depths together, shrunk towards what is believed."""
     tried = sum(sum(own.tried) for own in counts.values())
     kept = sum(sum(own.kept) for own in counts.values())
@@ -110,6 +110,8 @@ class History:
         self._batch: dict[int, Counts] = {1: Counts(depths)}
         self._tried = self._kept = 0.0
         self._begun, self._own = dict(belief or {}), {1: Counts(depths)}
+        tried, kept = (sum(sum(seen[i]) for seen in self._begun.values()) for i in (0, 1))
+        self._prior = (PRIOR_WEIGHT * PRIOR_ACCEPTANCE + kept) / (PRIOR_WEIGHT + tried)
         for width, seen in self._begun.items():
             self._batch[width] = _scaled(depths, *seen)
         self.believes = any(sum(counts.tried) >= 1 for counts in self._batch.values())
@@ -189,7 +191,7 @@ class History:
             if not self._stands_out(own):
                 return self.chances(width)
             # A row that is worse than the batch where it was seen is worse at depths it has not reached, too.
-            batch = _level(self._batch)
+            batch = _level(self._batch, self._prior)
             ratio = _level(own, batch, _ROW_WEIGHT) / batch
             believed = [min(1.0, ratio * chance) for chance in self.chances(width)]
             counts = own.get(width)
@@ -197,7 +199,7 @@ class History:
         shared = self._batch.get(width)
         if width == 1:
             assert shared is not None
-            return shared.estimate([_level({1: shared})] * self.depths, _DEPTH_WEIGHT)
+            return shared.estimate([_level({1: shared}, self._prior)] * self.depths, _DEPTH_WEIGHT)
         believed = [1 - (1 - chance) * SIBLING_MISS for chance in self.chances(width - 1)]
         return believed if shared is None else shared.estimate(believed, _DEPTH_WEIGHT)
 
@@ -208,7 +210,7 @@ class History:
         """
         tried = sum(sum(counts.tried) for counts in own.values())
         kept = sum(sum(counts.kept) for counts in own.values())
-        batch = _level(self._batch)
+        batch = _level(self._batch, self._prior)
         return kept < tried * batch - _UNLIKELY * sqrt(tried * batch * (1 - batch))
 
     def gains(self, widths: Widths, limits: Sequence[tuple[int, int]]) -> list[float]:
