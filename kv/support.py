@@ -22,6 +22,16 @@ _RECURRENT_FIELDS = (
     "linear_num_key_heads",
 )
 
+_UNSUPPORTED_TYPES = {
+    "doge": "chooses the keys a token attends to from all keys of the pass, so that nodes of a draft tree would change "
+    "each other's logits",
+    "git": "counts positions through the padding of a batch in plain `generate`, which a cache without padding cannot",
+    "kosmos-2.5": "counts positions through the padding of a batch in plain `generate`, as Git does",
+    "paligemma": "lets the tokens of a prompt attend to later ones",
+    "moshi": "gives other logits on the shared cache than in plain `generate`",
+}
+"""`config.model_type`s that look supported and would give other texts than plain `generate`, and why."""
+
 
 def text_config(model: PreTrainedModel) -> Any:
     """The decoder's own config (multimodal models nest it)."""
@@ -84,6 +94,13 @@ def check_model(model: object, role: str) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{role}: {name} places tokens by cache slot (ALiBi or local attention layers) instead of by position, so "
             "siblings of a draft tree cannot share one."
+        )
+    for kind in (model.config.model_type, config.model_type):
+        if kind in _UNSUPPORTED_TYPES:
+            raise UnsupportedModelError(f"{role}: {name} {_UNSUPPORTED_TYPES[kind]}; use plain generate.")
+    if getattr(config, "cross_attention_layers", None):
+        raise UnsupportedModelError(
+            f"{role}: {name} has layers that attend to an image, whose K/V the shared cache does not hold."
         )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(

@@ -102,7 +102,7 @@ def build_request(
 ) -> Request:
     """Check the prepared arguments of one call (see `refuse_config`) and bundle them."""
     refuse_config(config)
-    unknown = {name for name, value in model_kwargs.items() if value is not None} - _MODEL_KWARGS
+    unknown = {name for name, value in model_kwargs.items() if not _is_nothing(value)} - _MODEL_KWARGS
     if unknown:
         raise UnsupportedArgumentError(
             f"model inputs {sorted(unknown)} are not supported: only text prompts (input_ids, attention_mask) can be "
@@ -137,6 +137,11 @@ def build_request(
         streamer=streamer,
         on_step=on_step,
     )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Models that could see hand an empty dict of features along with every text."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def _real_columns(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -175,8 +180,9 @@ def _check_positions(position_ids: Tensor | None, real: Tensor | None, input_ids
     mask = torch.ones_like(input_ids) if real is None else real.long()
     expected = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
     width = min(position_ids.shape[-1], expected.shape[1])
-    given = position_ids.to(input_ids.device).expand(input_ids.shape[0], -1)[:, -width:]
-    if bool(((given != expected[:, -width:]) & (mask[:, -width:] == 1)).any()):
+    # Models that could see place a token on several axes ([axes, rows, columns]), all the same in plain text.
+    planes = position_ids.to(input_ids.device).reshape(-1, *position_ids.shape[-2:])[..., -width:]
+    if bool(((planes != expected[:, -width:]) & (mask[:, -width:] == 1)).any()):
         raise UnsupportedArgumentError(
             "position_ids: only consecutive positions from 0 are supported (a token's cache slot is its position). "
             "Leave position_ids out."
