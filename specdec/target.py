@@ -119,6 +119,11 @@ class TargetPasses:
 
         Sampled nodes of that level stay, as leaves: to withdraw them because of what they turned out to be would
         bias the output, to draft no further does not (algorithms B.5). Deterministic ones are dropped.
+
+        All rows are cut at that level. So a healthy row beside a sick one keeps its law, but it may get fewer tokens in
+        this step, and its later noise then belongs to other positions: with a seed its sampled text may be another one.
+        Greedy and coupled texts stay. After NaN in a pass that read prompts as well, all K/V is computed anew from
+        the text, also what was adopted from a caller's cache.
         """
         self._report.notes.append(f"step {self._report.num_steps}: NaN in the logits of the tree, decoded by levels")
         if self._read_along:  # the prompt went through that pass as well, and NaN may have spread to its K/V
