@@ -74,6 +74,35 @@ def test_close_to_the_best_depths_there_are(clock: str, rates: tuple[float, ...]
     assert reached > 0.97 * plain
 
 
+def concave(tokens: int, levels: int) -> float:
+    """Milliseconds of a small model on a CPU: a token costs less the more there are."""
+    return 3 + 1.3 * tokens**0.6 + levels * 0.9
+
+
+@pytest.mark.parametrize("clock", [concave, CLOCKS["wide and free"], CLOCKS["a knee at 16"]])
+@pytest.mark.parametrize("sizes", [(1, 4, 16), (16, 4, 1), (1, 16), (2, 11, 5, 7)])
+def test_what_was_learned_of_few_rows_does_not_mislead_for_many(clock: Clock, sizes: tuple[int, ...]) -> None:
+    rng, seen = random.Random(3), set()
+    budget, common = DraftBudget(StepCosts()), Acceptance(4)
+    for size in sizes:
+        rows = [(Seat(4, list(range(5)), Acceptance(4, common)), 0.88) for _ in range(size)]
+        spent = gained = 0.0
+        for step in range(150):
+            depths = budget.depths([seat for seat, _ in rows], 10**6)
+            for (seat, rate), depth in zip(rows, depths, strict=True):
+                if depth:
+                    seat.acceptance.observe(depth, next((d for d in range(depth) if rng.random() > rate), depth))
+            tokens, levels = size * (1 + max(depths)), max(depths)
+            kind = (tokens, levels)
+            budget.costs.observe(*kind, clock(*kind) * rng.uniform(1, 1.1) * (1 if kind in seen else 30))
+            seen.add(kind)
+            if step >= 30:
+                spent += clock(*kind)
+                gained += sum(expected(rate, depth) for (_, rate), depth in zip(rows, depths, strict=True))
+        best = max(speed(clock, rows, [depth] * size) for depth in range(5))
+        assert gained / spent > 0.93 * best
+
+
 def test_nothing_is_drafted_where_nothing_is_kept() -> None:
     rows = [row(0.9), row(0.0)]
     chosen = play(CLOCKS["by the token"], [row(0.0)] * 2, 400)[100:]
@@ -154,8 +183,8 @@ def test_survival_never_rises_with_depth_and_follows_the_drafts() -> None:
 
 def test_a_fit_that_leaves_nothing_for_plain_steps_breaks_nothing() -> None:
     costs = StepCosts()
-    costs._line = (0.0, 0.0, 1.0)  # all of the cost is in drafted levels
-    for seconds in (0.0, 1e-3, 1e-3):
+    costs._line = (0.0, 0.0, 0.0, 1.0)  # all of the cost is in drafted levels
+    for seconds in (0.0, 0.0, 1e-3, 1e-3):
         costs.observe(1, 0, seconds)
     assert costs.scale > 0
     assert costs.cost(1, 0) > 0

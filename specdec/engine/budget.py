@@ -19,8 +19,8 @@ PROBING = 0.01
 """Part of the time that may be lost by trying other depths than the best one, to see whether they have become it."""
 _PROBE_EVERY = 24
 """Least steps between two of those trials."""
-_LEARNING = 48
-"""During so many first steps depths whose cost is not known yet are tried, the most promising first."""
+_HOPE = 1.5
+"""A depth whose cost is not known yet is tried if it would be best at so much more speed than it promises."""
 _MEMORY = 0.95
 """Weight of the past in a request's acceptance, per draft."""
 _COMMON_MEMORY = 0.99
@@ -87,6 +87,7 @@ class Plan(NamedTuple):
 
     depths: dict[int, int]
     rate: float
+    tokens: int
     levels: int
 
 
@@ -148,13 +149,16 @@ class DraftBudget:
         if max(plan.values()) < depth:
             return None
         tokens = levels.num_rows * (1 + max(widest, nodes))  # the pass is as wide for every row as for the widest
-        return Plan(plan, (gain + added) / self.costs.cost(tokens, deepest), deepest)
+        return Plan(plan, (gain + added) / self.costs.cost(tokens, deepest), tokens, deepest)
 
     def _experiment(self, best: int, plans: Sequence[Plan]) -> int:
         """The best plan, or another one where it is time to learn what that brings."""
-        if self._steps <= _LEARNING:
-            unknown = [depth for depth, plan in enumerate(plans) if not self.costs.known(plan.levels)]
-            return max(unknown, key=lambda depth: plans[depth].rate, default=best)
+        hope = plans[best].rate / _HOPE
+        unknown = [
+            i for i, plan in enumerate(plans) if plan.rate > hope and not self.costs.known(plan.tokens, plan.levels)
+        ]
+        if unknown:
+            return max(unknown, key=lambda depth: plans[depth].rate)
         self._credit += PROBING
         other = best - 1 if self._trials % 3 == 2 else best + 1  # deeper levels are known least
         if not 0 <= other < len(plans):
