@@ -29,8 +29,9 @@ _MIN_WEIGHTS = 1 << 15
 _CLEAR_GAIN = 0.9
 """Another form must take at most this fraction of F.linear's time: ties go to the form everyone else uses."""
 _TRIALS = 9
+"""Timings of a form, at least; over the layers of one shape in turn, as a pass meets them."""
 _CACHE_BYTES = 32 << 20
-"""Between two timings so many bytes of the model's other weights are read: in a pass weights come from memory."""
+"""Before they begin so many bytes of the model's other weights are read: in a pass weights come from memory."""
 
 Form = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,7 +70,8 @@ class FormTable:
         """The form to use for `rows` rows.
 
         Args:
-            weight: `[out, in]`; others: further weights of the model, read to push `weight` out of the caches.
+            weight: `[out, in]`. others: the model's weights: those of its shape are timed with it, the rest is read
+                to push them out of the caches.
         """
         rows = rows if rows <= EXACT_ROWS else next(size for size in _ROUNDED if size >= rows)
         key = (weight.shape[1], weight.shape[0], rows, torch.get_num_threads())
@@ -100,19 +102,23 @@ def _measure(weight: Tensor, others: Sequence[Tensor], rows: int) -> Form:
     forms: list[Form] = [F.linear, rows_last]
     if rows == 1:
         forms.append(doubled)
-    evict: list[Tensor] = []
+    alike, evict = [weight], list[Tensor]()
     for other in others:
-        if sum(kept.nbytes for kept in evict) < _CACHE_BYTES and other is not weight:
+        if other.shape == weight.shape:
+            if len(alike) < _TRIALS and other is not weight:
+                alike.append(other)
+        elif sum(kept.nbytes for kept in evict) < _CACHE_BYTES:
             evict.append(other)
     times: list[list[float]] = [[] for _ in forms]
-    for _ in range(_TRIALS):
+    for _ in range(-(-_TRIALS // len(alike))):
         for i, form in enumerate(forms):
             for other in evict:
                 other.sum()
-            start = perf_counter()
-            form(x, weight)
-            times[i].append(perf_counter() - start)
-    typical = [sorted(measured)[_TRIALS // 3] for measured in times]
+            for own in alike:
+                start = perf_counter()
+                form(x, own)
+                times[i].append(perf_counter() - start)
+    typical = [sorted(measured)[len(measured) // 3] for measured in times]
     fastest = min(range(len(forms)), key=lambda i: typical[i])
     return forms[fastest] if typical[fastest] < _CLEAR_GAIN * typical[0] else F.linear
 
