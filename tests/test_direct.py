@@ -221,3 +221,29 @@ def test_observers_hear_of_every_pass(hooked: bool) -> None:
     assert all(used is model and seconds > 0 for used, seconds in heard)
     spec.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert len(heard) == 6
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_a_hook_put_on_the_model_during_a_call_is_called_from_then_on(pre: bool) -> None:
+    model: Any = copy.deepcopy(models.target("llama-gqa"))
+    ids = models.prompts((7,), models.VOCAB, 1)[0]
+    wanted = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    seen: list[int] = []
+    steps: list[int] = []
+    handles: list[Any] = []
+
+    def look(*_: Any) -> None:
+        seen.append(len(steps))
+
+    def register(trace: Any) -> None:
+        steps.append(trace.step)
+        if len(steps) == 2:
+            part = model.model.layers[1].mlp
+            handles.append(part.register_forward_pre_hook(look) if pre else part.register_forward_hook(look))
+
+    out = specdec.Speculator(model, "ngram", k=2).generate(
+        ids, max_new_tokens=16, do_sample=False, eos_token_id=None, on_step=register
+    )
+    assert torch.equal(out, wanted)  # type: ignore[arg-type]
+    assert len(steps) > 3
+    assert seen == list(range(2, len(steps)))

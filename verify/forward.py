@@ -202,7 +202,7 @@ class TreeForward:
         Returns:
             logits of the tree's nodes, `[rows, nodes, vocab]`.
         """
-        if self._direct is None or not texts:
+        if self._shortcut() is None or not texts:
             logits = self.tree(cache, tree)
             for text in texts:
                 self.causal(*text, keep=1)
@@ -232,10 +232,17 @@ class TreeForward:
         """The first part's logits. Only the direct pass takes several."""
         start = perf_counter()
         with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
-            logits = self._direct(parts)[0] if self._direct is not None else self._call_model(*parts)
+            direct = self._shortcut()
+            logits = direct(parts)[0] if direct is not None else self._call_model(*parts)
         for observer in _observers.get():
             observer(self.model, perf_counter() - start)
         return logits
+
+    def _shortcut(self) -> DirectPass | None:
+        """The direct pass, until a hook is put on the model in the middle of a call."""
+        if self._direct is not None and self._direct.hooked:
+            self._direct = None
+        return self._direct
 
     def _call_model(self, part: Part) -> Tensor:
         keep = part.keep
