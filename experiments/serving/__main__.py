@@ -17,9 +17,9 @@ app = typer.Typer(add_completion=False)
 def serving(
     pair: Annotated[str, typer.Option(help="Folder with target/ and draft/, or a shipped pair.")] = "stdlib-python",
     concurrency: Annotated[str, typer.Option(help="Requests under way at once, e.g. 1,4,8,16.")] = "1,4,8,16",
-    requests: Annotated[int, typer.Option(help="Requests per run; 0 = twice the concurrency.")] = 0,
+    requests: Annotated[int, typer.Option(help="Requests per run; 0 = four times the concurrency.")] = 0,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     k: Annotated[int, typer.Option(help="Length of drafted chains.")] = 4,
     rounds: Annotated[int, typer.Option(help="Times every peer serves every workload.")] = 3,
@@ -28,7 +28,10 @@ def serving(
     seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = Path("serving-results"),
 ) -> None:
-    """Serve the same prompts in every way, alternating, in one process; print and keep what was measured."""
+    """Serve the same prompts in every way, alternating, in one process; print and keep what was measured.
+
+    Every round has prompts of its own: nobody finds those of an earlier round among his shared prefixes.
+    """
     import torch
     from transformers.utils import logging as hf_logging
 
@@ -43,7 +46,7 @@ def serving(
     torch.set_num_threads(threads)
     try:
         levels = [int(level) for level in concurrency.split(",")]
-        if min([*levels, k, rounds, prompt_tokens, threads]) < 1 or new_tokens < 2:
+        if min([*levels, k, rounds, prompt_tokens, threads]) < 1 or new_tokens < 2 or requests < 0:
             raise ValueError(f"expected positive numbers and new_tokens >= 2, got concurrency={concurrency}, k={k}")
         options = BenchOptions(pair=pair, threads=threads)
         name = options.chosen_pair().name
@@ -67,9 +70,11 @@ def serving(
     path = out / f"serving-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
     result: dict[str, Any] = {"provenance": source, "temperature": temperature, "runs": []}
     for level in levels:
-        prompts = held_out_prompts(loaded.tokenizer, requests or 2 * level, prompt_tokens, seed=seed)
-        work = Workload(prompts, level, new_tokens, temperature)
-        for entry in measure(chosen, work, rounds, seed):
+        count = requests or 4 * level
+        prompts = held_out_prompts(loaded.tokenizer, level + rounds * count, prompt_tokens, seed=seed)
+        warm, rest = Workload(prompts[:level], level, new_tokens, temperature), prompts[level:]
+        works = [warm._replace(prompts=rest[i * count : (i + 1) * count]) for i in range(rounds)]
+        for entry in measure(chosen, warm, works, seed):
             result["runs"].append(entry)
         path.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever happens next
         print(table([entry for entry in result["runs"] if entry["concurrency"] == level]), flush=True)

@@ -30,22 +30,21 @@ class Run:
     texts: list[list[int]]
 
 
-def measure(peers: Sequence[Peer], work: Workload, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """Warm every peer up, then let all of them serve the workload, `rounds` times.
+def measure(peers: Sequence[Peer], warm: Workload, works: Sequence[Workload], seed: int) -> list[dict[str, Any]]:
+    """Warm every peer up, then let all of them serve each of the workloads, one round each.
 
     Returns:
         one entry per peer: medians over the rounds, ratios to the reference of the same round, and each round's rate.
     """
-    warm = work._replace(prompts=work.prompts[: work.concurrency])
     for peer in peers:
         peer.serve(warm, seed)
     runs: list[Run] = []
-    for i in range(rounds):
+    for i, work in enumerate(works):
         order = list(peers[i % len(peers) :]) + list(peers[: i % len(peers)])
         for peer in order:
             gc.collect()
             runs.append(_run(peer.name, i, peer.serve(work, seed + i)))
-    return [_summary(peer.name, runs, work) for peer in peers]
+    return [_summary(peer.name, runs, works[0]) for peer in peers]
 
 
 def _run(name: str, round_: int, outcome: Outcome) -> Run:
@@ -89,7 +88,8 @@ def _summary(name: str, runs: Sequence[Run], work: Workload) -> dict[str, Any]:
     ratios = [run.tokens_per_second / reference[run.round].tokens_per_second for run in own if run.round in reference]
     differing = None
     if work.temperature == 0 and reference:
-        differing = sum(a != b for a, b in zip(own[0].texts, reference[own[0].round].texts, strict=True))
+        pairs = (pair for run in own for pair in zip(run.texts, reference[run.round].texts, strict=True))
+        differing = sum(a != b for a, b in pairs)
     entry = {"peer": name, "concurrency": work.concurrency, "num_requests": len(work.prompts),
              "prompt_tokens": len(work.prompts[0]), "new_tokens": work.new_tokens}  # fmt: skip
     for field in ("tokens_per_second", "first_token_p50", "first_token_p99", "inter_token_p50", "inter_token_p99"):
