@@ -109,6 +109,12 @@ class Drafter(ABC):
     """Most drafted tokens it proposes per row."""
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether nodes are withdrawn after a look at deeper ones. In a race (rule coupled) those show noise of later
+        positions: the text is unchanged, but where a step ends then says something about the token after it."""
+        return False
+
+    @property
     def kind(self) -> DraftKind | None:
         """What its drafts are like in calls that sample: rules are chosen and refused by it before anything runs.
         None: anything; each tree is then looked at when it comes."""

@@ -25,6 +25,7 @@ class BestFirst(TreeShape):
     """
 
     modes = ("top",)
+    looks_ahead = True
 
     def __init__(self, depth: int = 7, top_k: int = 10, num_nodes: int = 60):
         if min(depth, top_k, num_nodes) < 1:

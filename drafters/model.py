@@ -101,6 +101,10 @@ class ModelDrafter(Drafter):
         return _TREES[self.children]
 
     @property
+    def looks_ahead(self) -> bool:
+        return self.shape.looks_ahead
+
+    @property
     def num_uniforms(self) -> int:
         return self.shape.num_uniforms
 

@@ -37,12 +37,14 @@ class TreeShape(ABC):
     max_depth: most levels below the root; max_nodes: most drafted tokens per row.
     max_children: most children a node is certain to get (a vocabulary must hold so many).
     modes: which `children.MODES` it can grow when the call samples, the default first.
+    looks_ahead: see `Drafter.looks_ahead`.
     """
 
     max_depth: int
     max_nodes: int
     max_children: int = 1
     modes: tuple[str, ...]
+    looks_ahead: bool = False
 
     @property
     def num_uniforms(self) -> int:

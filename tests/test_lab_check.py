@@ -11,6 +11,7 @@ from torch import Tensor
 
 import specdec
 from specdec import CheckReport, ModelDrafter, NgramDrafter, UnsupportedArgumentError
+from specdec.drafters import BestFirst
 from specdec.experiments.laws.bugs import (
     AcceptReusesDraftNoise,
     AcceptsAlways,
@@ -65,6 +66,15 @@ def test_the_honest_library_passes(draft: Any, options: dict[str, Any]) -> None:
         assert "accepted | draft" in judged
     if isinstance(draft(), ModelDrafter) and options.get("rule") != "coupled":
         assert {"draft law, p/q", "draft law, q"} <= judged
+
+
+def test_where_a_race_of_best_first_trees_ends_a_step_is_not_judged() -> None:
+    drafter = ModelDrafter(DRAFT, tree=BestFirst(3, 2, 4))
+    report = run(drafter, rule="coupled")
+    assert report.passed, report.summary()
+    assert report["law after step 1"].status == "skipped"
+    assert report["law of every token"].status == "pass"
+    assert run(drafter)["law after step 1"].status == "pass"  # the same trees without a race
 
 
 @pytest.mark.parametrize(

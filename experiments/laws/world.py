@@ -65,12 +65,6 @@ HOME = {
 """The drafts each rule is made for: where time is short, these are judged with the most samples."""
 
 
-LOOKS_AHEAD = ("BestFirst",)
-"""Drafters that choose which nodes to keep when they have seen deeper ones. In a race (rule coupled) those show the
-noise of later positions, so where a step ends says something about the token after it. The text is not touched: it is a
-function of target and seed. But the law of step 2 *given where step 1 ended* is another one, and is not promised."""
-
-
 class Pair(NamedTuple):
     rule: str
     drafter: str
@@ -82,8 +76,8 @@ class Pair(NamedTuple):
 
     @property
     def has_step_law(self) -> bool:
-        """Does the target's law hold given where a step ended?"""
-        return not (self.races and self.drafter in LOOKS_AHEAD)
+        """Does the target's law hold given where a step ended (see `Drafter.looks_ahead`)?"""
+        return not (self.races and DRAFTERS[self.drafter]().looks_ahead)
 
     @property
     def is_home(self) -> bool:

@@ -153,7 +153,9 @@ class _Run:
         laws = LawTests(self.target, self.prompts, self.sampling, greedy.noise, self.seed)
         self._sample(laws, recorder)
         alpha = ALPHA / (NUM_TESTS + NUM_SUMS)
-        findings += laws.findings(alpha)
+        rule = self.options["rule"]
+        races = rule != "auto" and make_rule(rule).uses_race
+        findings += laws.findings(alpha, step_law=not (races and self.drafter is not None and self.drafter.looks_ahead))
         findings += recorder.findings(alpha, self.pace.left(1.0))
         if self.faults:
             detail = f"{len(self.faults)} calls had faults, last: {self.faults[-1]}"
