@@ -105,6 +105,8 @@ def test_unknown_pair_and_peer_are_refused(tmp_path: Path) -> None:
 def test_selection_keeps_the_reference() -> None:
     names = [peer.name for peer in select(all_peers(), ("specdec-model", "hf-assisted-k3"))]
     assert names == ["hf-plain", "hf-assisted-k3", *(f"specdec-model-k{k}" for k in (2, 3, 4, 5, 8))]
+    names = [peer.name for peer in select(all_peers(), ("specdec-planned",))]
+    assert names == ["hf-plain", "specdec-planned-model", "specdec-planned-model+ngram"]
 
 
 def test_help_needs_no_torch() -> None:

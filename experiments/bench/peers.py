@@ -111,6 +111,22 @@ class SpecNgram(Peer):
         return _specdec(Speculator(pair.target, NgramDrafter(k=self.k, branches=self.branches)), options)
 
 
+@dataclass(frozen=True)
+class SpecPlanned(Peer):
+    """specdec as it is by default: which drafter, and how deep, is planned step by step."""
+
+    ngram: bool
+    family = "specdec-planned"
+    calls_modules = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{'model+ngram' if self.ngram else 'model'}"
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        return _specdec(Speculator(pair.target, [pair.draft, "ngram"] if self.ngram else pair.draft), options)
+
+
 def all_peers(quick: bool = False) -> list[Peer]:
     """Every setting of every peer, plain generation first."""
     if quick:
@@ -121,6 +137,7 @@ def all_peers(quick: bool = False) -> list[Peer]:
         *(HFPromptLookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
         *(SpecModel(k) for k in (2, 3, 4, 5, 8)),
         *(SpecNgram(k, branches) for k in (5, 10) for branches in (1, 2)),
+        *(SpecPlanned(ngram) for ngram in (False, True)),
         *(LlamaCpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, 2, 10)),
     ]
 

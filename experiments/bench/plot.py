@@ -13,6 +13,7 @@ COLOURS = {
     "hf-prompt-lookup": "#d98032",
     "specdec-model": "#1f6fb4",
     "specdec-ngram": "#5ba3d9",
+    "specdec-planned": "#123f6b",
     "llama-cpp-f32": "#3f8f5b",
     "llama-cpp-f32-lookup": "#7fb992",
     "llama-cpp-f16": "#2c6b43",
