@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from specdec.planner.options import Options
 from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
 from specdec.stopping import FROM_CONFIG, own_stop_strings
+from specdec.turns import Turn
 from specdec.verify.rules import check_choice
 
 
@@ -103,7 +103,7 @@ class Speculator:
         if drafter is not None:
             check_choice(rule, lossy, drafter.name, drafter.kind)
         self.report: SpecReport | None = None
-        self._turn = threading.RLock()
+        self._turn = Turn()
         self._busy = False
 
     @classmethod

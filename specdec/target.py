@@ -113,6 +113,11 @@ class TargetPasses:
         self._fill(self._rows.window([0] * len(lengths), max(lengths)), lengths)
         return None
 
+    def again(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
+        """The tree once more, on a clean tail: whole where that works without NaN, else its healthy part."""
+        kept, logits = self._afresh(tree)
+        return self.healthy_part(tree) if bool(logits.amax(-1).isnan().any()) else (kept, logits)
+
     def healthy_part(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """The tree again, level by level, down to the first level with NaN: drafts may lead where plain decoding
         never goes, and one such node spoils all others of its row (hidden slots enter attention as 0 * NaN).

@@ -11,7 +11,7 @@ import models
 import torch
 
 import specdec
-from specdec.drafters import BestFirst, ModelDrafter, NgramDrafter
+from specdec.drafters import BestFirst, DySpec, ModelDrafter, NgramDrafter
 from specdec.engine import Engine, Handle
 
 FAMILY = "llama-gqa"
@@ -19,6 +19,7 @@ DRAFTERS: dict[str, Any] = {
     "chain": lambda: ModelDrafter(models.draft("near", FAMILY), k=4),
     "tree": lambda: ModelDrafter(models.draft("far", FAMILY), tree=(2, 2)),
     "best": lambda: ModelDrafter(models.draft("near", FAMILY), tree=BestFirst(depth=3, top_k=3, num_nodes=6)),
+    "dyspec": lambda: ModelDrafter(models.draft("near", FAMILY), tree=DySpec(3, 5, 2)),
     "ngram": lambda: NgramDrafter(k=5, branches=2),
     "none": lambda: None,
 }

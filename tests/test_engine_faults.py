@@ -133,25 +133,31 @@ def test_a_request_the_target_fails_on_ends_alone(setting: int) -> None:
     assert_clean(served)
 
 
-def test_a_pass_that_raises_is_repeated_request_by_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory on everybody's trees at once: nobody's text suffers."""
-    crowd = [Ask(a.prompt, draft, a.seed, a.new_tokens, 0) for a, draft in zip(
-        asks(8, seed=4), ["chain", "tree", "ngram", "none"] * 2, strict=True)]  # fmt: skip
-    step, calls, chunks_met = EnginePasses.step, 0, 0
+@pytest.mark.parametrize("only_prompts", [False, True])
+def test_a_pass_that_raises_is_repeated(only_prompts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory on everybody's trees at once, then request by request; or because of a prompt that is read besides,
+    then once more without it. Nobody's text suffers, also where a tree has no shape that could be cut."""
+    drafts = ["chain", "tree", "ngram", "none", "best", "dyspec", "best", "dyspec"] * 2
+    crowd = [
+        Ask(a.prompt, draft, a.seed, a.new_tokens + 8, 1 + i % 3)
+        for i, (a, draft) in enumerate(zip(asks(16, seed=4), drafts, strict=True))
+    ]
+    step, failed, chunks_met = EnginePasses.step, [-1], 0
 
     def full(self: Any, lanes: Any, trees: Any, chunks: Any) -> Any:
-        nonlocal calls, chunks_met
-        calls += 1
-        if calls % 2:
+        nonlocal chunks_met
+        if chunks if only_prompts else served._stepping.num_steps % 2:
+            failed.append(served._stepping.num_steps)
             chunks_met += len(chunks)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, lanes, trees, chunks)
 
     monkeypatch.setattr(EnginePasses, "step", full)
-    served = engine(max_rows=3)
+    served = engine(max_rows=4)
     handles = [submit(served, ask) for ask in crowd]
     served.run()
     assert [handle.result().token_ids for handle in handles] == [alone(ask)[0] for ask in crowd]
+    assert len(failed) > 5
     assert chunks_met > 2  # prompts that were to be read in such a pass are read after it
     assert_clean(served)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,3 +117,15 @@ def test_a_callback_is_refused_in_its_own_thread_only() -> None:
     out = spec.generate(**settings(2), on_step=nested)
     assert refused
     assert torch.equal(out, spec.generate(**settings(2)))  # type: ignore[arg-type]
+
+
+def test_copies_take_turns_of_their_own() -> None:
+    spec = Speculator(models.target("llama-gqa"), "ngram")
+    other = copy.deepcopy(spec)
+    prompt = torch.tensor([[3, 4, 5, 3, 4]])
+    with spec._turn:
+        thread = threading.Thread(target=lambda: other.generate(prompt, max_new_tokens=2, do_sample=False), daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert other.report is not None

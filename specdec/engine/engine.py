@@ -19,7 +19,7 @@ from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFull
 from specdec.engine.handle import Handle
 from specdec.engine.metrics import Counters, EngineMetrics
 from specdec.engine.params import Params, Preparation, prompt_ids
-from specdec.engine.recovery import Mark, marks, recover
+from specdec.engine.recovery import Mark, marks, recover, uninterrupted
 from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
 from specdec.engine.stepping import Stepping
@@ -261,13 +261,14 @@ class Engine:
 
     def _rest(self) -> None:
         if self._is_prepared:
+            self._prepared.close()  # first: closing what was interrupted again is no error, forgetting it would be
             self._is_prepared = False
-            self._prepared.close()
 
     def _recover(self, before: Mapping[Task, Mark]) -> None:
-        recover(self._stepping, list(self._tasks.values()), before)
-        self._tasks = {number: task for number, task in self._tasks.items() if not task.handle.done}
-        self._rest()
+        with uninterrupted():
+            recover(self._stepping, list(self._tasks.values()), before)
+            self._tasks = {number: task for number, task in self._tasks.items() if not task.handle.done}
+            self._rest()
 
     def _abandon(self, fault: BaseException) -> None:
         """A step failed in a way no request is to blame for: all of them are told, the pool is empty again."""

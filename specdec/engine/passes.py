@@ -80,8 +80,8 @@ class EnginePasses:
             self._pool.set_length(task.sequence, task.done)
 
     def alone(self, lane: Lane, task: Task, tree: DraftTree) -> tuple[DraftTree, Tensor]:
-        """One request's tree again, without its row's companions and without the nodes that spoil it (see
-        `TargetPasses.healthy_part`).
+        """One request's tree again, without its row's companions and, where there is NaN, without the nodes that bring
+        it (see `TargetPasses.healthy_part`).
 
         Returns:
             the tree as far as it is kept, and logits of those nodes.
@@ -94,8 +94,7 @@ class EnginePasses:
         report = SpecReport(num_steps=task.steps)
         passes = TargetPasses(task.request, self._model, lane.rows, cache, report)
         with passes.prepared():
-            kept, logits = passes.healthy_part(tree)
-        return kept, logits
+            return passes.again(tree)
 
     def fault(self, task: Task, what: str) -> TargetFaultError:
         """The error a request ends with."""

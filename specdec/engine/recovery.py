@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NamedTuple
 
 from specdec.engine.stepping import Stepping
@@ -14,6 +18,26 @@ class Mark(NamedTuple):
 
     num_steps: int
     num_tokens: int
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside the block further Ctrl-Cs wait: a recovery cut in two could not be told from a finished one.
+
+    Signals reach the main thread only, and only Python's own handler is put off, at most one of its calls.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            usual(*came[0])
 
 
 def marks(tasks: Iterable[Task]) -> dict[Task, Mark]:

@@ -162,18 +162,14 @@ class Stepping:
         levels = max(task.depth for lane in lanes for task in lane.live)
         trees = [lane.propose() for lane in lanes]
         errors: dict[Task, TargetFaultError] = {}
-        try:
-            logits = self._passes.step(lanes, trees, chunks)
-            self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in chunks))
-            left: list[Chunk] = []
-        except Exception:  # perhaps one request's fault, perhaps too large a pass: each by itself
+        logits, left = self._verified(lanes, trees, chunks)
+        if logits is None:  # perhaps one request's fault, perhaps too large a pass: each by itself
             logits = [
                 torch.zeros(*tree.tokens.shape, self.vocab, dtype=torch.float32, device=tree.tokens.device)
                 for tree in trees
             ]
             for i, lane in enumerate(lanes):
                 trees[i], logits[i] = self._apart(lane, trees[i], logits[i], range(len(lane.live)), errors)
-            left = chunks
         for lane, tree, scores in zip(lanes, trees, logits, strict=True):
             decided, whole = self._decided(lane, tree, scores, errors)
             for emitted in lane.advance(decided, whole, set(errors)):
@@ -185,6 +181,19 @@ class Stepping:
         if not chunks:  # what a prompt costs says nothing about drafts
             self._allotment.took(width * sum(tree.tokens.shape[0] for tree in trees), levels, monotonic() - start)
         return left
+
+    def _verified(
+        self, lanes: Sequence[Lane], trees: Sequence[DraftTree], chunks: list[Chunk]
+    ) -> tuple[list[Tensor] | None, list[Chunk]]:
+        """Logits of all trees, None where they cannot be had together; chunks of prefill that are still to be run."""
+        try:
+            logits = self._passes.step(lanes, trees, chunks)
+            self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in chunks))
+            return logits, []
+        except Exception:
+            if chunks:  # a prompt's fault must leave no trace in anybody's draft
+                return self._verified(lanes, trees, [])[0], chunks
+            return None, chunks
 
     def _decided(
         self, lane: Lane, tree: DraftTree, logits: Tensor, errors: dict[Task, TargetFaultError]

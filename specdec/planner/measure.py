@@ -229,6 +229,10 @@ def _typical(times: Sequence[float]) -> float:
     return times[len(times) // 3]
 
 
+_SCRATCH_REQUEST = 1 << 31
+"""Rows of scratch texts begin here, where no call's rows get to: what they were drafted with is never used again."""
+
+
 def _scratch_prompt(request: Request, target: PreTrainedModel, rows: int) -> Tensor:
     """The ends of the caller's prompts, again and again where there are fewer than `rows`; random tokens before those
     that are shorter than a scratch prompt."""
@@ -253,5 +257,6 @@ def _scratch_request(request: Request, prompt: Tensor) -> Request:
     return Request(
         input_ids=prompt, real=None, processors=kept_processors(request.processors),
         criteria=StoppingCriteriaList([MaxLengthCriteria(prompt.shape[1] + math.floor(1e6))]), config=config,
-        cache=None, cached=0, cache_is_callers=False, repeats=1, seeds=[0] * rows, requests=list(range(rows)),
+        cache=None, cached=0, cache_is_callers=False, repeats=1, seeds=[0] * rows,
+        requests=[_SCRATCH_REQUEST + row for row in range(rows)],
     )  # fmt: skip

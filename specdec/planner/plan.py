@@ -41,8 +41,9 @@ class Planner(Planning):
     """Plans one call: before every step `budget`, after it `learn`.
 
     A plan maximises expected tokens per millisecond over all live rows, unless that would end the batch later, from
-    the cost table and the acceptance seen in *this* call. The clock is never asked, so the same call with the same
-    table is planned the same way again, and nothing a plan looks at was drawn in the step it is for (algorithms B.5).
+    the cost table, the acceptance seen in this call and what was `known` before it. The clock is never asked, so the
+    same call with the same table and knowledge is planned the same way again, and nothing a plan looks at was drawn in
+    the step it is for (algorithms B.5).
 
     Args:
         options: what can be drafted with.

@@ -33,7 +33,7 @@ class RowwisePlanner(Planning):
             options=(first,), max_depth=first.drafter.max_depth, used=None, asked=[], heard=None
         )
         view = cast(Options, self._view)
-        known = Known(costs.beliefs)
+        known = Known()  # not the table's beliefs: the first caller's prompt would leave its trace in others' texts
         self._rows = [Planner(view, lambda rows: costs, 1, count, known) for count in prompts]
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
         self._plans: list[PlannedBudget] = []

@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
 class CostStore:
     """Tables by key. A key is any JSON-ready description; equal descriptions share a table.
 
-    A table stays the same as long as the process lives: the same call is then planned the same way again.
+    A table stays the same as long as the process lives: the same call that knows as much is planned the same way again.
     """
 
     def __init__(self) -> None:
