@@ -231,6 +231,8 @@ class Stepping:
     def _emit(self, lane: Lane, emitted: Emitted) -> None:
         """Tokens to the handle, figures to the counters, the end if it is one."""
         task, now = emitted.task, monotonic()
+        if emitted.tokens:  # first: what nobody was told is taken again after an interruption, and must not be known
+            task.handle.push(emitted.tokens)
         task.num_draft_tokens += emitted.drafted
         task.num_accepted_tokens += emitted.accepted
         if lane.drafter is not None:
@@ -245,7 +247,6 @@ class Stepping:
             else:
                 self._counters.between.add((now - task.last_token) / len(emitted.tokens), len(emitted.tokens))
             task.last_token = now
-            task.handle.push(emitted.tokens)
         if emitted.reason is not None:
             self.scheduler.release(task, publish=True)
             self.done(task, emitted.reason)
