@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -98,6 +99,12 @@ def check_model(model: object, role: str) -> PreTrainedModel:
     for kind in (model.config.model_type, config.model_type):
         if kind in _UNSUPPORTED_TYPES:
             raise UnsupportedModelError(f"{role}: {name} {_UNSUPPORTED_TYPES[kind]}; use plain generate.")
+    home = sys.modules.get(type(model).__module__)
+    if hasattr(home, "create_bidirectional_mask") and not hasattr(home, "create_causal_mask"):
+        raise UnsupportedModelError(
+            f"{role}: {name} lets a token attend to later ones in this version of transformers (not even its own cache "
+            "gives the logits of a pass without one), so nodes of a draft tree would change each other's logits."
+        )
     if getattr(config, "cross_attention_layers", None):
         raise UnsupportedModelError(
             f"{role}: {name} has layers that attend to an image, whose K/V the shared cache does not hold."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from families import NAMES, small_model
 from models import noisy_copy
 
 from specdec import Speculator, UnsupportedModelError
-from specdec.kv import support
+from specdec.kv import TargetFaultError, support
+
+BOTH_WAYS = ("MegatronBertForCausalLM", "RemBertForCausalLM")
+"""Their masks are not causal in transformers 5.17; where that is so, they are refused."""
+KNOWN = frozenset(dir(tf))
+"""Classes this release has; asking for one would import its module already while tests are collected."""
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # GPTBigCode before 5.18
 
 IDS = torch.tensor([[0, 0, 0, 5, 9, 23, 41, 9, 23], [33, 8, 17, 52, 8, 17, 40, 8, 17]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
@@ -45,16 +52,21 @@ def compare(model: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(tf, name)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name in KNOWN])
 def test_text_is_plain_generations(name: str) -> None:
-    compare(small_model(name))
+    model = small_model(name)
+    if name in BOTH_WAYS and not hasattr(sys.modules[type(model).__module__], "create_causal_mask"):
+        with pytest.raises(UnsupportedModelError, match="attend to later ones"):
+            Speculator(model, "ngram")
+        return
+    compare(model)
 
 
 REFUSED = ("DogeForCausalLM", "GitForCausalLM", "MoshiForCausalLM", "PaliGemmaForConditionalGeneration",
            "Kosmos2_5ForConditionalGeneration", "MllamaForCausalLM")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if hasattr(tf, name)])
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in KNOWN])
 def test_what_would_differ_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=name):
         Speculator(small_model(name), "ngram")
@@ -64,7 +76,7 @@ def test_what_would_differ_is_refused_by_name(name: str) -> None:
 def test_the_comparison_finds_such_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     monkeypatch.setattr(support, "_UNSUPPORTED_TYPES", {})
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, TargetFaultError)):
         compare(small_model(name))
 
 
