@@ -19,6 +19,8 @@ _COMPARED = 3
 """Times of a kind from which on its next one says something about the machine's speed."""
 _SURPRISES = 9
 """Latest such steps, whose median says it: a single one may have been interrupted."""
+_SURE = 3
+"""Times of a kind from which on they alone are believed."""
 _LEAST = 1e-3
 """No step is believed to cost less, in units of cost."""
 _NEAR = 0.6
@@ -69,8 +71,12 @@ class StepCosts:
     def cost(self, tokens: int, levels: int) -> float:
         """What such a step will take, in units of `scale`."""
         times = self._seen.get(_kind(tokens, levels))
-        weight = min(1.0, len(times) / 3) if times else 0.0
-        return weight * (_typical(times) if times else 0.0) + (1 - weight) * self._guess(tokens, levels)
+        if not times:
+            return self._guess(tokens, levels)
+        if len(times) >= _SURE:  # the usual case, for every depth of every step: a guess looks at all kinds
+            return _typical(times)
+        weight = len(times) / _SURE
+        return weight * _typical(times) + (1 - weight) * self._guess(tokens, levels)
 
     def known(self, tokens: int, levels: int) -> bool:
         """Whether steps of about that size with so many levels were measured."""
