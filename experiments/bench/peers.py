@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,53 +79,63 @@ class HFPromptLookup(Peer):
         return _hf(pair, options, prompt_lookup_num_tokens=self.k, max_matching_ngram_size=self.ngram)
 
 
+class SpecPeer(Peer):
+    """specdec, drafting some way."""
+
+    calls_modules = False
+
+    @abstractmethod
+    def speculator(self, pair: Pair) -> Speculator:
+        """What generates, on this pair."""
+
+    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+        return _specdec(self.speculator(pair), options)
+
+
 @dataclass(frozen=True)
-class SpecModel(Peer):
+class SpecModel(SpecPeer):
     """specdec with the pair's draft model, chains of k."""
 
     k: int
     family = "specdec-model"
-    calls_modules = False
 
     @property
     def name(self) -> str:
         return f"{self.family}-k{self.k}"
 
-    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
-        return _specdec(Speculator(pair.target, pair.draft, k=self.k), options)
+    def speculator(self, pair: Pair) -> Speculator:
+        return Speculator(pair.target, pair.draft, k=self.k)
 
 
 @dataclass(frozen=True)
-class SpecNgram(Peer):
+class SpecNgram(SpecPeer):
     """specdec with prompt lookup, `branches` continuations of up to k tokens."""
 
     k: int
     branches: int
     family = "specdec-ngram"
-    calls_modules = False
 
     @property
     def name(self) -> str:
         return f"{self.family}-k{self.k}-b{self.branches}"
 
-    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
-        return _specdec(Speculator(pair.target, NgramDrafter(k=self.k, branches=self.branches)), options)
+    def speculator(self, pair: Pair) -> Speculator:
+        return Speculator(pair.target, NgramDrafter(k=self.k, branches=self.branches))
 
 
 @dataclass(frozen=True)
-class SpecPlanned(Peer):
+class SpecPlanned(SpecPeer):
     """specdec as it is by default: which drafter, and how deep, is planned step by step."""
 
     ngram: bool
     family = "specdec-planned"
-    calls_modules = False
 
     @property
     def name(self) -> str:
         return f"{self.family}-{'model+ngram' if self.ngram else 'model'}"
 
-    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
-        return _specdec(Speculator(pair.target, [pair.draft, "ngram"] if self.ngram else pair.draft), options)
+    def speculator(self, pair: Pair) -> Speculator:
+        return Speculator(pair.target, [pair.draft, "ngram"] if self.ngram else pair.draft)
 
 
 def all_peers(quick: bool = False) -> list[Peer]:
