@@ -116,7 +116,7 @@ class TargetPasses:
     def again(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """The tree once more, on a clean tail: whole where that works without NaN, else its healthy part."""
         kept, logits = self._afresh(tree)
-        return self.healthy_part(tree) if bool(logits.amax(-1).isnan().any()) else (kept, logits)
+        return self.healthy_part(tree) if _has_nan(logits) else (kept, logits)
 
     def healthy_part(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """The tree again, level by level, down to the first level with NaN: drafts may lead where plain decoding
@@ -143,7 +143,7 @@ class TargetPasses:
                     raise self.fault("NaN in its logits")
                 return self._afresh(kept)
             part, here = self._afresh(part)
-            if logits is not None and bool(here.amax(-1).isnan().any()):
+            if logits is not None and _has_nan(here):
                 _, logits = self._afresh(kept)  # this pass wrote NaN into the K/V of every node
                 if part.any_sampled:
                     kept, logits = part, torch.cat([logits, here[:, logits.shape[1] :]], dim=1)
@@ -192,3 +192,7 @@ class TargetPasses:
         self._forward.prefill(self._cache, text, self._cache.filled(TARGET), stops, PREFILL_CHUNK)
         for place, stop in enumerate(stops):
             self._cache.set_length(place, stop)
+
+
+def _has_nan(logits: Tensor) -> bool:
+    return bool(logits.amax(-1).isnan().any())

@@ -8,7 +8,6 @@ from typing import cast
 
 from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
-from specdec.planner.history import Known
 from specdec.planner.options import Options, PlannedBudget
 from specdec.planner.plan import Planner
 from specdec.planner.summary import PlanReport
@@ -33,8 +32,8 @@ class RowwisePlanner(Planning):
             options=(first,), max_depth=first.drafter.max_depth, used=None, asked=[], heard=None
         )
         view = cast(Options, self._view)
-        known = Known()  # not the table's beliefs: the first caller's prompt would leave its trace in others' texts
-        self._rows = [Planner(view, lambda rows: costs, 1, count, known) for count in prompts]
+        # Without the table's beliefs: the first caller's prompt would leave its trace in others' texts.
+        self._rows = [Planner(view, lambda rows: costs, 1, count) for count in prompts]
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
         self._plans: list[PlannedBudget] = []
 
