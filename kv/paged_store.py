@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.pages import ZERO_PAGE
-from specdec.kv.store import StoreView
+from specdec.kv.store import Layout, StoreView
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,21 @@ class PagedStore:
             new = states.transpose(1, 2).flatten(0, 1)
             storage.flatten(0, 1).index_copy_(0, plan.slots, new if plan.columns is None else new[plan.columns])
         return both
+
+    def layout(self, plan: PagedPlan, like: Tensor) -> Layout:
+        """For a pass that writes by itself.
+
+        Args:
+            like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
+        """
+        keys, values = zip(*(self._layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
+        _, size, heads, width = keys[0].shape
+        targets = plan.slots * (heads * width)
+        if plan.columns is not None:
+            spread = torch.full((plan.num_rows * plan.width,), -1, dtype=torch.int64)
+            targets = spread.index_copy_(0, plan.columns, targets)
+        strides = (size, size * heads * width, heads * width, width)
+        return Layout(keys, values, strides, plan.block_table, (), targets)
 
     def _gathered(self, storage: Tensor) -> Tensor:
         assert self.plan is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import Cache
@@ -25,20 +25,39 @@ class WritePlan:
     slots: torch.Tensor | None
     first: int = 0
     """Storage row of the pass's first row."""
+    starts: Sequence[int] = ()
 
     @staticmethod
     def build(starts: Sequence[int], width: int, row: int = 0) -> WritePlan:
         first = starts[0]
         read = max(starts) + width
         if all(start == first for start in starts):
-            return WritePlan(len(starts), width, read, first, None, None, row)
+            return WritePlan(len(starts), width, read, first, None, None, row, starts)
         slots = torch.tensor(list(starts))[:, None] + torch.arange(width)
-        return WritePlan(len(starts), width, read, None, torch.arange(len(starts))[:, None], slots, row)
+        return WritePlan(len(starts), width, read, None, torch.arange(len(starts))[:, None], slots, row, starts)
 
     def on(self, device: torch.device) -> WritePlan:
         if self.slots is None or self.rows is None or self.slots.device == device:
             return self
         return replace(self, rows=self.rows.to(device), slots=self.slots.to(device))
+
+
+class Layout(NamedTuple):
+    """Where a pass reads and writes, for kernels that follow addresses. In elements: slot `s` of row `b` lies at
+    `table[b, s // page_size] * page_stride + s % page_size * slot_stride`, plus `head * head_stride`.
+
+    keys, values: the whole storage, one tensor a layer. strides: page_size, page_stride, slot_stride, head_stride.
+    table: int64 `[rows, pages]`.
+    starts: slot of each row's first new token; where `targets` is given, int64 `[rows * width]`, that says where each
+    token is written instead, and -1 that it is not.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    strides: tuple[int, int, int, int]
+    table: torch.Tensor
+    starts: Sequence[int]
+    targets: torch.Tensor | None = None
 
 
 class ModelStore:
@@ -61,6 +80,7 @@ class ModelStore:
         self.places: Sequence[Sequence[int]] | None = None
         """Tail slot of each node, per active row, where they differ (see `KVCache.place`)."""
         self.view = StoreView(self)
+        self._row_numbers = torch.empty(0, 1, dtype=torch.int64)
 
     @property
     def keys(self) -> list[torch.Tensor | None]:
@@ -94,6 +114,20 @@ class ModelStore:
             keys[plan.rows, :, plan.slots] = key.transpose(1, 2)
             values[plan.rows, :, plan.slots] = value.transpose(1, 2)
         return keys.narrow(2, 0, plan.read), values.narrow(2, 0, plan.read)
+
+    def layout(self, plan: WritePlan, like: torch.Tensor) -> Layout:
+        """For a pass that writes by itself.
+
+        Args:
+            like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
+        """
+        pairs = [self._layer(layer, like, like) for layer in range(self.num_layers)]
+        _, heads, slots, size = pairs[0][0].shape
+        if len(self._row_numbers) < self.num_rows:
+            self._row_numbers = torch.arange(self.num_rows)[:, None]
+        keys, values = zip(*pairs, strict=True)
+        strides = (slots, heads * slots * size, size, slots * size)
+        return Layout(keys, values, strides, self._row_numbers[plan.first :], plan.starts)
 
     def gather(self, rows: list[int], sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy slot `sources[i][j]` of `rows[i]` to slot `targets[i][j]`, all layers, in place."""
@@ -185,6 +219,8 @@ class LayerStorage(Protocol):
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def layout(self, plan: Any, like: torch.Tensor) -> Layout: ...
+
 
 class StoreView(Cache):
     """What an unmodified `transformers` model sees: a cache whose `update` writes into the shared storage."""
@@ -197,6 +233,10 @@ class StoreView(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.store.write(layer_idx, key_states, value_states)
+
+    def layout(self, like: torch.Tensor) -> Layout:
+        """Where the pass that is planned reads and writes."""
+        return self.store.layout(self.store.plan, like)
 
     def pinned(self) -> PinnedView:
         """What the pass planned last reads and writes through when others are planned before it runs."""
@@ -212,6 +252,9 @@ class PinnedView:
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._store.plan = self._plan
         return self._store.write(layer, key, value)
+
+    def layout(self, like: torch.Tensor) -> Layout:
+        return self._store.layout(self._plan, like)
 
 
 class _StoreLayer(CacheLayerMixin):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub at import: no test may reach for a model hub
@@ -13,7 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from specdec.verify.native.build import VARIABLE, Unavailable, compiled
+
 torch.set_num_threads(1)
+
+if VARIABLE not in os.environ:  # compiled once, for the commands that tests start as well
+    with suppress(Unavailable):
+        os.environ[VARIABLE] = str(compiled(Path(__file__).parents[1] / ".pytest_cache" / "native"))
 
 settings.register_profile(
     "specdec",

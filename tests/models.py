@@ -142,6 +142,11 @@ def build(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, seed: int
     return model.to(dtype).eval()
 
 
+def llama(seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """A random Llama of any shape, in float32."""
+    return build(tf.LlamaForCausalLM, _config(tf.LlamaConfig, **sizes), torch.float32, seed, "sdpa")
+
+
 @lru_cache(maxsize=256)
 def target(family: str, dtype: str = "fp64", seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
     """The random model of a family; `attention` is overridden where a family has no SDPA."""

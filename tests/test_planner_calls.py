@@ -18,7 +18,8 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.planner import calls
 from specdec.planner.costs import Costs
 from specdec.planner.options import Options
-from specdec.planner.store import VARIABLE, CostStore
+from specdec.planner.store import CostStore
+from specdec.verify.folders import VARIABLE
 
 TARGET = tiny_llama(0)
 DRAFT = noisy_copy(TARGET, 1)

@@ -7,81 +7,41 @@ order and rounding, in about half as many calls: results are bitwise those of th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
-from specdec.verify.attention import NAME as FOLDED
-from specdec.verify.attention import attend, fitting_attention, tiled
+from specdec.verify.attention import attend, tiled
 from specdec.verify.linear import Form, few_row_form
-from specdec.verify.parts import Part
+from specdec.verify.parts import Part, joined, kept_shapes, per_part
+from specdec.verify.stock import is_stock
 
-_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Model classes whose layers have this shape; one with a sliding window is left to its modules (see `TreeForward`)."""
-_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
-_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
-_LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList)
-_HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary kinds whose angles depend on the position alone; the others look at the whole pass."""
 _FIRST_POSITIONS = 512
 """Length of the first table of angles; it doubles when a text outgrows it."""
 
 
+class Shape(NamedTuple):
+    """Sizes of a Llama-shaped model."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocab: int
+
+
 def direct_pass(model: PreTrainedModel) -> DirectPass | None:
-    """The direct pass of `model`, or None where its modules must be called.
-
-    None for other families, for models in training mode, off the CPU or in several places, for eager attention, and
-    for any model somebody has changed: hooks, adapters, quantised or wrapped layers, patched forwards.
-    """
-    kind = type(model)
-    family = next((name for name in _FAMILIES if kind.__name__ == f"{name}ForCausalLM"), None)
-    if family is None or model.training or not kind.__module__.startswith("transformers.models."):
-        return None
-    if fitting_attention(model) != FOLDED or model.config.hidden_act not in ("silu", "swish"):
-        return None
-    if (
-        torch.is_autocast_enabled("cpu")
-        or torch_modules._global_forward_hooks
-        or torch_modules._global_forward_pre_hooks
-    ):
-        return None
-    home = sys.modules[kind.__module__]
-    stock = {getattr(home, family + part) for part in _PARTS}
-    used = (*(part.forward for part in (*stock, *_LEAVES[:-1])), *(getattr(home, name) for name in _FUNCTIONS))
-    if not all(_original(function) for function in used):  # patched for all models of the family
-        return None
-    if any(type(part) not in (*_LEAVES, *stock) or _changed(part) for part in model.modules()):
-        return None
-    places = {(type(weight), weight.device.type, weight.dtype) for weight in model.parameters()}
-    plain = len(places) == 1 and places.pop()[:2] == (nn.Parameter, "cpu")  # a quantised weight is a subclass
-    return DirectPass(model) if plain else None
-
-
-def _original(function: Any) -> bool:
-    """Whether a function and whatever it wraps was written in transformers or torch."""
-    while function is not None:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(_HOMES):
-            return False
-        function = getattr(function, "__wrapped__", None)
-    return True
-
-
-def _changed(part: nn.Module) -> bool:
-    own = part.__dict__
-    if isinstance(part, nn.Embedding) and part.max_norm is not None:
-        return True
-    return "forward" in own or "_hf_hook" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+    """The direct pass of `model`, or None where its modules must be called (see `is_stock`)."""
+    return DirectPass(model) if is_stock(model) else None
 
 
 class _Linear:
@@ -123,6 +83,21 @@ class _Layer:
             self.q_norm, self.k_norm = _Norm(attention.q_norm), _Norm(attention.k_norm)
         self.scaling, self.index = attention.scaling, attention.layer_idx
 
+    @property
+    def products(self) -> tuple[_Linear, ...]:
+        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What a kernel for all layers takes for granted."""
+        epsilons = {norm.epsilon for norm in self.norms}
+        return self.scaling, epsilons, [product.weight.shape for product in self.products], self.normed
+
+    @property
+    def norms(self) -> tuple[_Norm, ...]:
+        own = (self.q_norm, self.k_norm) if self.normed else ()
+        return self.before, self.after, *own
+
 
 class _Norm:
     """What `LlamaRMSNorm.forward` computes: in float32, rounded to the model's dtype before the weight."""
@@ -145,10 +120,10 @@ class DirectPass:
     def __init__(self, model: Any):
         inner, config = model.model, model.config
         weights = [part.weight.detach() for part in model.modules() if isinstance(part, nn.Linear)]
-        self._layers = [_Layer(layer, weights) for layer in inner.layers[: config.num_hidden_layers]]
-        self._embed = inner.embed_tokens.weight.detach()
-        self._norm, self._rotary = _Norm(inner.norm), inner.rotary_emb
-        self._head = _Linear(model.lm_head, weights)
+        self.layers = [_Layer(layer, weights) for layer in inner.layers[: config.num_hidden_layers]]
+        self.embed = inner.embed_tokens.weight.detach()
+        self.norm, self._rotary = _Norm(inner.norm), inner.rotary_emb
+        self.head = _Linear(model.lm_head, weights)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = inner.layers[0].self_attn.head_dim
         self._static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
@@ -163,14 +138,14 @@ class DirectPass:
 
     def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
         """Logits `[rows, *, vocab]` of every part that asks for some."""
-        tokens = _joined([part.tokens.reshape(-1) for part in parts])
-        hidden = F.embedding(tokens, self._embed)
+        tokens = joined([part.tokens.reshape(-1) for part in parts])
+        hidden = F.embedding(tokens, self.embed)
         cos, sin = self._angles(hidden, parts)
         groups, half = self._heads // self._kv_heads, self._head_dim // 2
         counts = [part.tokens.numel() for part in parts]
         masks = [tiled(part.mask, groups) for part in parts]
         split = (len(tokens), -1, self._head_dim)
-        for layer in self._layers:
+        for layer in self.layers:
             x = layer.before(hidden)
             q, k = layer.q(x), layer.k(x)
             if layer.normed:
@@ -201,37 +176,48 @@ class DirectPass:
         return out.view(rows * width, -1)
 
     def _logits(self, hidden: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-        wanted, shapes = [], []
-        for part, own in zip(parts, hidden.split([part.tokens.numel() for part in parts]), strict=True):
-            if part.keep is None:
-                continue
-            rows, width = part.tokens.shape
-            if part.keep:
-                width = min(part.keep, width)
-                own = own.view(rows, -1, own.shape[-1])[:, -width:].reshape(rows * width, -1)
-            wanted.append(own)
-            shapes.append((rows, width))
-        logits = self._head(self._norm(_joined(wanted)))
-        pieces = logits.split([rows * width for rows, width in shapes])
-        return [piece.view(*shape, -1) for piece, shape in zip(pieces, shapes, strict=True)]
+        wanted = []
+        pieces = hidden.split([part.tokens.numel() for part in parts])
+        for piece, (rows, width), part in zip(pieces, kept_shapes(parts), parts, strict=True):
+            if width < part.tokens.shape[1]:
+                piece = piece.view(rows, -1, piece.shape[-1])[:, part.tokens.shape[1] - width :].flatten(0, 1)
+            wanted.append(piece)
+        return per_part(self.head(self.norm(joined(wanted))), parts)
+
+    @property
+    def shape(self) -> Shape | None:
+        """None where layers differ."""
+        first = self.layers[0]
+        if any(other.alike != first.alike for other in self.layers) or first.alike[1] != {self.norm.epsilon}:
+            return None
+        inner, hidden = first.gate.weight.shape
+        sizes = (self._heads, self._kv_heads, self._head_dim, inner, len(self.head.weight))
+        return Shape(len(self.layers), hidden, *sizes)
 
     def _angles(self, hidden: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines `[tokens, 1, head_dim]`, as the model's own rotary module computes them."""
-        positions = _joined([part.positions.expand(part.tokens.shape).reshape(-1) for part in parts])
-        if not self._static_rope:
-            cos, sin = self._rotary(hidden, positions[None])
-            return cos[0, :, None], _signed(sin)[0, :, None]
-        read = max(part.read for part in parts)
-        if self._table is None or len(self._table) < read:
-            cos, sin = self._rotary(hidden, torch.arange(max(2 * read, _FIRST_POSITIONS))[None])
-            self._table = torch.cat([cos[0], _signed(sin[0])], dim=-1)
-        both = F.embedding(positions, self._table)[:, None]
+        angles, places = self.angle_rows(hidden, parts)
+        both = F.embedding(places, angles)[:, None]
         cos, sin = both.chunk(2, dim=-1)
         return cos, sin
 
+    def angle_rows(self, like: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Angles `[*, 2 * head_dim]`, cosines and signed sines, and the row of them for each token, int64 `[tokens]`.
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        Args:
+            like: of the dtype and device of the hidden states.
+        """
+        positions = joined([part.positions.expand(part.tokens.shape).reshape(-1) for part in parts])
+        if not self._static_rope:
+            return self._both(like, positions), torch.arange(len(positions))
+        read = max(part.read for part in parts)
+        if self._table is None or len(self._table) < read:
+            self._table = self._both(like, torch.arange(max(2 * read, _FIRST_POSITIONS)))
+        return self._table, positions
+
+    def _both(self, like: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = self._rotary(like, positions[None])
+        return torch.cat([cos[0], _signed(sin[0])], dim=-1)
 
 
 def _signed(sin: Tensor) -> Tensor:

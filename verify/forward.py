@@ -19,6 +19,7 @@ from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.linear import few_row_linears
 from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks
+from specdec.verify.native import NativePass, native_pass
 from specdec.verify.parts import Part, Text
 from specdec.verify.positions import usable_positions, windows_of
 from specdec.verify.tree import DraftTree
@@ -61,7 +62,7 @@ class TreeForward:
         self._band = CausalBand()
         # Offloading hooks create parameters during the pass, which must stay ordinary ones.
         self._inference = not hasattr(model, "_hf_hook")
-        self._direct: DirectPass | None = None
+        self._direct: DirectPass | NativePass | None = None
         self._windows = windows_of(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
@@ -71,10 +72,11 @@ class TreeForward:
     def prepared(self) -> Iterator[None]:
         """Inside the block passes take the fastest way there is to these weights; the model itself is as before.
 
-        A stock Llama-shaped model on a CPU is not called at all (`verify/direct.py`). Others run with the folded
-        attention and few-row linear layers, and are restored afterwards.
+        A stock Llama-shaped model on a CPU is not called at all (`verify/direct.py`, `verify/native`). Others run with
+        the folded attention and few-row linear layers, and are restored afterwards.
         """
-        self._direct = None if self._windows or self.needs_modules else direct_pass(self.model)
+        direct = None if self._windows or self.needs_modules else direct_pass(self.model)
+        self._direct = direct and (native_pass(direct) or direct)
         try:
             with nullcontext() if self._direct is not None else self._fitted():
                 yield
@@ -238,7 +240,7 @@ class TreeForward:
             observer(self.model, perf_counter() - start)
         return logits
 
-    def _shortcut(self) -> DirectPass | None:
+    def _shortcut(self) -> DirectPass | NativePass | None:
         """The direct pass, until a hook is put on the model in the middle of a call."""
         if self._direct is not None and self._direct.hooked:
             self._direct = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from specdec.kv.base import PassCache
@@ -36,3 +37,23 @@ class Part(NamedTuple):
     view: Any
     keep: int | None
     read: int
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def kept_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """Rows and columns of each part whose logits are wanted."""
+    shapes = []
+    for part in parts:
+        rows, width = part.tokens.shape
+        shapes.append((rows, 0 if part.keep is None else min(part.keep, width) if part.keep else width))
+    return shapes
+
+
+def per_part(logits: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """Logits `[rows, *, vocab]` of every part that asks for some, from those of all of them below each other."""
+    shapes = [shape for shape in kept_shapes(parts) if shape[1]]
+    pieces = logits.split([rows * width for rows, width in shapes])
+    return [piece.view(*shape, -1) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -59,6 +60,7 @@ def run_checks(pair: str, device: str, threads: int | None) -> Iterator[Check]:
     for name in _OPTIONAL:
         yield Check(name, "info", _version(name) or "not installed (optional)")
     yield from _guarded("hardware", lambda: _hardware(threads))
+    yield from _guarded("native passes", _native)
     yield from _guarded("pair", lambda: check_pair(pair, device, threads))
 
 
@@ -130,6 +132,15 @@ def _hardware(threads: int | None) -> Iterator[Check]:
         found = torch.cuda.get_device_properties(index)
         size = f"{found.total_memory / 2**30:.0f} GiB"
         yield Check(f"gpu {index}", "info", f"{found.name}, {size}, compute capability {found.major}.{found.minor}")
+
+
+def _native() -> Iterator[Check]:
+    from specdec.verify.native import why_not
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said below
+        reason = why_not()
+    yield Check("native passes", "info", reason or "compiled for this processor")
 
 
 def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check]:

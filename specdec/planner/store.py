@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,27 +16,15 @@ from transformers import PreTrainedModel
 from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
+from specdec.verify.folders import cache_folder
+from specdec.verify.native import why_not
 
 SCHEMA = 2
-VARIABLE = "SPECDEC_CACHE"
-"""Environment variable that names the folder; "off" keeps tables in memory only."""
-
 _VALUES = 32
 """Values of each weight that its fingerprint looks at."""
 
 _PASSING = ("_name_or_path", "transformers_version", "architectures")
 """Configuration entries that do not change what a pass costs."""
-
-
-def cache_folder() -> Path | None:
-    """Where tables are kept, None for nowhere."""
-    chosen = os.environ.get(VARIABLE)
-    if chosen is not None and chosen.lower() in ("", "off", "0"):
-        return None
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "specdec"
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -76,6 +63,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "specdec": __version__,
+        "native": why_not() is None,
     }
 
 

@@ -1,0 +1,292 @@
+"""The native pass: float32's accuracy over every layout and shape, the same bits whatever else is in the pass."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_direct import DIRECT
+from torch import Tensor
+
+import specdec
+from specdec.kv import SharedKVCache
+from specdec.kv.paged import PagedKVCache
+from specdec.kv.support import num_cache_layers
+from specdec.verify import DraftTree, Topology
+from specdec.verify.direct import direct_pass
+from specdec.verify.forward import TreeForward
+from specdec.verify.native import NativePass, build, native_pass, run
+from specdec.verify.parts import Text
+
+WITHOUT = build.why_not()
+pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=f"no native pass: {WITHOUT}")
+
+
+def native(model: Any) -> NativePass:
+    direct = direct_pass(model)
+    assert direct is not None
+    found = native_pass(direct)
+    assert found is not None
+    return found
+
+
+def forward_of(model: Any, way: Any) -> TreeForward:
+    forward = TreeForward(model, "target")
+    forward._direct = way
+    return forward
+
+
+def caches(model: Any, rows: int) -> Iterator[Any]:
+    layers = {"target": num_cache_layers(model)}
+    yield SharedKVCache(layers, rows, capacity=4)
+    yield PagedKVCache.fresh(layers, rows, page_size=4)
+
+
+def history(forward: TreeForward, cache: Any, lengths: Sequence[int]) -> list[Tensor]:
+    """Logits of a ragged prefill, a tree, a chain behind equal prefixes, columns kept, and one row alone; all K/V."""
+    rows = len(lengths)
+    text = models.prompts((12,) * rows, int(forward.model.config.vocab_size), 1)[0]
+    tree = DraftTree.build(Topology.widths((2, 2)), text[:, :7])
+    with torch.no_grad():
+        forward.prefill(cache, text, [0] * rows, list(lengths), chunk=4)
+        for row, length in enumerate(lengths):
+            cache.set_length(row, length)
+        out = [forward.tree(cache, tree)]
+        cache.commit([[0, 1, 3]] * rows)
+        starts = [min(cache.lengths)] * rows
+        out.append(forward.causal(cache, text[:, :5], starts, None, keep=0))
+        out.append(forward.causal(cache, text[:, :5], starts, None, keep=2))
+        out.append(forward.causal(cache, text[:, :1], starts, None, keep=1))
+        out.append(forward.causal(cache.row(0), text[:1, :3], starts[:1], None, keep=0))
+    for row in range(rows):
+        out += [states for layer in cache.layers("target", row) for states in layer]
+    return out
+
+
+def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    pairs = zip(found, wanted, strict=True)
+    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("family", DIRECT)
+@pytest.mark.parametrize("lengths", [(7,), (7, 3, 5), (4, 4)])
+def test_as_accurate_as_float32_in_torch(family: str, lengths: tuple[int, ...]) -> None:
+    model, exact = models.target(family, "fp32"), models.target(family, "fp64")
+    rows = len(lengths)
+    layouts = zip(caches(model, rows), caches(model, rows), caches(exact, rows), strict=True)
+    for ours, theirs, reference in layouts:
+        wanted = history(forward_of(exact, direct_pass(exact)), reference, lengths)
+        torchs = error(history(forward_of(model, direct_pass(model)), theirs, lengths), wanted)
+        found = error(history(forward_of(model, native(model)), ours, lengths), wanted)
+        assert found < 4 * torchs + 1e-6
+
+
+def test_the_comparison_sees_a_single_wrong_weight() -> None:
+    model, exact = models.target("llama-gqa", "fp32"), models.target("llama-gqa", "fp64")
+    wrong: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.model.layers[1].self_attn.k_proj.weight[3, 5] += 1e-3
+    lengths = (7, 3, 5)
+    wanted = history(forward_of(exact, direct_pass(exact)), next(caches(exact, 3)), lengths)
+    found = error(history(forward_of(wrong, native(wrong)), next(caches(model, 3)), lengths), wanted)
+    assert found > 1e-5
+
+
+@settings(max_examples=60)
+@given(
+    hidden=st.sampled_from([12, 36, 60]),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2)]),
+    head_dim=st.sampled_from([2, 10, 16, 40, 72]),
+    inner=st.integers(3, 70),
+    vocab=st.integers(5, 70),
+    width=st.integers(1, 11),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_every_size(
+    hidden: int, heads: tuple[int, int], head_dim: int, inner: int, vocab: int, width: int, threads: int, seed: int
+) -> None:
+    """Sizes that fit no vector, rows of weights that fit no block, more threads than chunks."""
+    model = models.llama(
+        vocab=vocab, hidden=hidden, heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim,
+        intermediate_size=inner, seed=seed,
+    )  # fmt: skip
+    text = torch.randint(0, vocab, (2, 9 + width), generator=torch.Generator().manual_seed(seed))
+    outs = []
+    before = torch.get_num_threads()
+    exact: Any = copy.deepcopy(model)
+    for one, way in ((model, native), (exact.double(), direct_pass)):
+        forward, cache = forward_of(one, way(one)), next(caches(one, 2))
+        torch.set_num_threads(threads if way is native else before)
+        try:
+            with torch.no_grad():
+                forward.causal(cache, text[:, :9], [0, 0], None, keep=1)
+                outs.append([forward.causal(cache, text[:, 9:], [9, 5], None, keep=0)])
+        finally:
+            torch.set_num_threads(before)
+    assert error(*outs) < 3e-5
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
+def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
+    """One by one, in chains of any length, on a branch of a tree, with companions, with other threads, in pages."""
+    model: Any = models.target(family, "fp32")
+    text = models.prompts((30,), models.VOCAB, 3)[0]
+    forward = forward_of(model, native(model))
+    before = torch.get_num_threads()
+
+    def fresh(rows: int = 1, which: int = 0) -> Any:
+        cache = list(caches(model, rows))[which]
+        with torch.no_grad():
+            forward.causal(cache, text[:, :10].expand(rows, -1), [0] * rows, None, keep=1)
+        for row in range(rows):
+            cache.set_length(row, 10)
+        return cache
+
+    with torch.no_grad():
+        cache = fresh()
+        single = torch.cat([forward.causal(cache, text[:, i : i + 1], [i], None, 0) for i in range(10, 30)], 1)
+        for width in (2, 3, 5, 7, 20):
+            for which in (0, 1):
+                cache = fresh(which=which)
+                spans = [(i, min(i + width, 30)) for i in range(10, 30, width)]
+                chunks = [forward.causal(cache, text[:, a:b], [a], None, 0) for a, b in spans]
+                assert torch.equal(torch.cat(chunks, 1), single)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            try:
+                assert torch.equal(forward.causal(fresh(), text[:, 10:], [10], None, 0), single)
+            finally:
+                torch.set_num_threads(before)
+        cache = fresh(rows=2)
+        tree = DraftTree.build(Topology.widths((2, 1, 1)), torch.full((2, 7), 5))
+        path = [0, 2, 4, 6]  # the second branch
+        tokens = tree.tokens.clone()
+        tokens[1, path] = text[0, 10:14]
+        tree = DraftTree.build(Topology.widths((2, 1, 1)), tokens)
+        logits = forward.tree(cache, tree)
+        assert torch.equal(logits[1, path], single[0, :4])
+        cache.commit([[0], path])
+        rest = text[:, 14:20].expand(2, -1)
+        assert torch.equal(forward.causal(cache, rest, cache.lengths, None, 0)[1], single[0, 4:10])
+        one, others = fresh(), [Text(fresh(), text[:, 10:13], [10], None)]
+        chain = DraftTree.build(Topology.chain(3), text[:, 10:14])
+        assert torch.equal(forward.together(one, chain, others), single[:, :4])
+
+
+def test_torchs_products_do_depend_on_the_rest() -> None:
+    """The control: what the test above asserts is no matter of course."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 384, generator=generator), torch.randn(1024, 384, generator=generator)
+    alone = torch.cat([torch.nn.functional.linear(x[i : i + 1], weight) for i in range(40)])
+    assert any(not torch.equal(torch.nn.functional.linear(x[:n], weight), alone[:n]) for n in range(2, 41))
+
+
+def test_ids_without_an_embedding_are_refused_before_anything_is_written() -> None:
+    model = models.target("llama-gqa", "fp32")
+    forward, cache = forward_of(model, native(model)), next(caches(model, 1))
+    for wrong in (models.VOCAB, -1):
+        with pytest.raises(IndexError, match=rf"token id {wrong} .* {models.VOCAB} rows"):
+            forward.causal(cache, torch.tensor([[3, wrong]]), [0], None, keep=0)
+    assert cache.filled("target") == [0]
+
+
+def test_nan_and_infinity_reach_the_logits() -> None:
+    for bad in (float("nan"), float("inf")):
+        for name in (
+            "model.embed_tokens",
+            "model.layers.1.self_attn.v_proj",
+            "model.layers.0.mlp.gate_proj",
+            "lm_head",
+        ):
+            model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+            with torch.no_grad():
+                model.get_submodule(name).weight[7] = bad
+                forward, cache = forward_of(model, native(model)), next(caches(model, 1))
+                ours = forward.causal(cache, torch.tensor([[3, 7, 5]]), [0], None, keep=0)
+                theirs = model(torch.tensor([[3, 7, 5]])).logits
+            assert torch.equal(ours[:, 1:].isfinite(), theirs[:, 1:].isfinite()), (bad, name)
+            # torch multiplies what the mask hides by zero, and 0 * NaN is NaN; here a token before it is not touched
+            assert bool(ours[:, 0].isfinite().all()) == (
+                name == "model.embed_tokens" or bool(theirs[:, 0].isfinite().all())
+            )
+
+
+def test_which_passes_are_native() -> None:
+    assert native_pass(direct_pass(models.target("llama-gqa", "fp64"))) is None  # type: ignore[arg-type]
+    assert native_pass(direct_pass(models.target("llama-gqa", "bf16"))) is None  # type: ignore[arg-type]
+    forward = TreeForward(models.target("llama-gqa", "fp32"), "target")
+    with forward.prepared():
+        assert isinstance(forward._direct, NativePass)
+    uneven: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+    uneven.model.layers[1].input_layernorm.variance_epsilon = 1e-3
+    assert direct_pass(uneven) is not None
+    assert native_pass(direct_pass(uneven)) is None  # type: ignore[arg-type]
+
+
+def test_wide_passes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.target("llama-gqa", "fp32")
+    way = native(model)
+    monkeypatch.setattr(way, "_call", None)
+    text = models.prompts((run.MOST_TOKENS + 1,), models.VOCAB, 3)[0]
+    with torch.no_grad():
+        forward_of(model, way).causal(next(caches(model, 1)), text, [0], None, keep=1)
+        with pytest.raises(TypeError):
+            forward_of(model, way).causal(next(caches(model, 1)), text[:, 1:], [0], None, keep=1)
+
+
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As in a process that has not asked for the library yet."""
+    for cached in (build.library, build.why_not):
+        cached.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cached in (build.library, build.why_not):
+        cached.cache_clear()
+
+
+def text_of(model: Any) -> Tensor:
+    ids = models.prompts((7,), models.VOCAB, 0)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        out = specdec.Speculator(model, "ngram", k=3).generate(ids, max_new_tokens=16, do_sample=False)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def test_without_a_compiler_there_is_a_warning_and_the_same_text(unbuilt: pytest.MonkeyPatch) -> None:
+    model: Any = models.target("llama-gqa", "fp32")
+    wanted = model.generate(models.prompts((7,), models.VOCAB, 0)[0], max_new_tokens=16, do_sample=False)
+    assert torch.equal(text_of(model), wanted)
+    build.library.cache_clear()
+    build.why_not.cache_clear()
+    unbuilt.setenv(build.VARIABLE, "1")
+    unbuilt.setenv("CC", "no-such-compiler")
+    with pytest.warns(RuntimeWarning, match="no C compiler found.*no-such-compiler"):
+        assert build.why_not() is not None
+    assert native_pass(direct_pass(model)) is None  # type: ignore[arg-type]
+    assert torch.equal(text_of(model), wanted)
+
+
+def test_it_can_be_switched_off_without_a_warning(unbuilt: pytest.MonkeyPatch) -> None:
+    unbuilt.setenv(build.VARIABLE, "0")
+    assert build.why_not() == "switched off by SPECDEC_NATIVE=0"
+
+
+def test_a_compiler_that_fails_or_a_file_that_is_none_is_said(unbuilt: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unbuilt.setenv("CC", "false")
+    with pytest.raises(build.Unavailable, match="failed"):
+        build.compiled(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    unbuilt.setenv(build.VARIABLE, str(tmp_path / "nothing.so"))
+    with pytest.warns(RuntimeWarning, match="cannot load"):
+        assert "nothing.so" in str(build.why_not())

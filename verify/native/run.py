@@ -1,0 +1,207 @@
+"""A Llama-shaped model's pass as one native call: what `DirectPass` computes, for a handful of tokens in float32."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specdec.kv.store import Layout
+from specdec.verify.native.build import ENTRY, library, why_not
+from specdec.verify.parts import Part, joined, per_part
+
+if TYPE_CHECKING:
+    from specdec.verify.direct import DirectPass, Shape
+
+MOST_TOKENS = 64
+"""Passes of more tokens, prompts above all, are left to torch's products, which are cut for many rows."""
+
+_ROOM = 32
+"""Floats behind every working array: the widest vector and columns handed out at once."""
+
+_word = ctypes.c_int64
+_Pointers = ctypes.c_void_p
+
+
+class _Model(ctypes.Structure):
+    """`Model` of llama.c."""
+
+    _fields_ = [
+        *(
+            (name, _word)
+            for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "vocab", "embedded")
+        ),
+        *((name, _Pointers) for name in ("weights", "embed", "norm", "head", "head_bias")),
+        ("epsilon", ctypes.c_double),
+        ("scaling", ctypes.c_double),
+    ]
+
+
+class _Row(ctypes.Structure):
+    """`Row` of llama.c."""
+
+    _fields_ = [
+        *((name, _word) for name in ("first", "width", "read", "start", "lists", "mask_stride")),
+        ("table", _Pointers),
+        ("mask", _Pointers),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    """`Pass` of llama.c."""
+
+    _fields_ = [
+        *((name, _word) for name in ("threads", "tokens", "rows", "num_kept")),
+        *((name, _word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
+        *((name, _Pointers) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
+        *((name, _Pointers) for name in ("logits", "hidden", "mixed", "attended", "acted", "own")),
+        ("own_size", _word),
+        *((name, _Pointers) for name in ("seen", "counts", "row_of", "tickets")),
+    ]
+
+
+def native_pass(direct: DirectPass) -> NativePass | None:
+    """The native form of a direct pass; None for other dtypes than float32, for models whose layers differ, and where
+    nothing can be compiled."""
+    shape = direct.shape
+    if shape is None or direct.embed.dtype != torch.float32 or why_not() is not None:
+        return None
+    weights = [weight for layer in direct.layers for weight in _weights(layer)]
+    ends = [direct.embed, direct.norm.weight, direct.head.weight, direct.head.bias]
+    if not all(weight is None or weight.is_contiguous() for weight in (*weights, *ends)):
+        return None
+    return NativePass(direct, shape, weights, ends)
+
+
+def _weights(layer: Any) -> list[Tensor | None]:
+    """In the order of llama.c."""
+    norms = [norm.weight for norm in layer.norms]
+    products = layer.products
+    return [*(p.weight for p in products), *(p.bias for p in products), *norms, *[None] * (4 - len(norms))]
+
+
+class NativePass:
+    """A whole pass of up to MOST_TOKENS tokens; wider ones are the direct pass's.
+
+    A token's logits are the same bits whatever else is in the pass (given the same keys and values before it), up to
+    that width.
+    """
+
+    def __init__(
+        self, direct: DirectPass, shape: Shape, weights: Sequence[Tensor | None], ends: Sequence[Tensor | None]
+    ):
+        self._direct, self._shape = direct, shape
+        self._call = getattr(library(), ENTRY)
+        self._pointers = (_Pointers * len(weights))(*map(_address, weights))
+        scales = (direct.norm.epsilon, direct.layers[0].scaling)
+        self._model = _Model(*shape, len(direct.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales)
+        self._kv = (_Pointers * (2 * shape.layers))()
+        self._tickets = torch.zeros(6 * shape.layers + 2, dtype=torch.int64)
+        self._like = direct.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
+        self._room, self._threads = (0, 0, 0), 0
+        self._pass = _Pass()
+        self._pass.keys = ctypes.addressof(self._kv)
+        self._pass.values = ctypes.addressof(self._kv) + shape.layers * ctypes.sizeof(_Pointers)
+        self._pass.tickets = self._tickets.data_ptr()
+
+    @property
+    def hooked(self) -> bool:
+        return self._direct.hooked
+
+    def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
+        """As `DirectPass.__call__`."""
+        tokens = sum(part.tokens.numel() for part in parts)
+        if tokens > MOST_TOKENS:
+            return self._direct(parts)
+        run, shape = self._pass, self._shape
+        run.threads, run.tokens = torch.get_num_threads(), tokens
+        ids = joined([part.tokens.reshape(-1) for part in parts]).contiguous()
+        angles, places = self._direct.angle_rows(self._like, parts)
+        places = places.contiguous()
+        layouts = [part.view.layout(self._like) for part in parts]
+        rows, lists = self._rows(parts, layouts)
+        self._reserve(tokens, lists, max(part.read for part in parts))
+        first = layouts[0]
+        run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
+        for i, (keys, values) in enumerate(zip(first.keys, first.values, strict=True)):
+            self._kv[i], self._kv[shape.layers + i] = keys.data_ptr(), values.data_ptr()
+        targets = None if first.targets is None else joined([_given(layout.targets) for layout in layouts])
+        kept = _kept(parts[0].tokens.shape, parts[0].keep) if len(parts) == 1 else _all_kept(parts)
+        logits = self._like.new_empty(len(kept), shape.vocab)
+        run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
+        run.ids, run.places, run.angles = ids.data_ptr(), places.data_ptr(), angles.data_ptr()
+        run.targets, run.logits = _address(targets), logits.data_ptr()
+        wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
+        if wrong:
+            token = int(ids[wrong - 1])
+            raise IndexError(
+                f"token id {token} is out of range: the model's embedding has {len(self._direct.embed)} rows"
+            )
+        return per_part(logits, parts)
+
+    def _rows(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> tuple[ctypes.Array[_Row], int]:
+        """All rows of all parts, and how many places their lists of visible slots take."""
+        rows = (_Row * sum(len(part.tokens) for part in parts))()
+        index = first = lists = 0
+        for part, layout in zip(parts, layouts, strict=True):
+            count, width = part.tokens.shape
+            mask, table = part.mask, layout.table
+            at = 0 if mask is None else mask.data_ptr()
+            step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()
+            for i in range(count):
+                row = rows[index]
+                row.first, row.width, row.read, row.lists = first, width, part.read, lists
+                row.table = table.data_ptr() + i * table.stride(0) * 8
+                row.start = layout.starts[i] if layout.targets is None else 0
+                if mask is not None:
+                    row.mask, row.mask_stride = at + i * step, mask.stride(2)
+                index, first, lists = index + 1, first + width, lists + width * part.read
+        return rows, lists
+
+    def _reserve(self, tokens: int, lists: int, read: int) -> None:
+        """Working memory for such a pass, kept for the next one."""
+        threads, shape, run = torch.get_num_threads(), self._shape, self._pass
+        need = (max(tokens, self._room[0]), max(lists, self._room[1]), max(read, self._room[2]))
+        if need == self._room and threads == self._threads:
+            return
+        tokens, lists, read = self._room = (need[0], need[1] * 5 // 4, need[2] * 5 // 4)
+        self._threads = threads
+        wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        own = tokens * shape.hidden + max(read, tokens * _ROOM) + _ROOM
+        sizes = (tokens * shape.hidden, tokens * wide, tokens * shape.heads * shape.head_dim, tokens * shape.inner)
+        self._floats = [self._like.new_empty(size + _ROOM) for size in (*sizes, own * threads)]
+        self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens)]
+        run.hidden, run.mixed, run.attended, run.acted, run.own = (array.data_ptr() for array in self._floats)
+        run.seen, run.counts, run.row_of = (array.data_ptr() for array in self._words)
+        run.own_size = own
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "the parts of a pass lie in one store"
+    return tensor
+
+
+@lru_cache(maxsize=256)
+def _kept(shape: tuple[int, int], keep: int | None) -> Tensor:
+    """Tokens of `[rows, width]` whose logits are wanted: see `Part.keep`."""
+    if keep is None:
+        return torch.empty(0, dtype=torch.int64)
+    rows, width = shape
+    index = torch.arange(rows * width).view(rows, width)
+    return index[:, -keep:].flatten() if keep else index.flatten()
+
+
+def _all_kept(parts: Sequence[Part]) -> Tensor:
+    first, pieces = 0, []
+    for part in parts:
+        pieces.append(_kept(part.tokens.shape, part.keep) + first)
+        first += part.tokens.numel()
+    return torch.cat(pieces)
