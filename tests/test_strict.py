@@ -57,9 +57,12 @@ def apart(one: Any, other: Any) -> tuple[int, int, int]:
     return rows, logits, layers
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen2-mixed-window", "gpt2", "gemma2"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_drafts_change_no_bit(family: str, dtype: str) -> None:
+def test_drafts_change_no_bit(family: str, dtype: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr("specdec.verify.strict_native.native_pass", lambda direct: None)
     target = models.target(family, dtype)
     ids, mask = models.prompts(LENGTHS, target.config.get_text_config().vocab_size, seed=0, period=3)
     plain, _ = decode(target, ids, mask, exactness="strict")
@@ -73,8 +76,9 @@ def test_drafts_change_no_bit(family: str, dtype: str) -> None:
     assert target.config._attn_implementation == own
 
 
-def test_ordinary_passes_fail_the_same_comparison() -> None:
+def test_ordinary_passes_fail_the_same_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the comparison sees the bits that strict mode is there to keep."""
+    monkeypatch.setattr("specdec.verify.forward.native_pass", lambda direct: None)  # whose bits are the same anyway
     for dtype in ("bf16", "fp32"):
         target = models.target("llama-gqa", dtype)
         ids, mask = models.prompts(LENGTHS, target.config.vocab_size, seed=0, period=3)

@@ -15,7 +15,10 @@ import specdec
 from specdec.drafters import NgramDrafter
 from specdec.kv import TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
 from specdec.verify import strict, strict_mode
+from specdec.verify.native import NativePass, why_not
+from specdec.verify.strict_forward import StrictForward
 from specdec.verify.strict_mode import StrictMode
+from specdec.verify.strict_native import NativeStrictForward
 
 CPU = torch.device("cpu")
 
@@ -50,8 +53,50 @@ def test_the_probe_refuses_kernels_that_depend_on_other_rows(small: Any) -> None
         StrictMode(small).cost(CPU)
 
 
+def test_a_model_with_a_native_pass_needs_no_padding(small: Any) -> None:
+    assert isinstance(StrictMode(small).forward("target"), NativeStrictForward) == (why_not() is None)
+    assert isinstance(StrictMode(small.double()).forward("target"), StrictForward)
+
+
+@pytest.mark.skipif(why_not() is not None, reason="no native pass")
+def test_the_probe_refuses_native_passes_that_depend_on_the_slot(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    StrictMode(small).cost(CPU)
+    real = NativePass.at_any_width
+
+    def drift(self: NativePass, parts: Any) -> list[Tensor]:
+        out = real(self, parts)[0]
+        return [out * (1 + 1e-6 * torch.arange(out.shape[1])[:, None])]
+
+    monkeypatch.setattr(NativePass, "at_any_width", drift)
+    with pytest.raises(UnsupportedModelError, match="same token has other logits"):
+        StrictMode(small).cost(CPU)
+
+
+@pytest.mark.skipif(why_not() is not None, reason="no native pass")
+def test_the_probe_refuses_native_passes_that_are_not_the_model(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = NativePass.at_any_width
+    monkeypatch.setattr(NativePass, "at_any_width", lambda self, parts: [x.flip(-1) for x in real(self, parts)])
+    with pytest.raises(UnsupportedModelError, match="does not reproduce"):
+        StrictMode(small).cost(CPU)
+
+
+@pytest.mark.skipif(why_not() is not None, reason="no native pass")
+def test_a_hook_in_the_middle_of_a_native_call_ends_it(small: Any) -> None:
+    """Through its modules the rest of the text would have other bits than the promise says."""
+
+    def hook(trace: Any) -> None:
+        if trace.step == 1:
+            small.model.norm.register_forward_hook(lambda *args: None)
+
+    ids = torch.tensor([[5, 6, 7]])
+    spec = specdec.Speculator(small, exactness="strict")
+    with pytest.raises(TargetFaultError, match="changed in the middle of a call"):
+        spec.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, on_step=hook)
+
+
 def test_the_probe_refuses_an_attention_it_does_not_reproduce(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A consistent but different formula: all bits agree with each other, none with the model."""
+    monkeypatch.setattr("specdec.verify.strict_native.native_pass", lambda direct: None)
 
     def hotter(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         return strict.strict_attention(module, 9 * query, *args, **kwargs)

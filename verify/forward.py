@@ -28,6 +28,9 @@ PREFILL_CHUNK = 2048
 """Prompt tokens per prefill pass: bounds the mask and activation memory of long prompts."""
 
 
+Way = Callable[[Sequence[Part]], list[Tensor]]
+"""A way past the model's modules: logits of every part that asks for some."""
+
 Observer = Callable[[PreTrainedModel, float], None]
 """Told of every pass: the model, and the seconds spent in it."""
 
@@ -240,7 +243,7 @@ class TreeForward:
             observer(self.model, perf_counter() - start)
         return logits
 
-    def _shortcut(self) -> DirectPass | NativePass | None:
+    def _shortcut(self) -> Way | None:
         """The direct pass, until a hook is put on the model in the middle of a call."""
         if self._direct is not None and self._direct.hooked:
             self._direct = None

@@ -14,9 +14,10 @@ from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.verify.attention import attention_of
 from specdec.verify.blocks import BLOCK
-from specdec.verify.forward import PREFILL_CHUNK
+from specdec.verify.forward import PREFILL_CHUNK, TreeForward
 from specdec.verify.linear import own_linears
 from specdec.verify.strict_forward import StrictForward
+from specdec.verify.strict_native import NativeStrictForward, serves
 from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
 
@@ -58,10 +59,12 @@ class StrictMode:
         _check_model(model)
         self.model = model
         self.width = width
-        self._costs: dict[tuple[int, torch.dtype, torch.device], StrictCost] = {}
+        self._costs: dict[tuple[type, int, torch.dtype, torch.device], StrictCost] = {}
 
-    def forward(self, name: str) -> StrictForward:
-        return StrictForward(self.model, name, self.width)
+    def forward(self, name: str) -> StrictForward | NativeStrictForward:
+        """Native where the model has such a pass, which needs no padding; else of one width, row by row."""
+        kind = NativeStrictForward if serves(self.model) else StrictForward
+        return kind(self.model, name, self.width)
 
     def cost(self, device: torch.device) -> StrictCost:
         """Probe once per number of threads, dtype and device.
@@ -69,10 +72,11 @@ class StrictMode:
         Raises:
             UnsupportedModelError: a token's bits depend on its slot here, or the strict attention is not this model's.
         """
-        key = (torch.get_num_threads(), self.model.dtype, device)
+        forward = self.forward("target")
+        key = (type(forward), torch.get_num_threads(), self.model.dtype, device)
         if key not in self._costs:
-            with attention_of(self.model):
-                self._costs[key] = _Probe(self.model, self.width, device).run()
+            with forward.prepared():
+                self._costs[key] = _Probe(forward, device).run()
         return self._costs[key]
 
 
@@ -97,9 +101,9 @@ def _check_model(model: PreTrainedModel) -> None:
 class _Probe:
     """One text, run through strict passes of different trees: the logits of a token must be the same bits in all."""
 
-    def __init__(self, model: PreTrainedModel, width: int, device: torch.device):
-        self.model, self.width = model, width
-        self.forward = StrictForward(model, "target", width)
+    def __init__(self, forward: StrictForward | NativeStrictForward, device: torch.device):
+        self.forward, self.model, self.width = forward, forward.model, forward.width
+        model, width = self.model, self.width
         # The drafted tokens lie across a border of blocks where the model has that many positions.
         room = self.forward.num_positions or BLOCK + 2 * width
         self.length = max(1, min(BLOCK - width // 2, room - width))
@@ -150,14 +154,16 @@ class _Probe:
         return logits
 
     def _ordinary(self, drafted: Tensor) -> tuple[Tensor, float]:
-        """Logits of the chain from an ordinary pass, and the milliseconds of an ordinary one-token pass."""
+        """Logits of the chain from the model's modules, and the milliseconds of an ordinary one-token pass."""
         ms = []
-        with own_linears():
+        ordinary = TreeForward(self.model, "target")
+        with ordinary.prepared():
             for _ in range(3):
                 start = perf_counter()
-                self.forward.causal(self.cache, drafted[None, :1], [self.length], None, keep=0).cpu()
+                ordinary.causal(self.cache, drafted[None, :1], [self.length], None, keep=0).cpu()
                 ms.append(1e3 * (perf_counter() - start))
-            logits = self.forward.causal(self.cache, drafted[None], [self.length], None, keep=0)[0]
+        with attention_of(self.model), own_linears():
+            logits = ordinary.causal(self.cache, drafted[None], [self.length], None, keep=0)[0]
         self.cache.rollback()
         return logits.float().cpu(), min(ms)
 

@@ -114,10 +114,13 @@ class NativePass:
 
     def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
         """As `DirectPass.__call__`."""
-        tokens = sum(part.tokens.numel() for part in parts)
-        if tokens > MOST_TOKENS:
-            return self._direct(parts)
+        wide = sum(part.tokens.numel() for part in parts) > MOST_TOKENS
+        return self._direct(parts) if wide else self.at_any_width(parts)
+
+    def at_any_width(self, parts: Sequence[Part]) -> list[Tensor]:
+        """Natively, however many tokens there are."""
         run, shape = self._pass, self._shape
+        tokens = sum(part.tokens.numel() for part in parts)
         run.threads, run.tokens = torch.get_num_threads(), tokens
         ids = joined([part.tokens.reshape(-1) for part in parts]).contiguous()
         angles, places = self._direct.angle_rows(self._like, parts)
