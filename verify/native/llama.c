@@ -22,12 +22,15 @@
 #define BROAD 8  /* rows of weights a block, at most: accumulators and operands must fit the registers */
 #if defined(__AVX512F__)
 #define LANES 16
+#define SPAN 4 /* vectors of a value summed at once */
 #define WIDE(M) ((M) <= 2 ? 8 : 4)
 #elif defined(__AVX__)
 #define LANES 8
+#define SPAN 2
 #define WIDE(M) ((M) <= 1 ? 8 : (M) <= 3 ? 4 : 2)
 #else
 #define LANES 4
+#define SPAN 2
 #define WIDE(M) ((M) <= 1 ? 8 : (M) <= 4 ? 4 : 2)
 #endif
 
@@ -37,7 +40,8 @@ typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t iquad __attribute__((vector_size(16), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(i, n) for (int64_t i = 0; i < (n); i++)
-#define CHUNK 32
+#define CHUNK 32        /* columns handed out at once, at least */
+#define NEAR (1 << 17)  /* floats of a level 2 cache that tokens may fill while weights pass by */
 
 enum { Q, K, V, O, GATE, UP, DOWN, Q_BIAS, K_BIAS, V_BIAS, O_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS,
        NORM_BEFORE, NORM_AFTER, Q_NORM, K_NORM, NUM_WEIGHTS };
@@ -50,10 +54,9 @@ typedef struct {
     double epsilon, scaling;
 } Model;
 
-/* One row of the pass: `width` tokens from token `first` on, over `read` slots that its block table finds.
- * start: slot of its first token, where `targets` does not say.
- * mask: additive [width, read] with `mask_stride`, or 0: token j sees slots 0 .. read - width + j.
- * lists: where its lists of visible slots begin. */
+/* One row of the pass: `width` tokens from token `first` on; the first of them belongs to slot `start`.
+ * mask: additive [width, read] with `mask_stride`, which says what each token sees; 0: token j sees slots 0 .. start + j.
+ * table: the row's pages. lists: where its lists of visible slots begin. */
 typedef struct {
     int64_t first, width, read, start, lists, mask_stride;
     const int64_t *table;
@@ -61,8 +64,8 @@ typedef struct {
 } Row;
 
 /* Slot s of a row lies at table[s / page_size] * page_stride + s % page_size * slot_stride, plus head * head_stride.
- * targets: where each token's own K/V goes (same unit, less the head), -1 for nowhere; 0: by its row's table.
- * kept: tokens whose logits are wanted. places: row of `angles` (cosines, signed sines) of each token.
+ * targets: where each token's own K/V goes (same unit, less the head), -1 for nowhere; 0: to its slot.
+ * kept: tokens whose logits are wanted, ascending. places: row of `angles` (cosines, signed sines) of each token.
  * The rest is working memory. */
 typedef struct {
     int64_t threads, tokens, rows, num_kept, page_size, page_stride, slot_stride, head_stride;
@@ -71,9 +74,9 @@ typedef struct {
     const Row *row;
     float *const *keys, *const *values;
     float *logits;
-    float *hidden, *mixed, *attended, *acted, *own;
-    int64_t own_size;
-    int64_t *seen, *counts, *row_of;
+    float *hidden, *normed, *mixed, *attended, *acted, *own;
+    int64_t own_size, num_groups;
+    int64_t *seen, *counts, *row_of, *groups;
     _Atomic int64_t *tickets;
 } Pass;
 
@@ -190,20 +193,25 @@ INLINE void panel(const int M, const float *x, int64_t x_stride, const float *w,
     for (; n < to; n++) column(M, 1, x, x_stride, w, bias, size, n, out, out_stride, mode);
 }
 
-/* Columns [from, to) of out = x @ w.T (+ bias); a slice of w stays in cache while all tokens pass over it. */
+/* Columns [from, to) of out = x @ w.T (+ bias): few tokens at a time, so that they stay in cache, and under them a
+ * slice of w, so that it does. */
 static void linear(const float *x, int64_t tokens, int64_t x_stride, const float *w, const float *bias, int64_t size,
                    int64_t from, int64_t to, float *out, int64_t out_stride, int mode) {
     if (!w || from >= to) return;
-    int64_t pieces = (tokens + MOST - 1) / MOST, step = pieces > 1 ? 8 : to - from;
-    for (int64_t n = from; n < to; n += step) {
-        int64_t end = n + step < to ? n + step : to;
-        EACH(i, pieces) {
-            int64_t first = tokens * i / pieces, count = tokens * (i + 1) / pieces - first;
-            const float *a = x + first * x_stride;
-            float *o = out + first * out_stride;
-            switch (count) {
+    const int64_t near = NEAR / size > MOST ? NEAR / size / MOST * MOST : MOST, step = tokens > MOST ? 8 : to - from;
+    for (int64_t start = 0; start < tokens; start += near) {
+        const int64_t some = tokens - start < near ? tokens - start : near, pieces = (some + MOST - 1) / MOST;
+        for (int64_t n = from; n < to; n += step) {
+            const int64_t end = n + step < to ? n + step : to;
+            EACH(i, pieces) {
+                const int64_t first = start + some * i / pieces, count = start + some * (i + 1) / pieces - first;
+                const float *a = x + first * x_stride;
+                float *o = out + first * out_stride;
+                switch (count) {
 #define CASE(M) case M: panel(M, a, x_stride, w, bias, size, n, end, o, out_stride, mode); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+                }
             }
         }
     }
@@ -271,23 +279,39 @@ INLINE int64_t address(const Pass *p, const Row *row, int64_t slot) {
     return row->table[slot / p->page_size] * p->page_stride + slot % p->page_size * p->slot_stride;
 }
 
-/* Which slots token `token` sees, as places in the cache; in the order of the slots. */
+INLINE int64_t *seen_by(const Pass *p, const Row *row, int64_t token) {
+    return p->seen + row->lists + (row->mask ? (token - row->first) * row->read : 0);
+}
+
+/* Which slots a token sees, as places in the cache, in the order of the slots. Tokens of a text share one list. */
 static void look(const Pass *p, int64_t token) {
     const Row *row = p->row + p->row_of[token];
-    int64_t j = token - row->first, count = 0, stop = row->mask ? row->read : row->read - row->width + j + 1;
-    int64_t *seen = p->seen + row->lists + j * row->read;
-    const float *mask = row->mask ? row->mask + j * row->mask_stride : 0;
-    for (int64_t page = 0, s = 0; s < stop; page++) {
-        int64_t place = row->table[page] * p->page_stride, end = s + p->page_size < stop ? s + p->page_size : stop;
-        if (mask)
+    const int64_t j = token - row->first, stop = row->mask ? row->read : row->start + row->width;
+    int64_t *seen = seen_by(p, row, token), count = 0;
+    if (row->mask || j == 0) {
+        const float *mask = row->mask + j * row->mask_stride;
+        for (int64_t page = 0, s = 0; s < stop; page++) {
+            int64_t place = row->table[page] * p->page_stride, end = s + p->page_size < stop ? s + p->page_size : stop;
             for (; s < end; s++, place += p->slot_stride) {
                 seen[count] = place;
-                count += mask[s] > -1e30f;
+                count += !row->mask || mask[s] > -1e30f;
             }
-        else
-            for (; s < end; s++, place += p->slot_stride) seen[count++] = place;
+        }
     }
-    p->counts[token] = count;
+    p->counts[token] = row->mask ? count : row->start + j + 1;
+}
+
+/* Do `count` tokens from `token` on see nothing but leading slots, one more each? Then each list begins with those before. */
+static int nested(const Pass *p, int64_t token, int64_t count) {
+    const Row *row = p->row + p->row_of[token];
+    if (!row->mask) return 1;
+    EACH(i, count) {
+        const int64_t seen = p->counts[token + i];
+        const float *mask = row->mask + (token + i - row->first) * row->mask_stride;
+        if (seen != p->counts[token] + i) return 0;
+        EACH(s, seen) if (!(mask[s] > -1e30f)) return 0;
+    }
+    return 1;
 }
 
 static void rotate(float *x, const float *angles, int64_t size) {
@@ -318,54 +342,82 @@ static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, i
     memcpy(cache + target + (head - heads) % kv * p->head_stride, x, (size_t)size * 4);
 }
 
-INLINE void weigh(const int N, const float *weights, const float *values, const int64_t *seen, int64_t count, float *out,
-                  float scale) {
-    vec total[4];
-    for (int n = 0; n < N; n++) total[n] = (vec){0};
-    EACH(i, count) {
+/* out[g] = sum over slots of weights[g] * values, N vectors wide: together over the slots all tokens see, then each. */
+INLINE void weigh(const int G, const int N, const float *weights, int64_t w_stride, const float *values,
+                  const int64_t *seen, const int64_t *counts, float *out, int64_t out_stride, const float *scales) {
+    vec total[MOST][4];
+    for (int g = 0; g < G; g++)
+        for (int n = 0; n < N; n++) total[g][n] = (vec){0};
+    EACH(i, counts[0]) {
         const float *v = values + seen[i];
-        for (int n = 0; n < N; n++) total[n] += weights[i] * load(v + n * LANES);
+        for (int g = 0; g < G; g++)
+            for (int n = 0; n < N; n++) total[g][n] += weights[g * w_stride + i] * load(v + n * LANES);
     }
-    for (int n = 0; n < N; n++) store(out + n * LANES, total[n] * scale);
+    for (int g = 0; g < G; g++) {
+        for (int64_t i = counts[0]; i < counts[g]; i++)
+            for (int n = 0; n < N; n++) total[g][n] += weights[g * w_stride + i] * load(values + seen[i] + n * LANES);
+        for (int n = 0; n < N; n++) store(out + g * out_stride + n * LANES, total[g][n] * scales[g]);
+    }
 }
 
-/* One token, one head. scores: working memory. */
-static void attend(const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t head, float *scores) {
-    int64_t size = m->head_dim, count = p->counts[token], shift = head / (m->heads / m->kv_heads) * p->head_stride;
-    const Row *row = p->row + p->row_of[token];
-    const int64_t *seen = p->seen + row->lists + (token - row->first) * row->read;
-    const float *query = p->mixed + token * (m->heads + 2 * m->kv_heads) * size + head * size;
+/* Head `head` of G tokens whose lists are nested (or of one). out: the first token's. scores: working memory. */
+INLINE void attend(const int G, const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t head, float *out,
+                   float *scores) {
+    const int64_t size = m->head_dim, shift = head / (m->heads / m->kv_heads) * p->head_stride;
+    const int64_t q_stride = (m->heads + 2 * m->kv_heads) * size, out_stride = m->heads * size;
+    const int64_t *seen = seen_by(p, p->row + p->row_of[token], token + G - 1), *counts = p->counts + token;
+    const int64_t count = counts[G - 1], stride = count + LANES;
+    const float *query = p->mixed + token * q_stride + head * size;
     const float *keys = p->keys[layer] + shift, *values = p->values[layer] + shift;
-    float *out = p->attended + (token * m->heads + head) * size, scaling = (float)m->scaling, most = -INFINITY;
+    float dots[MOST][BROAD], scales[MOST];
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) {
         const float *rows[4] = {keys + seen[i], keys + seen[i + 1], keys + seen[i + 2], keys + seen[i + 3]};
-        float dots[MOST][BROAD];
-        block(1, 4, query, 0, rows, size, 0, dots);
-        for (int j = 0; j < 4; j++) scores[i + j] = dots[0][j] * scaling;
+        block(G, 4, query, q_stride, rows, size, 0, dots);
+        for (int g = 0; g < G; g++)
+            for (int j = 0; j < 4; j++) scores[g * stride + i + j] = dots[g][j] * (float)m->scaling;
     }
     for (; i < count; i++) {
         const float *one = keys + seen[i];
-        float dot[MOST][BROAD];
-        block(1, 1, query, 0, &one, size, 0, dot);
-        scores[i] = dot[0][0] * scaling;
+        block(G, 1, query, q_stride, &one, size, 0, dots);
+        for (int g = 0; g < G; g++) scores[g * stride + i] = dots[g][0] * (float)m->scaling;
     }
-    EACH(j, count) most = scores[j] > most ? scores[j] : most;
-    for (i = count; i % LANES; i++) scores[i] = -INFINITY;
-    vec total = {0};
-    for (i = 0; i < count; i += LANES) {
-        vec e = exponential(load(scores + i) - most);
-        store(scores + i, e);
-        total += e;
+    for (int g = 0; g < G; g++) {
+        float *own = scores + g * stride, most = -INFINITY;
+        EACH(j, counts[g]) most = own[j] > most ? own[j] : most;
+        for (i = counts[g]; i % LANES; i++) own[i] = -INFINITY;
+        vec total = {0};
+        for (i = 0; i < counts[g]; i += LANES) {
+            vec e = exponential(load(own + i) - most);
+            store(own + i, e);
+            total += e;
+        }
+        scales[g] = counts[g] ? 1.f / sum(total) : 0.f;
     }
-    float scale = count ? 1.f / sum(total) : 0.f;
     int64_t d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES) weigh(4, scores, values + d, seen, count, out + d, scale);
-    for (; d + LANES <= size; d += LANES) weigh(1, scores, values + d, seen, count, out + d, scale);
-    for (; d < size; d++) {
-        float one = 0;
-        EACH(j, count) one += scores[j] * values[seen[j] + d];
-        out[d] = one * scale;
+    for (; d + SPAN * LANES <= size; d += SPAN * LANES)
+        weigh(G, SPAN, scores, stride, values + d, seen, counts, out + d, out_stride, scales);
+    for (; d + LANES <= size; d += LANES)
+        weigh(G, 1, scores, stride, values + d, seen, counts, out + d, out_stride, scales);
+    for (; d < size; d++)
+        for (int g = 0; g < G; g++) {
+            float one = 0;
+            EACH(j, counts[g]) one += scores[g * stride + j] * values[seen[j] + d];
+            out[g * out_stride + d] = one * scales[g];
+        }
+}
+
+static void attend_some(const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t count, int64_t head,
+                        float *scores) {
+    float *out = p->attended + (token * m->heads + head) * m->head_dim;
+    if (!nested(p, token, count)) {
+        EACH(i, count) attend(1, m, p, layer, token + i, head, out + i * m->heads * m->head_dim, scores);
+        return;
+    }
+    switch (count) {
+#define CASE(G) case G: attend(G, m, p, layer, token, head, out, scores); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
     }
 }
 
@@ -385,10 +437,31 @@ static void act(float *gate, const float *up, int64_t size) {
 
 /* ---- the pass ---- */
 
+INLINE void norm_all(const Model *m, const Pass *p, const float *weight, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++)
+        norm(p->hidden + t * m->hidden, weight, m->hidden, (float)m->epsilon, p->normed + t * m->hidden);
+}
+
+/* Tokens [*first, *stop): all of them, or the next neighbours of which something is kept, from *first on. */
+INLINE int next_run(const Pass *p, int kept_only, int64_t *first, int64_t *stop) {
+    if (!kept_only) {
+        *stop = p->tokens;
+        return *first < *stop;
+    }
+    int64_t i = 0;
+    while (i < p->num_kept && p->kept[i] < *first) i++;
+    if (i == p->num_kept) return 0;
+    *first = p->kept[i];
+    for (*stop = *first + 1; ++i < p->num_kept && p->kept[i] == *stop;) ++*stop;
+    return 1;
+}
+
 static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, Gate *gate) {
     const int64_t hidden = m->hidden, size = m->head_dim, heads = m->heads, kv = m->kv_heads, inner = m->inner;
-    const int64_t tokens = p->tokens, wide = (heads + 2 * kv) * size;
-    float *normed = p->own + thread * p->own_size, *scores = normed + tokens * hidden, *up = scores;
+    const int64_t wide = (heads + 2 * kv) * size;
+    const int few = p->num_kept < p->tokens;
+    int64_t tokens = p->tokens;
+    float *own = p->own + thread * p->own_size;
     _Atomic int64_t *ticket = p->tickets;
 
     SHARE(from, to, tokens, 4) {
@@ -400,12 +473,16 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
     NEXT;
     EACH(layer, m->layers) {
         const float *const *w = m->weights + layer * NUM_WEIGHTS;
-        EACH(t, tokens) norm(p->hidden + t * hidden, w[NORM_BEFORE], hidden, (float)m->epsilon, normed + t * hidden);
+        const int last = few && layer == m->layers - 1; /* of most tokens only the keys and values matter there */
+        SHARE(from, to, tokens, 4) norm_all(m, p, w[NORM_BEFORE], from, to);
+        NEXT;
         SHARE(from, to, wide, chunk(wide, threads)) {
             EACH(part, 3) {
                 int64_t start = (part == 0 ? 0 : heads + (part - 1) * kv) * size, a, b;
                 overlap(from, to, start, (part == 0 ? heads : kv) * size, &a, &b);
-                linear(normed, tokens, hidden, w[Q + part], w[Q_BIAS + part], hidden, a, b, p->mixed + start, wide, SET);
+                for (int64_t first = 0, stop; next_run(p, last && part == 0, &first, &stop); first = stop)
+                    linear(p->normed + first * hidden, stop - first, hidden, w[Q + part], w[Q_BIAS + part], hidden, a, b,
+                           p->mixed + first * wide + start, wide, SET);
             }
         }
         NEXT;
@@ -413,38 +490,67 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
             for (int64_t i = from; i < to; i++) place(m, p, layer, i / (heads + 2 * kv), i % (heads + 2 * kv));
         }
         NEXT;
-        SHARE(from, to, heads * tokens, heads * tokens / (4 * threads) + 1) {
-            for (int64_t i = from; i < to; i++) attend(m, p, layer, i % tokens, i / tokens, scores);
+        if (last) {
+            SHARE(from, to, heads * p->num_kept, 1) {
+                for (int64_t j = from; j < to; j++)
+                    attend(1, m, p, layer, p->kept[j / heads], j % heads, p->attended + j * size, own);
+            }
+            if (thread == 0)
+                EACH(i, p->num_kept)
+                    memmove(p->hidden + i * hidden, p->hidden + p->kept[i] * hidden, (size_t)hidden * 4);
+            tokens = p->num_kept;
+        } else {
+            SHARE(from, to, heads * p->num_groups, heads * p->num_groups / (8 * threads) + 1) {
+                for (int64_t i = from; i < to; i++) {
+                    const int64_t *group = p->groups + i % p->num_groups * 2;
+                    attend_some(m, p, layer, group[0], group[1], i / p->num_groups, own);
+                }
+            }
         }
         NEXT;
         SHARE(from, to, hidden, chunk(hidden, threads))
             linear(p->attended, tokens, heads * size, w[O], w[O_BIAS], heads * size, from, to, p->hidden, hidden, ADD);
         NEXT;
-        EACH(t, tokens) norm(p->hidden + t * hidden, w[NORM_AFTER], hidden, (float)m->epsilon, normed + t * hidden);
+        SHARE(from, to, tokens, 4) norm_all(m, p, w[NORM_AFTER], from, to);
+        NEXT;
         SHARE(from, to, inner, CHUNK) {
-            linear(normed, tokens, hidden, w[GATE], w[GATE_BIAS], hidden, from, to, p->acted, inner, SET);
-            int64_t count = to - from;
-            linear(normed, tokens, hidden, w[UP], w[UP_BIAS], hidden, from, to, up - from, CHUNK, SET);
-            EACH(t, tokens) act(p->acted + t * inner + from, up + t * CHUNK, count);
+            linear(p->normed, tokens, hidden, w[GATE], w[GATE_BIAS], hidden, from, to, p->acted, inner, SET);
+            linear(p->normed, tokens, hidden, w[UP], w[UP_BIAS], hidden, from, to, own - from, CHUNK, SET);
+            EACH(t, tokens) act(p->acted + t * inner + from, own + t * CHUNK, to - from);
         }
         NEXT;
         SHARE(from, to, hidden, chunk(hidden, threads))
             linear(p->acted, tokens, inner, w[DOWN], w[DOWN_BIAS], inner, from, to, p->hidden, hidden, ADD);
         NEXT;
     }
-    EACH(i, p->num_kept)
-        norm(p->hidden + p->kept[i] * hidden, m->norm, hidden, (float)m->epsilon, normed + i * hidden);
+    SHARE(from, to, tokens, 4) norm_all(m, p, m->norm, from, to);
+    NEXT;
     SHARE(from, to, m->vocab, chunk(m->vocab, threads))
-        linear(normed, p->num_kept, hidden, m->head, m->head_bias, hidden, from, to, p->logits, m->vocab, SET);
+        linear(p->normed, tokens, hidden, m->head, m->head_bias, hidden, from, to, p->logits, m->vocab, SET);
 }
 
-/* Runs the pass. tickets: 6 per layer and 2 more. Returns 0, or 1 + the index of a token that has no embedding (then
+/* Which row each token belongs to, and neighbours that attend together. */
+static void arrange(Pass *p) {
+    p->num_groups = 0;
+    EACH(r, p->rows) {
+        const Row *row = p->row + r;
+        EACH(j, row->width) p->row_of[row->first + j] = r;
+        const int64_t pieces = (row->width + MOST - 1) / MOST;
+        EACH(i, pieces) {
+            int64_t *group = p->groups + 2 * p->num_groups++, begin = row->width * i / pieces;
+            group[0] = row->first + begin;
+            group[1] = row->width * (i + 1) / pieces - begin;
+        }
+    }
+}
+
+/* Runs the pass. tickets: 8 per layer and 3 more. Returns 0, or 1 + the index of a token that has no embedding (then
  * nothing was done). */
-int64_t specdec_llama_pass(const Model *m, const Pass *p) {
+int64_t specdec_llama_pass(const Model *m, Pass *p) {
     Gate gate = {0, 0};
     EACH(i, p->tokens) if (p->ids[i] < 0 || p->ids[i] >= m->embedded) return i + 1;
-    EACH(i, 6 * m->layers + 2) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);
-    EACH(r, p->rows) EACH(j, p->row[r].width) p->row_of[p->row[r].first + j] = r;
+    EACH(i, 8 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);
+    arrange(p);
 #if defined(_OPENMP)
     if (p->threads > 1) {
 #pragma omp parallel num_threads((int)p->threads)

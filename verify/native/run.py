@@ -22,6 +22,8 @@ MOST_TOKENS = 64
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
+_TOGETHER = 6
+"""Tokens that attend together (MOST of llama.c)."""
 
 _word = ctypes.c_int64
 _Pointers = ctypes.c_void_p
@@ -58,9 +60,10 @@ class _Pass(ctypes.Structure):
         *((name, _word) for name in ("threads", "tokens", "rows", "num_kept")),
         *((name, _word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
         *((name, _Pointers) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
-        *((name, _Pointers) for name in ("logits", "hidden", "mixed", "attended", "acted", "own")),
+        *((name, _Pointers) for name in ("logits", "hidden", "normed", "mixed", "attended", "acted", "own")),
         ("own_size", _word),
-        *((name, _Pointers) for name in ("seen", "counts", "row_of", "tickets")),
+        ("num_groups", _word),
+        *((name, _Pointers) for name in ("seen", "counts", "row_of", "groups", "tickets")),
     ]
 
 
@@ -100,7 +103,7 @@ class NativePass:
         scales = (direct.norm.epsilon, direct.layers[0].scaling)
         self._model = _Model(*shape, len(direct.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales)
         self._kv = (_Pointers * (2 * shape.layers))()
-        self._tickets = torch.zeros(6 * shape.layers + 2, dtype=torch.int64)
+        self._tickets = torch.zeros(8 * shape.layers + 3, dtype=torch.int64)
         self._like = direct.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
         self._room, self._threads = (0, 0, 0), 0
         self._pass = _Pass()
@@ -159,10 +162,11 @@ class NativePass:
                 row = rows[index]
                 row.first, row.width, row.read, row.lists = first, width, part.read, lists
                 row.table = table.data_ptr() + i * table.stride(0) * 8
-                row.start = layout.starts[i] if layout.targets is None else 0
+                row.start = part.read - width if layout.targets is not None else layout.starts[i]
                 if mask is not None:
                     row.mask, row.mask_stride = at + i * step, mask.stride(2)
-                index, first, lists = index + 1, first + width, lists + width * part.read
+                index, first = index + 1, first + width
+                lists += part.read * (1 if mask is None else width)
         return rows, lists
 
     def _reserve(self, tokens: int, lists: int, read: int) -> None:
@@ -174,12 +178,13 @@ class NativePass:
         tokens, lists, read = self._room = (need[0], need[1] * 5 // 4, need[2] * 5 // 4)
         self._threads = threads
         wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        own = tokens * shape.hidden + max(read, tokens * _ROOM) + _ROOM
-        sizes = (tokens * shape.hidden, tokens * wide, tokens * shape.heads * shape.head_dim, tokens * shape.inner)
-        self._floats = [self._like.new_empty(size + _ROOM) for size in (*sizes, own * threads)]
-        self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens)]
-        run.hidden, run.mixed, run.attended, run.acted, run.own = (array.data_ptr() for array in self._floats)
-        run.seen, run.counts, run.row_of = (array.data_ptr() for array in self._words)
+        own = max(_TOGETHER * (read + _ROOM), tokens * _ROOM) + _ROOM
+        sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
+        self._floats = [self._like.new_empty(tokens * size + _ROOM) for size in sizes]
+        self._floats.append(self._like.new_empty(own * threads))
+        self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, 2 * tokens)]
+        run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own = map(_address, self._floats)
+        run.seen, run.counts, run.row_of, run.groups = map(_address, self._words)
         run.own_size = own
 
 
