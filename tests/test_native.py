@@ -51,7 +51,7 @@ def caches(model: Any, rows: int) -> Iterator[Any]:
 
 
 def history(forward: TreeForward, cache: Any, lengths: Sequence[int]) -> list[Tensor]:
-    """Logits of a ragged prefill, a tree, a chain behind equal prefixes, columns kept, and one row alone; all K/V."""
+    """Logits of a ragged prefill, a tree, chains behind equal prefixes, columns kept, and one row alone; all K/V."""
     rows = len(lengths)
     text = models.prompts((12,) * rows, int(forward.model.config.vocab_size), 1)[0]
     tree = DraftTree.build(Topology.widths((2, 2)), text[:, :7])
@@ -64,6 +64,7 @@ def history(forward: TreeForward, cache: Any, lengths: Sequence[int]) -> list[Te
         starts = [min(cache.lengths)] * rows
         out.append(forward.causal(cache, text[:, :5], starts, None, keep=0))
         out.append(forward.causal(cache, text[:, :5], starts, None, keep=2))
+        out.append(forward.causal(cache, text[:, :5], starts, None, keep=1))
         out.append(forward.causal(cache, text[:, :1], starts, None, keep=1))
         out.append(forward.causal(cache.row(0), text[:1, :3], starts[:1], None, keep=0))
     for row in range(rows):

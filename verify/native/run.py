@@ -204,7 +204,7 @@ def _kept(shape: tuple[int, int], keep: int | None) -> Tensor:
         return torch.empty(0, dtype=torch.int64)
     rows, width = shape
     index = torch.arange(rows * width).view(rows, width)
-    return index[:, -keep:].flatten() if keep else index.flatten()
+    return index[:, -keep:].flatten().contiguous() if keep else index.flatten()
 
 
 def _all_kept(parts: Sequence[Part]) -> Tensor:
