@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.history import Belief
@@ -73,6 +73,23 @@ class Costs:
         if not all(0 <= ms < float("inf") for ms in (costs.draft_token, costs.prompt_token)):
             raise UnsupportedArgumentError("expected a cost table of milliseconds per token >= 0")
         return costs
+
+
+class StepTimes(NamedTuple):
+    """A table as a planner reads it, thousands of times: milliseconds by option and depth, nothing left to work out.
+
+    by_depth: per option, steps that draft 0, 1, ... levels with it.
+    """
+
+    plain: float
+    by_depth: Sequence[Sequence[float]]
+    draft_token: float
+
+    @staticmethod
+    def of(costs: Costs, deepest: Mapping[str, int]) -> StepTimes:
+        """The table for options, by name, of so many levels."""
+        steps = [[costs.step(name, depth) for depth in range(levels + 1)] for name, levels in deepest.items()]
+        return StepTimes(costs.plain, steps, costs.draft_token)
 
 
 def _counts(tried: Any, kept: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

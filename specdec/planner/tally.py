@@ -1,0 +1,87 @@
+"""Decisions and acceptances by depth and number of siblings, those of earlier steps weighing ever less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Widths = tuple[int, ...]
+"""Children per node, level by level; a chain is all ones."""
+_RESCALE = 1e12
+
+
+class Tally:
+    """What is remembered of one row, or of a batch.
+
+    Forgetting multiplies everything seen so far by a factor. Instead of that, what comes next is counted in a unit
+    that is larger by as much: a step then costs what it brings, however much is remembered.
+    """
+
+    __slots__ = ("_all_kept", "_all_tried", "_depths", "_kept", "_tried", "_unit")
+
+    def __init__(self, depths: int):
+        self._depths = depths
+        self._unit = 1.0
+        self._tried: dict[int, list[float]] = {}
+        self._kept: dict[int, list[float]] = {}
+        self._all_tried = self._all_kept = 0.0
+
+    def begin(self, width: int, tried: Sequence[float], kept: Sequence[float], factor: float) -> None:
+        """Start from counts seen elsewhere, each weighing `factor`."""
+        shown = list(zip(tried[: self._depths], kept[: self._depths], strict=True))
+        empty = [0.0] * (self._depths - len(shown))
+        self._tried[width] = [factor * t for t, _ in shown] + empty
+        self._kept[width] = [factor * k for _, k in shown] + empty
+        self._all_tried += sum(self._tried[width])
+        self._all_kept += sum(self._kept[width])
+
+    def fade(self, factor: float) -> None:
+        """Weigh everything seen so far less."""
+        self._unit /= factor
+        if self._unit > _RESCALE:
+            for counts in (self._tried, self._kept):
+                for width, values in counts.items():
+                    counts[width] = [value / self._unit for value in values]
+            self._all_tried /= self._unit
+            self._all_kept /= self._unit
+            self._unit = 1.0
+
+    def add(self, widths: Widths, tried: int, kept: int) -> None:
+        """One draft: `tried` levels of it were decided, of which the first `kept` accepted a token."""
+        unit = self._unit
+        self._all_tried += tried * unit
+        self._all_kept += min(tried, kept) * unit
+        for depth in range(tried):
+            width = widths[depth]
+            if width not in self._tried:
+                self._tried[width], self._kept[width] = [0.0] * self._depths, [0.0] * self._depths
+            self._tried[width][depth] += unit
+            if depth < kept:
+                self._kept[width][depth] += unit
+
+    @property
+    def num_tried(self) -> float:
+        """Decisions that are remembered, forgotten ones partly counted."""
+        return self._all_tried / self._unit
+
+    @property
+    def num_kept(self) -> float:
+        return self._all_kept / self._unit
+
+    def level(self, believed: float, weight: float, width: int | None = None) -> float:
+        """Acceptance at all depths together, shrunk towards what is believed as if that had been seen `weight` times.
+
+        Args:
+            width: only of so many siblings; None for all.
+        """
+        weight *= self._unit
+        tried = self._all_tried if width is None else sum(self._tried.get(width, ()))
+        kept = self._all_kept if width is None else sum(self._kept.get(width, ()))
+        return (weight * believed + kept) / (weight + tried)
+
+    def estimate(self, width: int, believed: Sequence[float], weight: float) -> Sequence[float]:
+        """Chances by depth, each shrunk towards what is believed of it."""
+        if width not in self._tried:
+            return believed
+        weight *= self._unit
+        pairs = zip(believed, self._kept[width], self._tried[width], strict=True)
+        return [(weight * belief + kept) / (weight + tried) for belief, kept, tried in pairs]
