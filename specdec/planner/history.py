@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import TYPE_CHECKING, NamedTuple
 
 from specdec.planner.tally import Tally, Widths
+
+if TYPE_CHECKING:
+    from specdec.report import StepTrace
 
 PRIOR_ACCEPTANCE = 0.7
 """Acceptance believed of a drafter nothing is known of: most people's drafters are useful."""
@@ -55,6 +59,26 @@ def would_be_kept(chain: Sequence[int], run: Sequence[int]) -> tuple[int, int]:
     while same < known and chain[same] == run[same]:
         same += 1
     return min(known, same + 1), same
+
+
+class Heard(NamedTuple):
+    """Rows that had a chain, decisions about it and acceptances: what `History.add` takes."""
+
+    rows: list[int]
+    tried: list[int]
+    kept: list[int]
+
+
+def fates(chains: Sequence[Sequence[int]], trace: StepTrace) -> Heard:
+    """What would have become of chains that were not drafted, one for each row of a step."""
+    heard = Heard([], [], [])
+    for row, chain, run in zip(trace.rows, chains, trace.emitted, strict=True):
+        tried, kept = would_be_kept(chain, run)
+        if tried:
+            heard.rows.append(row)
+            heard.tried.append(tried)
+            heard.kept.append(kept)
+    return heard
 
 
 class History:
@@ -122,13 +146,16 @@ class History:
         self._forget_estimates()
         self._batch.fade(MEMORY)
         self._tried, self._kept = MEMORY * self._tried + sum(tried), MEMORY * self._kept + sum(kept)
-        for row, t, k in zip(rows, tried, kept, strict=True):
-            self._batch.add(widths, t, k)
-            if self._rows:
+        fates: dict[tuple[int, int], int] = {}
+        for fate in zip(tried, kept, strict=True):
+            fates[fate] = fates.get(fate, 0) + 1
+        for (t, k), times in fates.items():
+            self._batch.add(widths, t, k, times)
+            self._fates[widths, t, k] = self._fates.get((widths, t, k), 0) + times
+        if self._rows:
+            for row, t, k in zip(rows, tried, kept, strict=True):
                 self._rows[row].fade(MEMORY)
-                self._rows[row].add(widths, t, k)
-            fate = widths, t, k
-            self._fates[fate] = self._fates.get(fate, 0) + 1
+                self._rows[row].add_later(widths, t, k)
 
     def fade(self, factor: float) -> None:
         """Trust what was seen less: the text has moved on since."""

@@ -10,7 +10,7 @@ from specdec.planner.base import Planning
 from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest
 from specdec.planner.costs import Costs, StepTimes
 from specdec.planner.finds import Finds
-from specdec.planner.history import History, Known, would_be_kept
+from specdec.planner.history import History, Known, fates
 from specdec.planner.options import Options, PlannedBudget
 from specdec.planner.risk import RISK, Pause, Risk
 from specdec.planner.summary import PlanReport
@@ -114,7 +114,7 @@ class Planner(Planning):
             chain.append(plan)
             plan = plan.otherwise
         for old in reversed(chain):
-            plan = self._planned(self._plans[old.option], now, min(old.least_rows, now.rows), plan, old.beside)
+            plan = self._planned(self._plans[old.option], now, min(old.least_rows, now.rows), plan)
         assert plan is not None
         self._last = plan
         return plan
@@ -143,7 +143,7 @@ class Planner(Planning):
         self._hold = min(2 * self._hold, LONGEST_HOLD) if confirmed else 1
         self._fresh, self._debt = self._hold - 1, trials.risk.debt
         self._current = (chosen.option, chosen.depth)
-        self._last = plan
+        self._last = plan if plan.beside is None else replace(plan, beside=None)  # once per look is listened
         return plan
 
     def _best(self, now: Situation, trials: Trials) -> Candidate | None:
@@ -197,17 +197,10 @@ class Planner(Planning):
         return self._planned(plan, now, min(least, now.rows), otherwise)
 
     def _planned(
-        self,
-        plan: Candidate,
-        now: Situation,
-        least: int = 0,
-        otherwise: PlannedBudget | None = None,
-        beside: int | None = None,
+        self, plan: Candidate, now: Situation, least: int = 0, otherwise: PlannedBudget | None = None
     ) -> PlannedBudget:
         depths = tuple([min(plan.depth, limit) for _, limit in now.limits])
-        return PlannedBudget(
-            depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise, beside
-        )
+        return PlannedBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
 
     def _stop(self, now: Situation) -> PlannedBudget:
         self.report.why_plain = self._why(now)
@@ -275,11 +268,9 @@ class Planner(Planning):
 
     def _hear(self, index: int, chains: Sequence[Sequence[int]], trace: StepTrace) -> None:
         """Count what would have become of chains that were not drafted."""
-        fates = [would_be_kept(chain, run) for chain, run in zip(chains, trace.emitted, strict=True)]
-        heard = [(row, *fate) for row, fate in zip(trace.rows, fates, strict=True) if fate[0]]
-        self._finds.add(index, len(heard) / len(fates))
-        if heard:
-            rows, tried, kept = zip(*heard, strict=True)
-            self._history[index].add(self._choices[index].widths, rows, tried, kept)
-            if sum(kept) > sum(trace.accepted):  # it would have been the better draft
-                self._fresh = 0
+        heard = fates(chains, trace)
+        self._finds.add(index, len(heard.rows) / len(trace.rows))
+        if heard.rows:
+            self._history[index].add(self._choices[index].widths, *heard)
+            if sum(heard.kept) > sum(trace.accepted):  # it would have been the better draft
+                self._fresh, self._hold = 0, 1

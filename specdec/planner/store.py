@@ -18,7 +18,7 @@ from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
 
-SCHEMA = 2
+SCHEMA = 3
 VARIABLE = "SPECDEC_CACHE"
 """Environment variable that names the folder; "off" keeps tables in memory only."""
 
