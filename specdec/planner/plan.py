@@ -257,7 +257,7 @@ class Planner(Planning):
             places = [i for i in range(rows) if trace.drafted[i]]
             drafting = [trace.rows[i] for i in places]
             ms = now.times.by_depth[index][depth]
-            tokens = rows + history.gains(option.widths, now.limits)[depth] * len(drafting) / rows
+            tokens = rows + history.reach(option.widths)[depth] * len(drafting)
             reached, accepted = [reached[i] for i in places], [accepted[i] for i in places]
         ms += trials.catching_up(index, now)
         history.add(option.widths, drafting, reached, accepted)
