@@ -162,3 +162,20 @@ def test_tables_keep_how_drafts_fared_and_other_weights_have_others(monkeypatch:
     assert share[0] > share[1] + 0.3
     assert fingerprint(TARGET) != fingerprint(noisy_copy(TARGET, 1, 0.01))
     assert fingerprint(TARGET) == fingerprint(tiny_llama(0))
+
+
+def test_what_n_grams_would_have_proposed_while_measuring_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = CostStore()
+    monkeypatch.setattr(calls, "STORE", kept)
+    monkeypatch.setenv("SPECDEC_CACHE", "off")
+    spec = Speculator(TARGET, "ngram")
+    generate(spec, do_sample=False)
+    generate(spec, do_sample=True, temperature=50.0)
+    repeated, random = kept._known.values()
+    for costs in (repeated, random):
+        assert Costs.from_json(json.loads(json.dumps(costs.to_json()))).to_json() == costs.to_json()
+        assert 0 < costs.found["ngram"] <= 1
+    greedy, sampled = (
+        sum(kept) / sum(tried) for tried, kept in (one.beliefs["ngram"][1] for one in (repeated, random))
+    )
+    assert greedy > sampled + 0.2, "greedy texts of tiny models repeat themselves"

@@ -11,6 +11,7 @@ from specdec.drafters.base import depth_limits
 from specdec.planner.costs import StepTimes
 from specdec.planner.history import History
 from specdec.planner.options import Option
+from specdec.planner.risk import RISK
 
 HORIZON = 256
 """Tokens per row that are counted on when the call's own limit is further away, or when there is none."""
@@ -120,3 +121,16 @@ def _drafted_total(plan: Candidate, paces: Sequence[float], now: Situation) -> f
         after = [(tokens - steps * each, pace) for (tokens, pace), each in zip(remaining, emitted, strict=True)]
         remaining = [row for row in after if row[0] > 1e-6]
     return total
+
+
+def why_plain(options: Sequence[Option], histories: Sequence[History], now: Situation) -> str:
+    """A sentence on what each option promises, where none is drafted with."""
+    said = []
+    for i, (option, history) in enumerate(zip(options, histories, strict=True)):
+        speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
+        if speed > MARGIN:
+            said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
+        else:
+            said.append(f"{option.name} promises {speed:.2f}x plain decoding with {history.acceptance:.2f} of its "
+                        "tokens accepted")  # fmt: skip
+    return "; ".join(said)

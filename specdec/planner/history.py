@@ -100,7 +100,7 @@ class History:
         self._prior = (PRIOR_WEIGHT * PRIOR_ACCEPTANCE + kept) / (PRIOR_WEIGHT + tried)
         self._batch = Tally(depths)
         for width, (decided, accepted) in self._begun.items():
-            self._batch.begin(width, decided, accepted, min(1.0, _BELIEF / max([*decided, _BELIEF])))
+            self._batch.begin(width, decided, accepted, _BELIEF)
         self.believes = self._batch.num_tried >= 1
         self._rows = [Tally(depths) for _ in range(rows)] if rows > 1 else []
         self._tried = self._kept = 0.0

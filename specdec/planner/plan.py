@@ -7,12 +7,12 @@ from dataclasses import replace
 from math import ceil
 
 from specdec.planner.base import Planning
-from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest
+from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest, why_plain
 from specdec.planner.costs import Costs, StepTimes
 from specdec.planner.finds import Finds
 from specdec.planner.history import History, Known, fates
 from specdec.planner.options import Options, PlannedBudget
-from specdec.planner.risk import RISK, Pause, Risk
+from specdec.planner.risk import Pause, Risk
 from specdec.planner.summary import PlanReport
 from specdec.planner.trials import TRIES, Trials
 from specdec.report import StepTrace
@@ -203,23 +203,12 @@ class Planner(Planning):
         return PlannedBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
 
     def _stop(self, now: Situation) -> PlannedBudget:
-        self.report.why_plain = self._why(now)
+        self.report.why_plain = why_plain(self._choices, self._history, now)
         self._current = None
         known = [history for history in self._families.values() if history.believes]
         hopeless = bool(known) and all(history.acceptance < _HOPELESS for history in known)
         self.report.num_stops += int(self._pause.stop(_LONG if hopeless else 0))
         return self._plainly(now.rows)
-
-    def _why(self, now: Situation) -> str:
-        said = []
-        for i, (option, history) in enumerate(zip(self._choices, self._history, strict=True)):
-            speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
-            if speed > MARGIN:
-                said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
-            else:
-                said.append(f"{option.name} promises {speed:.2f}x plain decoding with {history.acceptance:.2f} of its "
-                            "tokens accepted")  # fmt: skip
-        return "; ".join(said)
 
     @property
     def known(self) -> Known:

@@ -29,12 +29,13 @@ class Tally:
         self._all_tried = self._all_kept = 0.0
         self._later: deque[tuple[float, Widths, int, int]] = deque(maxlen=_LATEST)
 
-    def begin(self, width: int, tried: Sequence[float], kept: Sequence[float], factor: float) -> None:
-        """Start from counts seen elsewhere, each weighing `factor`."""
-        shown = list(zip(tried[: self._depths], kept[: self._depths], strict=True))
-        empty = [0.0] * (self._depths - len(shown))
-        self._tried[width] = [factor * t for t, _ in shown] + empty
-        self._kept[width] = [factor * k for _, k in shown] + empty
+    def begin(self, width: int, tried: Sequence[float], kept: Sequence[float], most: float) -> None:
+        """Start from counts seen elsewhere, each depth's weighing no more than `most` decisions."""
+        empty = [0.0] * self._depths
+        factors = [min(1.0, most / count) if count > 0 else 0.0 for count in tried]
+        for counts, seen in ((self._tried, tried), (self._kept, kept)):
+            scaled = [factor * count for factor, count in zip(factors, seen, strict=True)]
+            counts[width] = [*scaled, *empty][: self._depths]
         self._all_tried += sum(self._tried[width])
         self._all_kept += sum(self._kept[width])
 
