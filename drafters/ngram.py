@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from specdec.drafters.base import Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.kinds import DraftKind
+from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
 
 
@@ -76,10 +78,13 @@ class NgramDrafter(Drafter):
             trees.append(_merge(self._texts[row][-1], self._continuations(row, depth), budget.max_nodes))
         width = max(len(tokens) for tokens, _ in trees)
         device = rows.device
-        pad = [(width - len(tokens)) for tokens, _ in trees]
+        sizes = [len(tokens) for tokens, _ in trees]
+        pad = [width - size for size in sizes]
         tokens = torch.tensor([t + [0] * n for (t, _), n in zip(trees, pad, strict=True)], device=device)
+        counts = torch.tensor(sizes, device=device)
+        if self.branches == 1:  # a shape that is known needs no masks made from these very tensors
+            return replace(DraftTree.build(Topology.chain(width - 1), tokens), num_nodes=counts)
         parents = torch.tensor([p + [0] * n for (_, p), n in zip(trees, pad, strict=True)], device=device)
-        counts = torch.tensor([len(t) for t, _ in trees], device=device)
         return DraftTree(tokens, parents, counts, torch.zeros_like(tokens, dtype=torch.bool))
 
     def _catch_up(self, row: int) -> None:
@@ -88,7 +93,7 @@ class NgramDrafter(Drafter):
         rows, text, ends = self._session.rows, self._texts[row], self._ends[row]
         have, count = len(text), rows.num_tokens[row]
         text.extend(rows.text[row, have:count].tolist())
-        for end in range(max(have, 1), count + 1):
+        for end in range(have + 1, count + 1):
             for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 ends.setdefault(tuple(text[end - size : end]), []).append(end)
 

@@ -17,10 +17,11 @@ from specdec.kv import TargetFaultError
 from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
 from specdec.planner.history import Known
-from specdec.planner.measure import kept_processors, measure, measured_depths
+from specdec.planner.measure import kept_processors, measure
 from specdec.planner.options import Options, PlannedBudget
 from specdec.planner.plan import Planner
 from specdec.planner.rowwise import RowwisePlanner
+from specdec.planner.script import measured_depths
 from specdec.planner.store import STORE, describe, fingerprint, machine
 from specdec.report import SpecReport, StepTrace
 from specdec.request import Request
@@ -120,7 +121,7 @@ class Plans:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
             return RowwisePlanner(tables[1], self.options, counts, notes)
-        known, keep = Known(tables[_size(rows)].beliefs), None
+        known, keep = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found), None
         if not request.config.do_sample or self._rule == "coupled":
             # Plans leave no trace in these texts: a call may begin with what the last one ended with.
             kind = (bool(request.config.do_sample), request.config.temperature)
@@ -183,5 +184,5 @@ def _mixed(low: Costs, high: Costs, share: float) -> Costs:
     steps = {name: {d: at(low.step(name, d), high.step(name, d)) for d in depths[name]} for name in depths}
     return Costs(
         low.rows, at(low.plain, high.plain), steps, at(low.draft_token, high.draft_token),
-        at(low.prompt_token, high.prompt_token), low.beliefs,
+        at(low.prompt_token, high.prompt_token), low.beliefs, low.found,
     )  # fmt: skip

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple
 
 from specdec.drafters.base import depth_limits
-from specdec.planner.costs import Costs
+from specdec.planner.costs import StepTimes
 from specdec.planner.history import History
 from specdec.planner.options import Option
+from specdec.planner.risk import RISK
 
 HORIZON = 256
 """Tokens per row that are counted on when the call's own limit is further away, or when there is none."""
@@ -23,72 +24,69 @@ _LATER = 1.02
 """The slowest row is an extreme of several uncertain estimates: foreseen delays below this are not believed."""
 
 
-@dataclass(frozen=True)
 class Situation:
     """What the next step starts from.
 
     live: batch index of every live row. left: tokens each may still emit, at most HORIZON.
-    limits: (row, deepest useful draft) of every live row. costs: live rows -> their table.
+    limits: (row, deepest useful draft) of every live row. times_of: live rows -> their table.
     """
 
-    live: tuple[int, ...]
-    left: tuple[int, ...]
-    limits: tuple[tuple[int, int], ...]
-    costs: Callable[[int], Costs]
-
-    @staticmethod
-    def of(live: Sequence[int], left: Sequence[int | None], deepest: int, costs: Callable[[int], Costs]) -> Situation:
-        limits = tuple(zip(live, depth_limits(deepest, left), strict=True))
-        counted = tuple(HORIZON if tokens is None else min(HORIZON, tokens) for tokens in left)
-        return Situation(tuple(live), counted, limits, costs)
-
-    @property
-    def rows(self) -> int:
-        return len(self.live)
+    def __init__(
+        self, live: Sequence[int], left: Sequence[int | None], deepest: int, times_of: Callable[[int], StepTimes]
+    ):
+        self.live = list(live)
+        self.left = [HORIZON if tokens is None else min(HORIZON, tokens) for tokens in left]
+        self.limits = list(zip(live, depth_limits(deepest, left), strict=True))
+        self.rows = len(self.live)
+        self.times_of, self.times = times_of, times_of(self.rows)
+        self.plain_ms = self.times.plain
+        self.plain_rate = self.rows / self.plain_ms
 
     @cached_property
-    def plain_ms(self) -> float:
-        return self.costs(self.rows).plain
-
-    @cached_property
-    def plain_rate(self) -> float:
-        return self.rows / self.plain_ms
+    def plain_total(self) -> float:
+        """Milliseconds until the last row is done without drafts."""
+        total, before = 0.0, 0
+        for finished, tokens in enumerate(sorted(self.left)):
+            total += (tokens - before) * self.times_of(self.rows - finished).plain
+            before = tokens
+        return total
 
 
 class Candidate(NamedTuple):
-    """One plan and what it promises: tokens of all rows and milliseconds per step."""
+    """One plan and what it promises: tokens of all rows per millisecond, tokens and milliseconds per step."""
 
+    rate: float
     option: int
     depth: int
     tokens: float
     ms: float
 
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.ms
-
 
 def candidates(
-    index: int, option: Option, history: History, now: Situation, found: int | None = None
+    index: int, option: Option, history: History, now: Situation, found: int | None = None, least: float = 0.0
 ) -> list[Candidate]:
-    """Every depth of one option.
+    """Every depth of one option that promises more than `least`.
 
     Args:
         found: rows that have a proposal; None for all.
     """
-    gains = history.gains(option.widths, now.limits)
-    share = 1.0 if found is None else found / now.rows
-    depths = range(1, len(gains)) if option.any_depth else [len(gains) - 1]
-    costs = now.costs(now.rows)
-    return [Candidate(index, d, now.rows + share * gains[d], costs.step(option.name, d)) for d in depths]
+    gains, times, rows = history.gains(option.widths, now.limits), now.times.by_depth[index], now.rows
+    share = 1.0 if found is None else found / rows
+    depths = range(1, len(gains)) if option.any_depth else range(len(gains) - 1, len(gains))
+    out = []
+    for depth in depths:
+        tokens, ms = rows + share * gains[depth], times[depth]
+        if tokens > least * ms:
+            out.append(Candidate(tokens / ms, index, depth, tokens, ms))
+    return out
 
 
 def fastest(
     good: Sequence[Candidate], current: tuple[int, int] | None, allowed: Callable[[Candidate], bool]
 ) -> Candidate | None:
     """The allowed candidate with the best rate; `current` (option, depth) unless another is clearly faster."""
-    for best in sorted(good, key=lambda plan: -plan.rate):
-        same = next((plan for plan in good if (plan.option, plan.depth) == current), None)
+    same = next((plan for plan in good if (plan.option, plan.depth) == current), None)
+    for best in sorted(good, key=itemgetter(0), reverse=True):
         if same is not None and best.rate < SWITCH * same.rate and allowed(same):
             return same
         if allowed(best):
@@ -104,26 +102,35 @@ def ends_sooner(plan: Candidate, option: Option, history: History, now: Situatio
     """
     if now.rows == 1:
         return plan.rate > now.plain_rate
-    paces = [1.0 + history.gains(option.widths, [limit])[plan.depth] for limit in now.limits]
-    drafted = _time(list(now.left), paces, now, lambda rows: now.costs(rows).step(option.name, plan.depth))
-    plain = _time(list(now.left), [1.0] * now.rows, now, lambda rows: now.costs(rows).plain)
-    return drafted < _LATER * plain
+    paces = [1.0 + history.reach(option.widths, row)[min(plan.depth, limit)] for row, limit in now.limits]
+    return _drafted_total(plan, paces, now) < _LATER * now.plain_total
 
 
-def _time(left: list[float] | list[int], paces: list[float], now: Situation, step_ms: Callable[[int], float]) -> float:
+def _drafted_total(plan: Candidate, paces: Sequence[float], now: Situation) -> float:
     """Milliseconds until the last row is done: drafting while that pays for the rows still running, else plainly."""
-    rows = sorted(zip(left, paces, strict=True))
-    remaining = [(float(tokens), pace) for tokens, pace in rows]
+    remaining = [(float(tokens), pace) for tokens, pace in zip(now.left, paces, strict=True)]
     total = 0.0
     while remaining:
         count = len(remaining)
-        ms, plain = step_ms(count), now.costs(count).plain
-        drafting = sum(pace for _, pace in remaining) / ms >= count / plain
-        steps = min(tokens / (pace if drafting else 1.0) for tokens, pace in remaining)
+        times = now.times_of(count)
+        ms, plain = times.by_depth[plan.option][plan.depth], times.plain
+        drafting = sum(pace for _, pace in remaining) * plain >= count * ms
+        emitted = [pace if drafting else 1.0 for _, pace in remaining]
+        steps = min(tokens / each for (tokens, _), each in zip(remaining, emitted, strict=True))
         total += steps * (ms if drafting else plain)
-        remaining = [
-            (tokens - steps * (pace if drafting else 1.0), pace)
-            for tokens, pace in remaining
-            if tokens - steps * (pace if drafting else 1.0) > 1e-6
-        ]
+        after = [(tokens - steps * each, pace) for (tokens, pace), each in zip(remaining, emitted, strict=True)]
+        remaining = [row for row in after if row[0] > 1e-6]
     return total
+
+
+def why_plain(options: Sequence[Option], histories: Sequence[History], now: Situation) -> str:
+    """A sentence on what each option promises, where none is drafted with."""
+    said = []
+    for i, (option, history) in enumerate(zip(options, histories, strict=True)):
+        speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
+        if speed > MARGIN:
+            said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
+        else:
+            said.append(f"{option.name} promises {speed:.2f}x plain decoding with {history.acceptance:.2f} of its "
+                        "tokens accepted")  # fmt: skip
+    return "; ".join(said)

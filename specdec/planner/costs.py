@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.history import Belief
@@ -26,7 +26,9 @@ class Costs:
     draft_token: float = 0.0
     prompt_token: float = 0.0
     beliefs: Mapping[str, Belief] = field(default_factory=dict)
-    """By family, how the drafts fared that were made while measuring."""
+    """By family, how the drafts fared that were made while measuring, or would have."""
+    found: Mapping[str, float] = field(default_factory=dict)
+    """By option that may be empty, the share of rows it had a proposal for meanwhile."""
     seconds: float = field(default=0.0, compare=False)
     """What measuring took; 0 for a table that was found."""
 
@@ -48,7 +50,7 @@ class Costs:
         beliefs = {name: {str(width): [list(counts) for counts in seen] for width, seen in belief.items()}
                    for name, belief in self.beliefs.items()}  # fmt: skip
         return {"rows": self.rows, "plain": self.plain, "steps": steps, "draft_token": self.draft_token,
-                "prompt_token": self.prompt_token, "beliefs": beliefs}  # fmt: skip
+                "prompt_token": self.prompt_token, "beliefs": beliefs, "found": dict(self.found)}  # fmt: skip
 
     @staticmethod
     def from_json(data: Any) -> Costs:
@@ -62,8 +64,9 @@ class Costs:
                      for name, table in data["steps"].items()}  # fmt: skip
             beliefs = {str(name): {int(width): _counts(*seen) for width, seen in belief.items()}
                        for name, belief in data.get("beliefs", {}).items()}  # fmt: skip
+            found = {str(name): float(share) for name, share in data.get("found", {}).items()}
             costs = Costs(int(data["rows"]), float(data["plain"]), steps, float(data["draft_token"]),
-                          float(data["prompt_token"]), beliefs)  # fmt: skip
+                          float(data["prompt_token"]), beliefs, found)  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnsupportedArgumentError(f"expected a cost table, got {type(error).__name__}: {error}") from None
         numbers = [costs.plain, *(ms for table in steps.values() for ms in table.values())]
@@ -72,7 +75,26 @@ class Costs:
             raise UnsupportedArgumentError("expected a cost table of positive milliseconds at depths >= 1")
         if not all(0 <= ms < float("inf") for ms in (costs.draft_token, costs.prompt_token)):
             raise UnsupportedArgumentError("expected a cost table of milliseconds per token >= 0")
+        if not all(0 <= share <= 1 for share in found.values()):
+            raise UnsupportedArgumentError("expected a cost table of shares found between 0 and 1")
         return costs
+
+
+class StepTimes(NamedTuple):
+    """A table as a planner reads it, thousands of times: milliseconds by option and depth, nothing left to work out.
+
+    by_depth: per option, steps that draft 0, 1, ... levels with it.
+    """
+
+    plain: float
+    by_depth: Sequence[Sequence[float]]
+    draft_token: float
+
+    @staticmethod
+    def of(costs: Costs, deepest: Mapping[str, int]) -> StepTimes:
+        """The table for options, by name, of so many levels."""
+        steps = [[costs.step(name, depth) for depth in range(levels + 1)] for name, levels in deepest.items()]
+        return StepTimes(costs.plain, steps, costs.draft_token)
 
 
 def _counts(tried: Any, kept: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import TYPE_CHECKING, NamedTuple
+
+from specdec.planner.tally import Tally, Widths
+
+if TYPE_CHECKING:
+    from specdec.report import StepTrace
 
 PRIOR_ACCEPTANCE = 0.7
 """Acceptance believed of a drafter nothing is known of: most people's drafters are useful."""
@@ -42,46 +48,6 @@ class Known:
     found: Mapping[str, float] = field(default_factory=dict)
 
 
-Widths = tuple[int, ...]
-"""Children per node, level by level; a chain is all ones."""
-
-
-class Counts:
-    """Decisions and acceptances by depth, for one number of siblings. Index 0 is the first drafted level."""
-
-    __slots__ = ("kept", "tried")
-
-    def __init__(self, depths: int):
-        self.tried = [0.0] * depths
-        self.kept = [0.0] * depths
-
-    def fade(self, factor: float) -> None:
-        """Weigh everything seen so far less."""
-        self.tried = [count * factor for count in self.tried]
-        self.kept = [count * factor for count in self.kept]
-
-    def estimate(self, believed: Sequence[float], weight: float) -> list[float]:
-        """Chances by depth: what was seen, shrunk towards what is believed as if that had been seen `weight` times."""
-        pairs = zip(believed, self.kept, self.tried, strict=True)
-        return [(weight * belief + kept) / (weight + tried) for belief, kept, tried in pairs]
-
-
-def _level(counts: Mapping[int, Counts], believed: float, weight: float = PRIOR_WEIGHT) -> float:
-    """Acceptance at all depths together, shrunk towards what is believed."""
-    tried = sum(sum(own.tried) for own in counts.values())
-    kept = sum(sum(own.kept) for own in counts.values())
-    return (weight * believed + kept) / (weight + tried)
-
-
-def _scaled(depths: int, tried: Sequence[float], kept: Sequence[float]) -> Counts:
-    """Earlier counts, so many of them as a belief may weigh."""
-    counts = Counts(depths)
-    factor = min(1.0, _BELIEF / max(max(tried, default=0.0), 1e-9))
-    for depth, (t, k) in enumerate(zip(tried[:depths], kept[:depths], strict=True)):
-        counts.tried[depth], counts.kept[depth] = factor * t, factor * k
-    return counts
-
-
 def would_be_kept(chain: Sequence[int], run: Sequence[int]) -> tuple[int, int]:
     """Decisions and acceptances of a deterministic chain that was not drafted, where the step emitted `run`.
 
@@ -89,8 +55,30 @@ def would_be_kept(chain: Sequence[int], run: Sequence[int]) -> tuple[int, int]:
     rejected; of what would have come after the run nothing is known. E.g. chain 5 6 7 and run 5 9: two, one.
     """
     known = min(len(chain), len(run))
-    same = next((i for i in range(known) if chain[i] != run[i]), known)
+    same = 0
+    while same < known and chain[same] == run[same]:
+        same += 1
     return min(known, same + 1), same
+
+
+class Heard(NamedTuple):
+    """Rows that had a chain, decisions about it and acceptances: what `History.add` takes."""
+
+    rows: list[int]
+    tried: list[int]
+    kept: list[int]
+
+
+def fates(chains: Sequence[Sequence[int]], trace: StepTrace) -> Heard:
+    """What would have become of chains that were not drafted, one for each row of a step."""
+    heard = Heard([], [], [])
+    for row, chain, run in zip(trace.rows, chains, trace.emitted, strict=True):
+        tried, kept = would_be_kept(chain, run)
+        if tried:
+            heard.rows.append(row)
+            heard.tried.append(tried)
+            heard.kept.append(kept)
+    return heard
 
 
 class History:
@@ -107,16 +95,18 @@ class History:
 
     def __init__(self, depths: int, rows: int, belief: Belief | None = None):
         self.depths = depths
-        self._batch: dict[int, Counts] = {1: Counts(depths)}
-        self._tried = self._kept = 0.0
-        self._begun, self._own = dict(belief or {}), {1: Counts(depths)}
+        self._begun = dict(belief or {})
         tried, kept = (sum(sum(seen[i]) for seen in self._begun.values()) for i in (0, 1))
         self._prior = (PRIOR_WEIGHT * PRIOR_ACCEPTANCE + kept) / (PRIOR_WEIGHT + tried)
-        for width, seen in self._begun.items():
-            self._batch[width] = _scaled(depths, *seen)
-        self.believes = any(sum(counts.tried) >= 1 for counts in self._batch.values())
-        self._rows: list[dict[int, Counts]] = [{} for _ in range(rows)] if rows > 1 else []
-        self._chances: dict[tuple[int, int], list[float]] = {}
+        self._batch = Tally(depths)
+        for width, (decided, accepted) in self._begun.items():
+            self._batch.begin(width, decided, accepted, _BELIEF)
+        self.believes = self._batch.num_tried >= 1
+        self._rows = [Tally(depths) for _ in range(rows)] if rows > 1 else []
+        self._tried = self._kept = 0.0
+        self._fates: dict[tuple[Widths, int, int], int] = {}
+        self._chances: dict[tuple[int, int], Sequence[float]] = {}
+        self._reaches: dict[tuple[Widths, int], list[float]] = {}
 
     @property
     def num_decisions(self) -> float:
@@ -128,20 +118,23 @@ class History:
         """Share of the remembered decisions that accepted, of the belief where this call took none; 0 without any."""
         if self._tried > 0:
             return self._kept / self._tried
-        tried, kept = (sum(sum(getattr(counts, what)) for counts in self._batch.values()) for what in ("tried", "kept"))
-        return kept / tried if tried else 0.0
+        return self._batch.num_kept / self._batch.num_tried if self._batch.num_tried > 0 else 0.0
 
     @property
     def belief(self) -> Belief:
         """What the next call may begin with: all of this one, and of those before it ever less."""
-        out: dict[int, tuple[Sequence[float], Sequence[float]]] = dict(self._begun)
-        for width, own in self._own.items():
-            tried, kept = out.get(width, ([0.0] * self.depths,) * 2)
-            out[width] = (
-                [_EARLIER_CALLS * old + new for old, new in zip(tried, own.tried, strict=False)],
-                [_EARLIER_CALLS * old + new for old, new in zip(kept, own.kept, strict=False)],
-            )
-        return out
+        out = {1: self._earlier(1)}
+        for (widths, reached, accepted), count in self._fates.items():
+            for depth, width in enumerate(widths[:reached]):
+                tried, kept = out.setdefault(width, self._earlier(width))
+                tried[depth] += count
+                kept[depth] += count * (depth < accepted)
+        return {**self._begun, **out}
+
+    def _earlier(self, width: int) -> tuple[list[float], list[float]]:
+        none = [0.0] * self.depths
+        tried, kept = ([_EARLIER_CALLS * old for old in seen] for seen in self._begun.get(width, (none, none)))
+        return tried, kept
 
     def add(self, widths: Widths, rows: Sequence[int], tried: Sequence[int], kept: Sequence[int]) -> None:
         """One step's drafts.
@@ -150,31 +143,32 @@ class History:
             widths: their shape. rows: batch indices of the rows that drafted.
             tried, kept: per such row, levels a decision was taken at, and how many of them accepted a token.
         """
-        self._chances.clear()
-        self._tried = MEMORY * self._tried + sum(tried)
-        self._kept = MEMORY * self._kept + sum(kept)
-        for counts in self._batch.values():
-            counts.fade(MEMORY)
-        for row, t, k in zip(rows, tried, kept, strict=True):
-            if self._rows:
-                for counts in self._rows[row].values():
-                    counts.fade(MEMORY)
-            for depth, width in enumerate(widths[:t]):
-                places = [self._batch, self._own, self._rows[row]] if self._rows else [self._batch, self._own]
-                for place in places:
-                    counts = place.setdefault(width, Counts(self.depths))
-                    counts.tried[depth] += 1
-                    counts.kept[depth] += depth < k
+        self._forget_estimates()
+        self._batch.fade(MEMORY)
+        self._tried, self._kept = MEMORY * self._tried + sum(tried), MEMORY * self._kept + sum(kept)
+        fates: dict[tuple[int, int], int] = {}
+        for fate in zip(tried, kept, strict=True):
+            fates[fate] = fates.get(fate, 0) + 1
+        for (t, k), times in fates.items():
+            self._batch.add(widths, t, k, times)
+            self._fates[widths, t, k] = self._fates.get((widths, t, k), 0) + times
+        if self._rows:
+            for row, t, k in zip(rows, tried, kept, strict=True):
+                self._rows[row].fade(MEMORY)
+                self._rows[row].add_later(widths, t, k)
 
     def fade(self, factor: float) -> None:
         """Trust what was seen less: the text has moved on since."""
-        self._chances.clear()
+        self._forget_estimates()
         self._tried, self._kept = factor * self._tried, factor * self._kept
         for place in (self._batch, *self._rows):
-            for counts in place.values():
-                counts.fade(factor)
+            place.fade(factor)
 
-    def chances(self, width: int, row: int = -1) -> list[float]:
+    def _forget_estimates(self) -> None:
+        self._chances.clear()
+        self._reaches.clear()
+
+    def chances(self, width: int, row: int = -1) -> Sequence[float]:
         """By depth: chance that one of `width` siblings is accepted once everything above was.
 
         Args:
@@ -185,35 +179,51 @@ class History:
             found = self._chances[width, row] = self._estimate(width, row if self._rows else -1)
         return found
 
-    def _estimate(self, width: int, row: int) -> list[float]:
+    def _estimate(self, width: int, row: int) -> Sequence[float]:
         if row >= 0:
             own = self._rows[row]
-            if not self._stands_out(own):
+            if not self._stands_out(row):
                 return self.chances(width)
             # A row that is worse than the batch where it was seen is worse at depths it has not reached, too.
-            batch = _level(self._batch, self._prior)
-            ratio = _level(own, batch, _ROW_WEIGHT) / batch
+            batch = self._batch.level(self._prior, PRIOR_WEIGHT)
+            ratio = own.level(batch, _ROW_WEIGHT) / batch
             believed = [min(1.0, ratio * chance) for chance in self.chances(width)]
-            counts = own.get(width)
-            return believed if counts is None else counts.estimate(believed, _ROW_WEIGHT)
-        shared = self._batch.get(width)
+            return own.estimate(width, believed, _ROW_WEIGHT)
         if width == 1:
-            assert shared is not None
-            return shared.estimate([_level({1: shared}, self._prior)] * self.depths, _DEPTH_WEIGHT)
-        believed = [1 - (1 - chance) * SIBLING_MISS for chance in self.chances(width - 1)]
-        return believed if shared is None else shared.estimate(believed, _DEPTH_WEIGHT)
+            believed = [self._batch.level(self._prior, PRIOR_WEIGHT, 1)] * self.depths
+        else:
+            believed = [1 - (1 - chance) * SIBLING_MISS for chance in self.chances(width - 1)]
+        return self._batch.estimate(width, believed, _DEPTH_WEIGHT)
 
-    def _stands_out(self, own: Mapping[int, Counts]) -> bool:
+    def _stands_out(self, row: int) -> bool:
         """Is this row's acceptance too low to be the batch's by chance?
 
         The slowest of several equal rows always looks slow; only what cannot be luck is believed.
         """
-        tried = sum(sum(counts.tried) for counts in own.values())
-        kept = sum(sum(counts.kept) for counts in own.values())
-        batch = _level(self._batch, self._prior)
-        return kept < tried * batch - _UNLIKELY * sqrt(tried * batch * (1 - batch))
+        if not self._rows or row < 0:
+            return False
+        own = self._rows[row]
+        tried, batch = own.num_tried, self._batch.level(self._prior, PRIOR_WEIGHT)
+        return own.num_kept < tried * batch - _UNLIKELY * sqrt(tried * batch * (1 - batch))
 
-    def gains(self, widths: Widths, limits: Sequence[tuple[int, int]]) -> list[float]:
+    def reach(self, widths: Widths, row: int = -1) -> Sequence[float]:
+        """Accepted tokens expected of one row's draft, by the levels drafted, 0 .. len(widths)."""
+        row = row if self._stands_out(row) else -1
+        out = self._reaches.get((widths, row))
+        if out is not None:
+            return out
+        reach, gain, out, last = 1.0, 0.0, [0.0], 0
+        chances: Sequence[float] = ()
+        for depth, width in enumerate(widths):
+            if width != last:
+                chances, last = self.chances(width, row), width
+            reach *= chances[depth]
+            gain += reach
+            out.append(gain)
+        self._reaches[widths, row] = out
+        return out
+
+    def gains(self, widths: Widths, limits: Sequence[tuple[int, int]]) -> Sequence[float]:
         """Accepted draft tokens expected of one step, all rows together, by the levels drafted.
 
         Args:
@@ -222,12 +232,9 @@ class History:
         Returns:
             `gains[d]` for the leading d levels of that shape, d = 0 .. len(widths).
         """
-        total = [0.0] * (len(widths) + 1)
-        for row, limit in limits:
-            reach, gain = 1.0, 0.0
-            for depth, width in enumerate(widths, 1):
-                if depth <= limit:
-                    reach *= self.chances(width, row)[depth - 1]
-                    gain += reach
-                total[depth] += gain
-        return total
+        deepest = len(widths)
+        rows = [(self.reach(widths, row), limit) for row, limit in limits]
+        if len(rows) == 1 and rows[0][1] >= deepest:
+            return rows[0][0]
+        whole = [own if limit >= deepest else [own[min(d, limit)] for d in range(deepest + 1)] for own, limit in rows]
+        return [sum(gains) for gains in zip(*whole, strict=True)]

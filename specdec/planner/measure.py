@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter, process_time
 
@@ -16,29 +16,18 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
-from specdec.drafters import Budget, Drafter, FallbackGuard, Session
-from specdec.drafters.base import CACHE_NAME
+from specdec.drafters import FallbackGuard
 from specdec.kv.support import text_config
 from specdec.loop import DecodeLoop
-from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
-from specdec.planner.history import History
-from specdec.planner.options import Option, Options, PlannedBudget
-from specdec.report import StepTrace
+from specdec.planner.options import Options
+from specdec.planner.script import PLAIN, Enough, Filler, Script
 from specdec.request import Request
-from specdec.verify import DraftTree
-from specdec.verify.kinds import DraftKind
 from specdec.verify.strict_mode import StrictMode
-from specdec.verify.topology import Topology
 
 SECONDS = 0.7
 """Time to spend; models whose few necessary steps take longer get just those."""
-MOST_ROUNDS = 6
 PROMPT_TOKENS = 64
-_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-_COARSE = (1, 4)
-"""Depths measured where steps are so slow that few are affordable; the rest is interpolated."""
-
 _MOST_PROMPT_TOKEN = 0.1
 """The first pass over the prompt also pays for what is done once. A prompt token costs at most this share of a step."""
 
@@ -52,116 +41,6 @@ _HARMLESS = frozenset(
     )
 )  # fmt: skip
 """Processors that may see scratch text: stateless ones of the library's. Others are not called."""
-
-
-_PLAIN, _FORGET = (-1, 0), (-2, 0)
-
-
-class _Enough(Exception):
-    """Ends the measuring loop."""
-
-
-class _Filler(Drafter):
-    """Proposes as many tokens as it is asked for, of no value: what judging deterministic drafts costs."""
-
-    def __init__(self, depth: int):
-        self.max_depth = self.max_nodes = depth
-
-    @property
-    def kind(self) -> DraftKind:
-        return DraftKind("chain", "deterministic")
-
-    def start(self, session: Session) -> None:
-        self._session = session
-
-    def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
-        roots = self._session.rows.roots()
-        tokens = torch.arange(budget.max_depth, device=roots.device) % self._session.vocab
-        return DraftTree.build(
-            Topology.chain(budget.max_depth), torch.cat([roots[:, None], tokens.expand(len(roots), -1)], dim=1)
-        )
-
-
-class _Script(Planning):
-    """Stands where the planner stands, and notes how long the steps took that it ordered.
-
-    First three plain steps, then rounds of every order; the first round also pays for what is done once per process
-    (kernels are chosen), and its times count only where there is no time for another.
-    """
-
-    def __init__(self, options: Options, rows: int, seconds: float, clock: Callable[[], float]):
-        self.depths = [measured_depths(option) for option in options.options]
-        self.loop: DecodeLoop | None = None
-        self.ms: dict[tuple[int, int], list[float]] = {}
-        self.catch_up_ms: list[tuple[float, int]] = []
-        self._options, self._rows, self._seconds, self._clock = options, rows, seconds, clock
-        self._queue: list[tuple[int, int]] = [_PLAIN] * 3
-        self._pending: tuple[int, int] | None = None
-        self._forgotten = 0
-        self._rounds = 0
-        self._begun = self._last = clock()
-        self.history = {option.family: History(options.max_depth, 1) for option in options.options}
-
-    def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
-        if self._pending is not None:
-            self._note(1e3 * (self._clock() - self._last), self._pending)
-        if not self._queue:
-            self._next_round()
-        order = self._queue.pop(0)
-        if order == _FORGET:
-            assert self.loop is not None
-            self.loop.cache.forget(CACHE_NAME)
-            self._forgotten = max(self.loop.rows.num_tokens)
-            order = self._queue.pop(0)
-        self._pending = order
-        self._last = self._clock()
-        option, depth = order
-        if depth == 0:
-            return PlannedBudget((0,) * self._rows, 0)
-        return PlannedBudget((depth,) * self._rows, self._options.options[option].drafter.max_nodes, option)
-
-    def _note(self, ms: float, order: tuple[int, int]) -> None:
-        if self._forgotten:
-            self.catch_up_ms.append((ms, self._forgotten))
-            self._forgotten = 0
-        else:
-            self.ms.setdefault(order, []).append(ms)
-
-    def _next_round(self) -> None:
-        if self._rounds == 0:
-            if 4 * self._plain_seconds() * sum(map(len, self.depths)) > self._seconds:
-                self.depths = [[d for d in depths if d in _COARSE or len(depths) == 1] for depths in self.depths]
-        elif self._rounds == 1:
-            self._begun = self._clock()
-            if 2 * self._plain_seconds() * sum(map(len, self.depths)) > 3 * self._seconds:
-                raise _Enough
-        else:
-            spent = self._clock() - self._begun
-            if self._rounds > MOST_ROUNDS or spent * self._rounds / (self._rounds - 1) > self._seconds:
-                raise _Enough
-        self._rounds += 1
-        self._queue += [_PLAIN, _PLAIN]
-        for option, depths in enumerate(self.depths):
-            if self._options.options[option].drafter.num_cache_layers:
-                self._queue += [_FORGET, (option, depths[0])]
-            self._queue += [(option, depth) for depth in depths]
-
-    def _plain_seconds(self) -> float:
-        return min(self.ms[_PLAIN]) / 1e3
-
-    def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
-        """How the drafts fared; the clock is read between orders."""
-        index, depth = self._pending or _PLAIN
-        if depth > 0 and any(trace.drafted):
-            option = self._options.options[index]
-            if not isinstance(option.drafter, _Filler):
-                self.history[option.family].add(option.widths, trace.rows, reached, trace.accepted)
-
-
-def measured_depths(option: Option) -> list[int]:
-    """Depths of `option` whose cost is measured."""
-    deepest = len(option.widths)
-    return [*(d for d in _DEPTHS if d < deepest), deepest] if option.any_depth else [deepest]
 
 
 def kept_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
@@ -188,27 +67,27 @@ def measure(
     """
     start = perf_counter()
     most_nodes = None if strict is None else strict.width - 1
-    scratch = Options([replace(option, drafter=_Filler(option.drafter.max_nodes)) if option.may_be_empty else option
+    scratch = Options([replace(option, drafter=Filler(option.drafter.clone())) if option.may_be_empty else option
                        for option in options.options])  # fmt: skip
     guard = FallbackGuard(scratch, most_nodes)
     prompt = _scratch_prompt(request, target, rows)
     # One thread's own time does not count what other processes do meanwhile.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
-    script = _Script(scratch, rows, seconds, process_time if alone else perf_counter)
+    script = Script(scratch, rows, seconds, process_time if alone else perf_counter)
     loop = DecodeLoop(_scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
     script.loop = loop
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loop.run()
-    except _Enough:
+    except Enough:
         pass
     if guard.num_faults:
         raise RuntimeError(f"the drafter failed: {guard.last_fault}")
     if not all((i, depth) in script.ms for i, depths in enumerate(script.depths) for depth in depths):
         raise RuntimeError("the text grew too long before every step was timed")
-    prompt_ms, *script.ms[_PLAIN] = script.ms[_PLAIN]
-    plain = _typical(script.ms[_PLAIN])
+    prompt_ms, *script.ms[PLAIN] = script.ms[PLAIN]
+    plain = _typical(script.ms[PLAIN])
     steps = {option.name: {depth: _typical(script.ms[i, depth]) for depth in script.depths[i]}
              for i, option in enumerate(scratch.options)}  # fmt: skip
     draft_token = 0.0
@@ -220,7 +99,8 @@ def measure(
     first = loop.watch.ms.get("prefill", 0.0) + prompt_ms - plain
     prompt_token = max(0.0, min(first / prompt.shape[1], plain * _MOST_PROMPT_TOKEN))
     beliefs = {family: history.belief for family, history in script.history.items() if history.num_decisions}
-    return Costs(rows, plain, steps, draft_token, prompt_token, beliefs, perf_counter() - start)
+    found = {name: sum(shares) / len(shares) for name, shares in script.asked.items()}
+    return Costs(rows, plain, steps, draft_token, prompt_token, beliefs, found, perf_counter() - start)
 
 
 def _typical(times: Sequence[float]) -> float:

@@ -47,6 +47,11 @@ class PlannedBudget(Budget):
     beside: int | None = None
 
 
+def chains(tree: DraftTree) -> list[list[int]]:
+    """What each row's chain drafts."""
+    return [row[1:count] for row, count in zip(tree.tokens.tolist(), tree.num_nodes.tolist(), strict=True)]
+
+
 class Options(Drafter):
     """Asks the option named by a `PlannedBudget`; options of one model share its K/V in the shared cache.
 
@@ -116,8 +121,7 @@ class Options(Drafter):
         plan = budget if isinstance(budget, PlannedBudget) else PlannedBudget(budget.depths, budget.max_nodes)
         if plan.beside is not None:
             said = self.options[plan.beside].drafter.propose(plan, uniforms[:, :0])
-            counts = said.num_nodes.tolist()
-            self.heard = plan.beside, [row[1:count] for row, count in zip(said.tokens.tolist(), counts, strict=True)]
+            self.heard = plan.beside, chains(said)
         while plan is not None and plan.max_depth > 0:
             option = self.options[plan.option]
             tree = option.drafter.propose(plan, uniforms[:, : option.drafter.num_uniforms])

@@ -7,31 +7,24 @@ from dataclasses import replace
 from math import ceil
 
 from specdec.planner.base import Planning
-from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest
-from specdec.planner.costs import Costs
-from specdec.planner.history import History, Known, would_be_kept
-from specdec.planner.options import Option, Options, PlannedBudget
-from specdec.planner.risk import RISK, Pause, Risk
+from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest, why_plain
+from specdec.planner.costs import Costs, StepTimes
+from specdec.planner.finds import Finds
+from specdec.planner.history import History, Known, fates
+from specdec.planner.options import Options, PlannedBudget
+from specdec.planner.risk import Pause, Risk
 from specdec.planner.summary import PlanReport
+from specdec.planner.trials import TRIES, Trials
 from specdec.report import StepTrace
 from specdec.verify.kinds import DraftKind
 
 PROBE_DEPTH = 2
 PROBE_FADE = 0.6
 """What is left of the evidence when a probe asks whether it still holds."""
-PROVEN = 8.0
-"""Decisions after which an option in use is judged by its acceptance alone."""
-REPLAN = 4
-"""Steps of a batch between two looks at all candidates."""
-REPLAN_ONE = 2
-"""The same for a single row."""
+LONGEST_HOLD = 8
+"""Steps that a plan is kept for at most before all candidates are looked at again."""
 _ASKING = 0.005
 """Share of a plain step that asking an option that may be empty costs."""
-_FOUND_WEIGHT, _FOUND_MEMORY = 4.0, 0.95
-_TRUSTED, _PROMISING = 3.0, 1.15
-"""Allowances that a drafter may risk which, by what it did before this call, makes it so much faster."""
-_SIDE_SHARE = 0.4
-"""Share of the allowance that an option which may be empty can use up beside others."""
 _CHAINS = DraftKind("chain", "deterministic")
 _HOPELESS, _LONG = 0.2, 64
 """Drafters of which so few tokens are accepted, now and before this call, are probed after so many plain steps."""
@@ -45,6 +38,9 @@ class Planner(Planning):
     same call with the same table and knowledge is planned the same way again, and nothing a plan looks at was drawn in
     the step it is for (algorithms B.5).
 
+    A plan holds for 1, 2, 4 and then 8 steps as long as a new look at all candidates confirms it, and ends at once
+    where drafts have lost time since it was made: planning should cost less than what it can gain.
+
     Args:
         options: what can be drafted with.
         costs: live rows -> their table.
@@ -57,242 +53,213 @@ class Planner(Planning):
     ):
         known = Known() if known is None else known
         self._options, self._costs, self._prompt_tokens = options, costs, prompt_tokens
-        deepest = options.max_depth
-        # Asked once: the property reads the model's configuration, which is slow.
-        self._keeping = {option.name for option in options.options if option.drafter.num_cache_layers}
-        self._history = {option.family: History(deepest, rows, known.beliefs.get(option.family))
-                         for option in options.options}  # fmt: skip
-        self._found = [(known.found.get(option.name, 0.5) * _FOUND_WEIGHT, _FOUND_WEIGHT) for option in options.options]
-        self._debts = [0.0] * len(options.options)
-        self._risk: Risk | None = None
+        self._choices = options.options
+        self._levels = {option.name: len(option.widths) for option in self._choices}
+        families = {option.family: History(options.max_depth, rows, known.beliefs.get(option.family))
+                    for option in self._choices}  # fmt: skip
+        self._families = families
+        self._history = [families[option.family] for option in self._choices]
+        self._finds = Finds(self._choices, known.found)
+        self._times: dict[int, StepTimes] = {}
+        self._plain: dict[int, PlannedBudget] = {}
+        self._trials: Trials | None = None
         self._pause = Pause()
         self._current: tuple[int, int] | None = None
-        self._fresh = 0
         self._plans: dict[int, Candidate] = {}
+        self._last = PlannedBudget((), 0)
         self._now: Situation | None = None
-        self._plain_ms = 0.0
-        self._behind = prompt_tokens
+        self._fresh, self._hold, self._debt = 0, 1, 0.0
         self.report = PlanReport()
 
     def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
-        if self._risk is not None and self._pause.waits():  # most steps where drafts are no use: nothing is computed
-            self._plans, self._plain_ms = {}, self._costs(len(live)).plain
-            return PlannedBudget((0,) * len(live), 0)
-        now = self._now = Situation.of(live, left, self._options.max_depth, self._costs)
-        self._plain_ms = now.plain_ms
-        if self._risk is None:
-            prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
-            self._risk = Risk(max(now.left), prefill)
-        if max(now.left) < 2:
-            self._plans = {}
-            return self._plainly(now)
-        if self._fresh > 0 and self._plans:
-            self._fresh -= 1
-            plan = self._again(now)
-            if plan is not None:
+        if self._pause.waits():  # most steps where drafts are no use: nothing is computed
+            return self._plainly(len(live))
+        if self._fresh > 0 and self._trials is not None and self._trials.risk.debt <= self._debt:
+            again = self._again(live, left)
+            if again is not None:
+                self._fresh -= 1
                 self._pause.go()
-                return plan
-        return self._choose(now)
+                return again
+        now = self._now = Situation(live, left, self._options.max_depth, self._times_of)
+        if self._trials is None:
+            prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
+            self._trials = Trials(self._choices, Risk(max(now.left), prefill), self._prompt_tokens)
+        return self._plainly(now.rows) if max(now.left) < 2 else self._choose(now, self._trials)
 
-    def _choose(self, now: Situation) -> PlannedBudget:
+    def _times_of(self, rows: int) -> StepTimes:
+        times = self._times.get(rows)
+        if times is None:
+            times = self._times[rows] = StepTimes.of(self._costs(rows), self._levels)
+        return times
+
+    def _plainly(self, rows: int) -> PlannedBudget:
+        self._plans, self._fresh = {}, 0
+        if rows not in self._plain:
+            self._plain[rows] = PlannedBudget((0,) * rows, 0)
+        return self._plain[rows]
+
+    def _again(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget | None:
+        """The last plan, for the rows that are still there; None where it does not fit them."""
+        now = self._now
+        assert now is not None
+        deepest = max(plan.depth for plan in self._plans.values())
+        if now.live == live and all(tokens is None or tokens > deepest for tokens in left):
+            return self._last
+        if all(tokens is not None and tokens <= deepest for tokens in left):  # nobody can use it: the call is ending
+            return None
+        now = self._now = Situation(live, left, self._options.max_depth, self._times_of)
+        plan: PlannedBudget | None = self._last
+        chain: list[PlannedBudget] = []
+        while plan is not None:
+            chain.append(plan)
+            plan = plan.otherwise
+        for old in reversed(chain):
+            plan = self._planned(self._plans[old.option], now, min(old.least_rows, now.rows), plan)
+        assert plan is not None
+        self._last = plan
+        return plan
+
+    def _choose(self, now: Situation, trials: Trials) -> PlannedBudget:
         self._plans = {}
-        options = list(enumerate(self._options.options))
-        best = self._best(now, [(i, option) for i, option in options if not option.may_be_empty])
         plan: PlannedBudget | None = None
+        best = self._best(now, trials)
         if best is not None:
             self._plans[best.option] = best
             plan = self._planned(best, now)
-        for i, option in options:
+        for i, option in enumerate(self._choices):
             if option.may_be_empty:
-                ahead = self._ahead(i, option, now, now.plain_rate if best is None else best.rate, plan)
+                ahead = self._ahead(i, now, trials, now.plain_rate if best is None else best.rate, plan)
                 if ahead is plan and plan is not None and option.drafter.kind == _CHAINS:
                     ahead = replace(plan, beside=i)  # not worth a pass, but what it would have drafted shows later
                 plan = ahead
         if plan is None:
             return self._stop(now)
         if self._pause.begins:
-            for history in self._history.values():
+            for history in self._families.values():
                 history.fade(PROBE_FADE)
         self._pause.go()
-        assert self._risk is not None
-        self._fresh = (REPLAN if now.rows > 1 else REPLAN_ONE) - 1 if self._risk.debt < 0 else 0
         chosen = best if best is not None else self._plans[plan.option]
+        confirmed = trials.risk.debt < 0 and (chosen.option, chosen.depth) == self._current
+        self._hold = min(2 * self._hold, LONGEST_HOLD) if confirmed else 1
+        self._fresh, self._debt = self._hold - 1, trials.risk.debt
         self._current = (chosen.option, chosen.depth)
-        self._last = plan
+        self._last = plan if plan.beside is None else replace(plan, beside=None)  # once per look is listened
         return plan
 
-    def _again(self, now: Situation) -> PlannedBudget | None:
-        """The last plan for the rows that are still there."""
-        plan: PlannedBudget | None = self._last
-        kept: list[PlannedBudget] = []
-        while plan is not None:
-            if plan.option not in self._plans:
-                return None
-            kept.append(plan)
-            plan = plan.otherwise
-        for old in reversed(kept):
-            plan = self._planned(self._plans[old.option], now, min(old.least_rows, now.rows), plan, old.beside)
-        return plan
-
-    def _best(self, now: Situation, options: Sequence[tuple[int, Option]]) -> Candidate | None:
+    def _best(self, now: Situation, trials: Trials) -> Candidate | None:
         """The fastest affordable plan that beats plain decoding; a probe's is the fastest small one."""
+        probing = self._pause.probing
+        least = 0.0 if probing else MARGIN * now.plain_rate
         good = [
             plan
-            for i, option in options
-            for plan in candidates(i, option, self._history[option.family], now)
-            if self._may(plan, now)
+            for i, option in enumerate(self._choices)
+            if not option.may_be_empty
+            for plan in candidates(i, option, self._history[i], now, least=least)
+            if not probing or self._small(plan)
         ]
-        return fastest(
-            good,
-            self._current,
-            lambda plan: self._affordable(plan, now) and (self._pause.probing or self._in_time(plan, now)),
-        )
+        for tries in (1,) if probing else range(TRIES, 0, -1):
 
-    def _may(self, plan: Candidate, now: Situation) -> bool:
-        if self._pause.probing:
-            return plan.depth <= PROBE_DEPTH or not self._options.options[plan.option].any_depth
-        return plan.rate > MARGIN * now.plain_rate
+            def allowed(plan: Candidate, tries: int = tries) -> bool:
+                return self._affordable(plan, now, trials, tries) and (probing or self._in_time(plan, now))
+
+            best = fastest(good, self._current, allowed)
+            if best is not None or not good:
+                return best
+        return None
+
+    def _small(self, plan: Candidate) -> bool:
+        return plan.depth <= PROBE_DEPTH or not self._choices[plan.option].any_depth
 
     def _in_time(self, plan: Candidate, now: Situation) -> bool:
-        option = self._options.options[plan.option]
-        return ends_sooner(plan, option, self._history[option.family], now)
+        return ends_sooner(plan, self._choices[plan.option], self._history[plan.option], now)
 
-    def _affordable(self, plan: Candidate, now: Situation) -> bool:
-        """Even if all of it is rejected? What is in use and proven may lose now and then."""
-        assert self._risk is not None
-        option, history = self._options.options[plan.option], self._history
-        catching_up = self._catching_up(option, now)
-        loss = catching_up + plan.ms - now.plain_ms
-        if not self._pause.probing:
-            if self._current is not None and history[option.family].num_decisions >= PROVEN:
-                return True
-            saved = max(now.left) * now.rows * (1 / now.plain_rate - 1 / plan.rate)
-            if saved < catching_up:
-                return False
-        if option.may_be_empty and len(history) > 1:  # or trying it would leave nothing to try the others with
-            own = self._debts[plan.option]
-            if not self._risk.affords(loss, now.plain_ms, _SIDE_SHARE, own):
-                return False
-        promising = plan.rate > _PROMISING * now.plain_rate
-        trusted = history[option.family].believes and promising and not self._pause.probing
-        return self._risk.affords(loss, now.plain_ms, _TRUSTED if trusted else 1.0)
-
-    def _catching_up(self, option: Option, now: Situation) -> float:
-        """Milliseconds to bring the option's K/V up to date; a token or two ride along with its next pass."""
-        if option.name not in self._keeping or self._behind <= 2:
-            return 0.0
-        return self._costs(now.rows).draft_token * self._behind
+    def _affordable(self, plan: Candidate, now: Situation, trials: Trials, tries: int = 1) -> bool:
+        in_use, probing = self._current is not None, self._pause.probing
+        return trials.affordable(plan, self._history[plan.option], now, in_use, probing, tries)
 
     def _ahead(
-        self, index: int, option: Option, now: Situation, rate: float, otherwise: PlannedBudget | None
+        self, index: int, now: Situation, trials: Trials, rate: float, otherwise: PlannedBudget | None
     ) -> PlannedBudget | None:
         """`otherwise` (which promises `rate`), with an option that may be empty asked before it where that pays."""
-        found, asked = self._found[index]
-        share = found / asked
+        option, share, probing = self._choices[index], self._finds.share(index), self._pause.probing
         expected = max(1, round(share * now.rows))
-        plans = candidates(index, option, self._history[option.family], now, expected)
-        plan = max((one for one in plans if not self._pause.probing or self._may(one, now)), key=lambda one: one.rate)
+        plans = candidates(index, option, self._history[index], now, expected)
+        plan = max((one for one in plans if not probing or self._small(one)), key=lambda one: one.rate)
         gain = (plan.tokens - now.rows) / expected
         least = max(1, ceil((MARGIN * rate * plan.ms - now.rows) / max(gain, 1e-9)))
-        if not self._pause.probing:
+        if not probing:
             worth = share * (plan.rate - rate) / now.plain_rate
             if least > now.rows or worth < _ASKING or not self._in_time(plan, now):
                 return otherwise
-        if not self._affordable(plan, now):
+        if not self._affordable(plan, now, trials):
             return otherwise
         self._plans[index] = plan
         return self._planned(plan, now, min(least, now.rows), otherwise)
 
     def _planned(
-        self,
-        plan: Candidate,
-        now: Situation,
-        least: int = 0,
-        otherwise: PlannedBudget | None = None,
-        beside: int | None = None,
+        self, plan: Candidate, now: Situation, least: int = 0, otherwise: PlannedBudget | None = None
     ) -> PlannedBudget:
-        depths = tuple(min(plan.depth, limit) for _, limit in now.limits)
-        nodes = self._options.options[plan.option].drafter.max_nodes
-        return PlannedBudget(depths, nodes, plan.option, least, otherwise, beside)
-
-    def _plainly(self, now: Situation) -> PlannedBudget:
-        return PlannedBudget((0,) * now.rows, 0)
+        depths = tuple([min(plan.depth, limit) for _, limit in now.limits])
+        return PlannedBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
 
     def _stop(self, now: Situation) -> PlannedBudget:
-        self.report.why_plain = self._why(now)
+        self.report.why_plain = why_plain(self._choices, self._history, now)
         self._current = None
-        known = [history for history in self._history.values() if history.believes]
+        known = [history for history in self._families.values() if history.believes]
         hopeless = bool(known) and all(history.acceptance < _HOPELESS for history in known)
         self.report.num_stops += int(self._pause.stop(_LONG if hopeless else 0))
-        return self._plainly(now)
-
-    def _why(self, now: Situation) -> str:
-        said = []
-        for i, option in enumerate(self._options.options):
-            history = self._history[option.family]
-            best = max(candidates(i, option, history, now), key=lambda plan: plan.rate)
-            speed = best.rate / now.plain_rate
-            if speed > MARGIN:
-                said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
-            else:
-                said.append(f"{option.name} promises {speed:.2f}x plain decoding with {history.acceptance:.2f} of its "
-                            "tokens accepted")  # fmt: skip
-        return "; ".join(said)
+        return self._plainly(now.rows)
 
     @property
     def known(self) -> Known:
         """What this call and those before it tell the next one."""
-        pairs = zip(self._options.options, self._found, strict=True)
-        found = {option.name: kept / asked for option, (kept, asked) in pairs if option.may_be_empty}
-        return Known({family: history.belief for family, history in self._history.items()}, found)
+        return Known({family: history.belief for family, history in self._families.items()}, self._finds.known)
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
-        assert self._now is not None
-        assert self._risk is not None
-        now, rows, plain_ms = self._now, len(trace.rows), self._plain_ms
-        used = self._options.used if any(trace.drafted) else None
-        if self._plans:
+        assert self._trials is not None
+        rows, emitted = len(trace.rows), len(trace.rows) + sum(trace.accepted)
+        plans, used = self._plans, self._options.used
+        if plans:
             for index, found in self._options.asked:
-                kept, asked = self._found[index]
-                self._found[index] = (_FOUND_MEMORY * kept + found / rows, _FOUND_MEMORY * asked + 1)
+                self._finds.add(index, found / rows)
             if self._options.heard is not None:
                 self._hear(*self._options.heard, trace)
-        emitted = rows + sum(trace.accepted)
-        lag = self._behind + ceil(emitted / rows)
-        if used is None or used not in self._plans:
-            name, ms, tokens = "plain", plain_ms, float(rows)
-            self._risk.step()
-            if self._pause.probing:
-                self._current = None
-                self._pause.found_nothing()
-        else:
-            option, plan = self._options.options[used], self._plans[used]
-            history = self._history[option.family]
-            drafting = [i for i in range(rows) if trace.drafted[i]]
-            name = f"{option.name} k={plan.depth}" if option.any_depth else option.name
-            ms, tokens = plan.ms, plan.tokens
-            if option.may_be_empty:  # it may have found less than it was asked for, and for fewer rows
-                depth = min(max(trace.drafted), plan.depth)
-                ms = now.costs(rows).step(option.name, depth)
-                tokens = rows + history.gains(option.widths, now.limits)[depth] * len(drafting) / rows
-            ms += self._catching_up(option, now)
-            history.add(option.widths, [trace.rows[i] for i in drafting], [reached[i] for i in drafting],
-                        [trace.accepted[i] for i in drafting])  # fmt: skip
-            lost = ms - emitted * plain_ms / rows
-            self._risk.step(lost)
-            self._debts[used] += lost
-            lag = 0 if option.name in self._keeping else lag
-            self.report.num_probes += self._pause.probing
-        self._behind = lag
+        if used in plans and any(trace.drafted):
+            self._learn_drafts(plans[used], trace, reached, emitted)
+            return
+        self._trials.plain(ceil(emitted / rows))
+        if self._pause.probing:
+            self._current = None
+            self._pause.found_nothing()
+        self.report.add("plain", self._times_of(rows).plain, rows, trace, emitted)
+
+    def _learn_drafts(self, plan: Candidate, trace: StepTrace, reached: Sequence[int], emitted: int) -> None:
+        now, trials = self._now, self._trials
+        assert now is not None
+        assert trials is not None
+        index, rows = plan.option, len(trace.rows)
+        option, history = self._choices[index], self._history[index]
+        ms, tokens = plan.ms, plan.tokens
+        drafting, accepted = trace.rows, trace.accepted
+        if option.may_be_empty:  # it may have found less than it was asked for, and for fewer rows
+            depth = min(max(trace.drafted), plan.depth)
+            places = [i for i in range(rows) if trace.drafted[i]]
+            drafting = [trace.rows[i] for i in places]
+            ms = now.times.by_depth[index][depth]
+            tokens = rows + history.reach(option.widths)[depth] * len(drafting)
+            reached, accepted = [reached[i] for i in places], [accepted[i] for i in places]
+        ms += trials.catching_up(index, now)
+        history.add(option.widths, drafting, reached, accepted)
+        trials.drafted(index, ms - emitted * now.plain_ms / rows, ceil(emitted / rows))
+        self.report.num_probes += self._pause.probing
+        name = f"{option.name} k={plan.depth}" if option.any_depth else option.name
         self.report.add(name, ms, tokens, trace, emitted)
 
     def _hear(self, index: int, chains: Sequence[Sequence[int]], trace: StepTrace) -> None:
         """Count what would have become of chains that were not drafted."""
-        fates = [would_be_kept(chain, run) for chain, run in zip(chains, trace.emitted, strict=True)]
-        rows = [row for row, (tried, _) in zip(trace.rows, fates, strict=True) if tried]
-        found, asked = self._found[index]
-        self._found[index] = (_FOUND_MEMORY * found + len(rows) / len(fates), _FOUND_MEMORY * asked + 1)
-        option = self._options.options[index]
-        if rows:
-            tried, kept = zip(*(fate for fate in fates if fate[0]), strict=True)
-            self._history[option.family].add(option.widths, rows, tried, kept)
+        heard = fates(chains, trace)
+        self._finds.add(index, len(heard.rows) / len(trace.rows))
+        if heard.rows:
+            self._history[index].add(self._choices[index].widths, *heard)
+            if sum(heard.kept) > sum(trace.accepted):  # it would have been the better draft
+                self._fresh, self._hold = 0, 1

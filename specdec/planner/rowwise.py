@@ -60,13 +60,11 @@ class RowwisePlanner(Planning):
 
 def _alone(trace: StepTrace, i: int) -> StepTrace:
     """What the step was for its i-th row."""
-    return trace._replace(
-        rows=[0],
-        drafted=trace.drafted[i : i + 1],
-        accepted=trace.accepted[i : i + 1],
-        emitted=trace.emitted[i : i + 1],
-        kinds=trace.kinds[i : i + 1],
-    )
+    one = slice(i, i + 1)
+    return StepTrace(
+        trace.step, [0], trace.drafted[one], trace.accepted[one], trace.emitted[one], trace.kinds[one],
+        trace.ms_draft, trace.ms_verify, trace.ms_rest,
+    )  # fmt: skip
 
 
 def _together(plans: Sequence[PlanReport]) -> PlanReport:

@@ -19,7 +19,8 @@ from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder
 from specdec.verify.native import why_not
 
-SCHEMA = 2
+SCHEMA = 3
+
 _VALUES = 32
 """Values of each weight that its fingerprint looks at."""
 

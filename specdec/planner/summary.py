@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,13 @@ class PlanReport:
     num_stops: int = 0
     why_plain: str | None = None
     ms_measuring: float = 0.0
-    _recent: list[tuple[float, float, float, float]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        # Not fields: they are no part of the report. Sums are kept, so that a step costs the same however far back
+        # the forecast looks.
+        self._recent: deque[tuple[float, float]] = deque()
+        self._trend: deque[tuple[float, float]] = deque()
+        self._recent_real = self._recent_ms = self._won = self._hoped = 0.0
 
     def add(self, name: str, ms: float, tokens: float, trace: StepTrace, emitted: int) -> None:
         """Count one step: its plan, its milliseconds by the table, its expected and its emitted tokens."""
@@ -51,16 +58,31 @@ class PlanReport:
         self.steps[name] = self.steps.get(name, 0) + 1
         if first:  # the target's pass over the prompt is part of this step
             return
-        scale = sum(real for real, *_ in self._recent) / sum(ms for _, ms, *_ in self._recent) if self._recent else 1.0
-        real = trace.ms_draft + trace.ms_verify + trace.ms_rest
         rows = len(trace.rows)
-        won, hoped = (sum(step[i] for step in self._recent[-_TREND:]) + _TREND_WEIGHT for i in (2, 3))
         self.table_ms += ms
-        self.predicted_ms += ms * scale
-        self.predicted_tokens += rows + (tokens - rows) * won / hoped
+        self.predicted_ms += ms * self._recent_real / self._recent_ms if self._recent else ms
+        trend = (self._won + _TREND_WEIGHT) / (self._hoped + _TREND_WEIGHT)
+        self.predicted_tokens += rows + (tokens - rows) * trend
+        real = trace.ms_draft + trace.ms_verify + trace.ms_rest
         self.realised_ms += real
         self.realised_tokens += emitted
-        self._recent = [*self._recent[1 - _RECENT :], (real, ms, emitted / rows - 1, tokens / rows - 1)]
+        self._remember(real, ms, emitted / rows - 1, tokens / rows - 1)
+
+    def _remember(self, real: float, ms: float, won: float, hoped: float) -> None:
+        if len(self._recent) == _RECENT:
+            old_real, old_ms = self._recent.popleft()
+            self._recent_real -= old_real
+            self._recent_ms -= old_ms
+        if len(self._trend) == _TREND:
+            old_won, old_hoped = self._trend.popleft()
+            self._won -= old_won
+            self._hoped -= old_hoped
+        self._recent.append((real, ms))
+        self._trend.append((won, hoped))
+        self._recent_real += real
+        self._recent_ms += ms
+        self._won += won
+        self._hoped += hoped
 
     @property
     def predicted_tokens_per_second(self) -> float:
