@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,31 @@ class Verdict(NamedTuple):
     path: Tensor
     num_accepted: Tensor
     next_token: Tensor
+
+
+class _Frame(NamedTuple):
+    """What all trees of one shape have in common, see `DraftTree`."""
+
+    parents: Tensor
+    num_nodes: Tensor
+    sampled: Tensor
+    q_row: Tensor | None
+
+
+@lru_cache(maxsize=1024)
+def _frame(topology: Topology, rows: int, q_rows: int | None, device: torch.device) -> _Frame:
+    """Trees of `rows` full rows in which nodes `0 .. q_rows - 1` own a row of q. Shared: never written to."""
+    nodes = topology.num_nodes
+    with torch.inference_mode(False):  # views of inference mode could not be used outside of it later
+        q_row = None
+        if q_rows is not None:
+            q_row = constant(tuple(i if i < q_rows else -1 for i in range(nodes)), device).expand(rows, nodes)
+        return _Frame(
+            topology.parents_on(device).expand(rows, nodes),
+            constant((nodes,), device).expand(rows),
+            all_but_root(q_rows is not None, nodes, device).expand(rows, nodes),
+            q_row,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,15 +90,16 @@ class DraftTree:
             q: float `[rows, q_rows, vocab]`; nodes `0 .. q_rows-1` own a row.
             sampled: bool `[rows, nodes]`; defaults to "all but the root" when q is given, else to none.
         """
-        rows, nodes = tokens.shape
-        device = tokens.device
-        parents = topology.parents_on(device).expand(rows, nodes)
-        if sampled is None:
-            sampled = all_but_root(q is not None, nodes, device).expand(rows, nodes)
-        q_row = None
-        if q is not None:
-            q_row = constant(tuple(i if i < q.shape[1] else -1 for i in range(nodes)), device).expand(rows, nodes)
-        return DraftTree(tokens, parents, constant((nodes,), device).expand(rows), sampled, q, q_row, topology)
+        frame = _frame(topology, tokens.shape[0], None if q is None else q.shape[1], tokens.device)
+        return DraftTree(
+            tokens,
+            frame.parents,
+            frame.num_nodes,
+            frame.sampled if sampled is None else sampled,
+            q,
+            frame.q_row,
+            topology,
+        )
 
     @staticmethod
     def root_only(tokens: Tensor) -> DraftTree:
