@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +27,26 @@ def on_host(*tensors: Tensor) -> list[list[Any]]:
     return out
 
 
-def argmax(scores: Tensor) -> Tensor:
-    """`scores.argmax(-1)`: the first index of each row's largest entry, or of its first NaN.
+def table(tensor: Tensor) -> Any:
+    """A float32 tensor on a CPU as the NumPy array it shares its memory with; None for all others.
 
-    On a CPU by NumPy, which searches a row of 4096 floats in 1 microsecond instead of 5.
+    NumPy finds the largest of 4096 floats in 1 microsecond where torch takes 5, and reads single entries in 0.1.
     """
-    if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        return torch.from_numpy(scores.detach().numpy().argmax(-1))
-    return scores.argmax(-1)
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        return tensor.detach().numpy()
+    return None
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1)`: the first index of each row's largest entry, or of its first NaN."""
+    array = table(scores)
+    return scores.argmax(-1) if array is None else torch.from_numpy(array.argmax(-1))
+
+
+def entries(tensor: Tensor, places: Sequence[tuple[int, ...]]) -> list[float]:
+    """The values of `tensor` at some index tuples."""
+    array = table(tensor)
+    if array is not None:
+        return [float(array[place]) for place in places]
+    values: list[float] = tensor[tuple(torch.tensor(places, device=tensor.device).unbind(1))].tolist()
+    return values
