@@ -37,6 +37,7 @@ class _Frame(NamedTuple):
     num_nodes: Tensor
     sampled: Tensor
     q_row: Tensor | None
+    valid: Tensor
 
 
 @lru_cache(maxsize=1024)
@@ -52,6 +53,7 @@ def _frame(topology: Topology, rows: int, q_rows: int | None, device: torch.devi
             constant((nodes,), device).expand(rows),
             all_but_root(q_rows is not None, nodes, device).expand(rows, nodes),
             q_row,
+            torch.ones(rows, nodes, dtype=torch.bool, device=device),
         )
 
 
@@ -126,6 +128,8 @@ class DraftTree:
     @cached_property
     def valid(self) -> Tensor:
         """Bool `[rows, nodes]`: real nodes, not width padding."""
+        if self._frame is not None:
+            return self._frame.valid
         return indices(self.tokens.shape[1], self.tokens.device) < self.num_nodes[:, None]
 
     @cached_property
@@ -167,6 +171,24 @@ class DraftTree:
         """True when all rows have one chain's shape, padding included: known without looking at any tensor."""
         return self.topology is not None and self.topology.is_chain
 
+    @property
+    def is_drawn_chain(self) -> bool:
+        """True when all rows are whole chains and row `i` of q is the law that node `i + 1` was drawn from."""
+        if not self.is_shared_chain or self._frame is None or self.q is None:
+            return False
+        return 0 < self.q.shape[1] == self.tokens.shape[1] - 1
+
+    @cached_property
+    def _frame(self) -> _Frame | None:
+        """What `build` gave this tree, None when anything but tokens and q is not of its making: known without looking
+        at any tensor."""
+        if self.topology is None or self.topology.num_nodes != self.tokens.shape[1]:
+            return None
+        q_rows = None if self.q is None or self.q.dim() != 3 else self.q.shape[1]
+        frame = _frame(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
+        ours = (self.parents, self.num_nodes, self.sampled, self.q_row)
+        return frame if all(own is made for own, made in zip(ours, frame, strict=False)) else None
+
     @cached_property
     def any_sampled(self) -> bool:
         return self.q is not None and bool((self.sampled & self.valid).any())
@@ -194,7 +216,7 @@ class DraftTree:
             raise _broken(f"expected int64 tokens, got {self.tokens.dtype}")
         # Small integers are checked on the host: a handful of copies instead of dozens of tensor operations.
         tokens = self.tokens.tolist()
-        if not self._is_framed:  # else `build` made everything but tokens and q
+        if self._frame is None:  # else all but tokens and q is sound
             self._validate_shape()
         if [row[0] for row in tokens] != roots.tolist():
             raise _broken("node 0 is not the last emitted token")
@@ -202,22 +224,8 @@ class DraftTree:
             raise _broken(f"token ids outside 0..{vocab - 1}")
         if self.q is not None and self.q_row is not None:
             self._validate_laws(vocab, tokens, self.q, self.q_row)
-        elif not self._is_framed and self.sampled.any():
+        elif self._frame is None and self.sampled.any():
             raise _broken("nodes are marked as sampled but no q was given")
-
-    @cached_property
-    def _is_framed(self) -> bool:
-        """True when all but tokens and q is as `build` makes it: known without looking at any tensor."""
-        if self.topology is None or self.topology.num_nodes != self.tokens.shape[1]:
-            return False
-        q_rows = None if self.q is None or self.q.dim() != 3 else self.q.shape[1]
-        frame = _frame(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
-        return (
-            self.parents is frame.parents
-            and self.num_nodes is frame.num_nodes
-            and self.sampled is frame.sampled
-            and self.q_row is frame.q_row
-        )
 
     def _validate_shape(self) -> None:
         rows, nodes = self.tokens.shape

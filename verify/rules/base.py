@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.kv.errors import SpecdecError
 from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
+from specdec.verify.topology import indices
 from specdec.verify.tree import DraftTree, Verdict
 
 RESIDUAL_EPS = 1e-12
@@ -141,5 +142,8 @@ def _prefixes(nodes: int, device: torch.device) -> Tensor:
 
 
 def row_at(tensor: Tensor, index: Tensor) -> Tensor:
-    """`tensor[b, index[b]]` for `[rows, n, vocab]` and int64 `[rows]`."""
-    return tensor[torch.arange(index.shape[0], device=index.device), index]
+    """`tensor[b, index[b]]` for `[rows, n, vocab]` and int64 `[rows]` in `[0, n)`."""
+    rows, count, vocab = tensor.shape
+    if rows > 1:
+        index = index + indices(rows, index.device) * count
+    return tensor.reshape(rows * count, vocab).index_select(0, index)
