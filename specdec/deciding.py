@@ -12,11 +12,12 @@ from torch import Tensor
 from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import NodeLaw
 from specdec.verify import DraftTree, Noise, NoiseStream, Rows
-from specdec.verify.host import on_host
+from specdec.verify.host import argmax, on_host
 from specdec.verify.kinds import NO_DRAFTS, DraftKind
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import AcceptanceRule, auto_rule
 from specdec.verify.rules.base import sample_from
+from specdec.verify.topology import indices
 from specdec.verify.tree import Verdict
 
 
@@ -63,14 +64,16 @@ def read_verdict(tree: DraftTree, sick: Tensor, verdict: Verdict) -> Decision:
     return Decision(accepted, tokens, paths, zip(*trees, strict=True))
 
 
-def undrafted(law: Tensor, noise: Noise) -> Verdict:
-    """Where nothing was drafted, every lossless rule draws from the target's law, with this very uniform.
+def undrafted(law: Tensor, noise: Noise | None) -> Verdict:
+    """Where nothing was drafted, every lossless rule draws from the target's law, with this very uniform; greedy
+    decoding (no noise) takes its largest entry.
 
     Args:
         law: float `[rows, 1, vocab]`.
     """
-    nothing = torch.zeros(len(law), dtype=torch.int64, device=law.device)
-    return Verdict(nothing[:, None], nothing, sample_from(law[:, 0], noise.residual))
+    nothing = indices(1, law.device).expand(len(law))
+    token = argmax(law)[:, 0] if noise is None else sample_from(law[:, 0], noise.residual)
+    return Verdict(nothing[:, None], nothing, token)
 
 
 class Decided(NamedTuple):
@@ -148,8 +151,10 @@ class Decider:
         if rule is None:
             rule = auto_rule(NO_DRAFTS if tree.tokens.shape[1] == 1 else DraftKind.of(tree))
         noise = self._accept_noise(tree, steps)
-        bare = tree.tokens.shape[1] == 1 and self._sampling and rule.lossless and not rule.uses_race
-        verdict = undrafted(law, noise) if bare else rule(tree, law, noise)
+        if tree.tokens.shape[1] == 1 and rule.lossless and not rule.uses_race:
+            verdict = undrafted(law, noise if self._sampling else None)
+        else:
+            verdict = rule(tree, law, noise)
         return Decided(scores, law, verdict, rule, read_verdict(tree, sick, verdict))
 
     def next_race(self, depths: int) -> Tensor:

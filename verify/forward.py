@@ -21,6 +21,7 @@ from specdec.verify.linear import few_row_linears
 from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks
 from specdec.verify.parts import Part, Text
 from specdec.verify.positions import usable_positions, windows_of
+from specdec.verify.topology import indices
 from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
@@ -122,22 +123,24 @@ class TreeForward:
         width, device = tokens.shape[1], tokens.device
         same = starts.count(starts[0]) == len(starts)
         mask = None
-        if same and not self._windows and read <= BAND_SLOTS:
-            # The common case, from tables: one or two views instead of a dozen small operations.
-            positions = self._band.positions(starts[0], width, device)
+        if same and read <= BAND_SLOTS:
+            positions = self._band.positions(starts[0], width, device)  # a view of a table
             positions = positions if len(starts) == 1 else positions.expand(tokens.shape)
-            if width > 1 and (read != width or not self._may_skip_mask(read)):
-                mask = self._band.mask(starts[0], width, self._dtype(), device)
-            return self._part(cache, tokens, positions, mask, keep, read)
-        if same:
-            positions = torch.arange(starts[0], starts[0] + width, device=device).expand(tokens.shape)
         else:
-            positions = torch.tensor(list(starts), device=device)[:, None] + torch.arange(width, device=device)
-        plain = width == 1 or read == width
-        if not (plain and same) or not self._may_skip_mask(read):
+            positions = torch.tensor(list(starts), device=device)[:, None]
+            positions = positions if width == 1 else positions + indices(width, device)
+        plain = same and (width == 1 or read == width)
+        if plain and self._may_skip_mask(read):
+            pass
+        elif self._windows or read > BAND_SLOTS:
             visible = torch.arange(read, device=device) <= positions[:, :, None]
             slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
             mask = additive_masks(visible, positions, slots, self._windows, self._dtype())
+        elif same:
+            if width > 1:  # the one token of a row reads all there is
+                mask = self._band.mask(starts[0], width, self._dtype(), device)
+        else:
+            mask = self._band.masks(positions, read, self._dtype())
         return self._part(cache, tokens, positions, mask, keep, read)
 
     def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:

@@ -254,14 +254,19 @@ class DraftTree:
             raise _broken(f"q has shape {q_shape}")
         if q_row.shape != (rows, nodes):
             raise _broken(f"q_row has shape {tuple(q_row.shape)}")
-        q_rows, parents, sampled = q_row.tolist(), self.parents.tolist(), self.sampled.tolist()
-        if any(max(line) >= q_shape[1] for line in q_rows):
-            raise _broken("q_row points beyond q")
         sums = self.q_sums.flatten().tolist()
         # A negative entry, or NaN, is looked for even where the sum is 1.
         lawful = q.numel() == 0 or float(q.amin()) >= 0
         if not (lawful and all(abs(total - 1) <= Q_SUM_TOLERANCE for total in sums)):
             raise _broken("a q row is not a law")
+        if self.is_drawn_chain:  # no siblings, and `build` says who owns which row
+            places = [(b, i, token) for b, row in enumerate(tokens) for i, token in enumerate(row[1:])]
+            if not all(value > 0 for value in entries(q, places)):
+                raise _broken(_IMPOSSIBLE)
+            return
+        q_rows, parents, sampled = q_row.tolist(), self.parents.tolist(), self.sampled.tolist()
+        if any(max(line) >= q_shape[1] for line in q_rows):
+            raise _broken("q_row points beyond q")
         counts = self.num_nodes.tolist()
         drawn = [(b, i) for b in range(rows) for i in range(1, counts[b]) if sampled[b][i]]
         places = [(b, q_rows[b][parents[b][i]], tokens[b][i]) for b, i in drawn]
@@ -270,10 +275,13 @@ class DraftTree:
         if not places:
             return
         if not all(value > 0 for value in entries(q, places)):
-            raise _broken("a sampled token has q = 0: q is not the law it was drawn from")
+            raise _broken(_IMPOSSIBLE)
         siblings = [(b, parents[b][i], tokens[b][i]) for b, i in drawn]
         if not self.replacement and len(set(siblings)) < len(siblings):
             raise _broken("sampled siblings repeat a token although they were drawn without replacement")
+
+
+_IMPOSSIBLE = "a sampled token has q = 0: q is not the law it was drawn from"
 
 
 def _broken(problem: str) -> InvalidTreeError:
