@@ -122,25 +122,23 @@ class TreeForward:
         """That pass, once the cache is ready for it."""
         width, device = tokens.shape[1], tokens.device
         same = starts.count(starts[0]) == len(starts)
-        mask = None
         if same and read <= BAND_SLOTS:
             positions = self._band.positions(starts[0], width, device)  # a view of a table
             positions = positions if len(starts) == 1 else positions.expand(tokens.shape)
         else:
             positions = torch.tensor(list(starts), device=device)[:, None]
             positions = positions if width == 1 else positions + indices(width, device)
-        plain = same and (width == 1 or read == width)
-        if plain and self._may_skip_mask(read):
-            pass
-        elif self._windows or read > BAND_SLOTS:
+        tabulated = read <= BAND_SLOTS and not self._windows
+        if same and (width == 1 or read == width) and ((width == 1 and tabulated) or self._may_skip_mask(read)):
+            mask = None  # every token of the pass reads all there is, or SDPA is told that it is causal
+        elif tabulated and same:
+            mask = self._band.mask(starts[0], width, self._dtype(), device)
+        elif tabulated:
+            mask = self._band.masks(positions, read, self._dtype())
+        else:
             visible = torch.arange(read, device=device) <= positions[:, :, None]
             slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
             mask = additive_masks(visible, positions, slots, self._windows, self._dtype())
-        elif same:
-            if width > 1:  # the one token of a row reads all there is
-                mask = self._band.mask(starts[0], width, self._dtype(), device)
-        else:
-            mask = self._band.masks(positions, read, self._dtype())
         return self._part(cache, tokens, positions, mask, keep, read)
 
     def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:

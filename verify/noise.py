@@ -143,7 +143,8 @@ class NoiseStream:
         if new:
             self._tabulate(table, role, new)
         if len(set(steps)) == 1 and len(rows) == table.values.shape[0] and list(rows) == list(range(len(rows))):
-            return table.values[:, steps[0] % self._block, :count]  # nobody has finished, nobody joined: one view
+            # Nobody has finished, nobody joined: a view.
+            return table.values.select(1, steps[0] % self._block).narrow(1, 0, count)
         return table.values[list(rows), [own % self._block for own in steps], :count]
 
     def _tabulate(self, table: _Table, role: Role, new: Sequence[tuple[int, int]]) -> None:

@@ -209,7 +209,7 @@ class DraftTree:
         Raises:
             InvalidTreeError: naming the first broken property.
         """
-        rows, nodes = self.tokens.shape
+        rows = self.tokens.shape[0]
         if rows != roots.shape[0]:
             raise _broken(f"expected {roots.shape[0]} rows, got {rows}")
         if self.tokens.dtype != torch.int64:
@@ -254,7 +254,7 @@ class DraftTree:
             raise _broken(f"q has shape {q_shape}")
         if q_row.shape != (rows, nodes):
             raise _broken(f"q_row has shape {tuple(q_row.shape)}")
-        sums = self.q_sums.flatten().tolist()
+        sums = [total for row in self.q_sums.tolist() for total in row]
         # A negative entry, or NaN, is looked for even where the sum is 1.
         lawful = q.numel() == 0 or float(q.amin()) >= 0
         if not (lawful and all(abs(total - 1) <= Q_SUM_TOLERANCE for total in sums)):

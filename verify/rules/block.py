@@ -134,5 +134,6 @@ def _surplus(tree: DraftTree, p: Tensor, chain: ChainView, weight: Tensor) -> Te
 
 def _dense_surplus(inner: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """S_i of sampled children from P_1 .. P_{k-1} and the laws q of all k, float64 `[rows, k - 1]`."""
-    k = q.shape[1]
-    return (inner[:, :, None].to(p.dtype) * p[:, 1:k]).sub_(q[:, 1:].to(p.dtype)).clamp_(min=0).sum(-1).to(torch.float64)
+    inner_laws = p.narrow(1, 1, q.shape[1] - 1), q.narrow(1, 1, q.shape[1] - 1).to(p.dtype)
+    surplus = inner.to(p.dtype).unsqueeze(2) * inner_laws[0]
+    return surplus.sub_(inner_laws[1]).clamp_(min=0).sum(-1).to(torch.float64)

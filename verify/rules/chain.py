@@ -61,7 +61,10 @@ def draft_law(tree: DraftTree, node: Tensor, like: Tensor) -> Tensor:
     """
     if tree.is_drawn_chain:
         assert tree.q is not None
-        law = row_at(tree.q, node.clamp(max=tree.q.shape[1] - 1)).to(like.dtype)
+        k = tree.q.shape[1]
+        if node.device.type == "cpu" and max(node.tolist()) < k:  # no chain has ended; off the CPU a look would wait
+            return row_at(tree.q, node).to(like.dtype)
+        law = row_at(tree.q, node.clamp(max=k - 1)).to(like.dtype)
     else:
         rows = torch.arange(node.shape[0], device=node.device)
         child = (node + 1).clamp(max=tree.tokens.shape[1] - 1)
