@@ -10,6 +10,7 @@ from torch import Tensor
 from specdec.drafters.base import Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.kinds import DraftKind
+from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
 
 
@@ -76,6 +77,10 @@ class NgramDrafter(Drafter):
             trees.append(_merge(self._texts[row][-1], self._continuations(row, depth), budget.max_nodes))
         width = max(len(tokens) for tokens, _ in trees)
         device = rows.device
+        if self.branches == 1 and all(len(tokens) == width for tokens, _ in trees):
+            return DraftTree.build(
+                Topology.chain(width - 1), torch.tensor([tokens for tokens, _ in trees], device=device)
+            )
         pad = [(width - len(tokens)) for tokens, _ in trees]
         tokens = torch.tensor([t + [0] * n for (t, _), n in zip(trees, pad, strict=True)], device=device)
         parents = torch.tensor([p + [0] * n for (_, p), n in zip(trees, pad, strict=True)], device=device)

@@ -43,7 +43,7 @@ class Decision:
         for kept, end, padded, (count, tokens, parents, sick) in zip(accepted, next_tokens, paths, trees, strict=True):
             path = padded[: kept + 1]
             refused = path[kept] in parents[1:count]  # it had children, none of which was kept
-            self.sick.append(True in sick)
+            self.sick.append(any(sick))
             self.sick_path.append(any(sick[node] for node in path))
             self.drafted.append(count - 1)
             self.reached.append(kept + refused)

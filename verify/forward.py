@@ -219,9 +219,7 @@ class TreeForward:
             for text in texts:
                 if text.valid is not None:
                     self._check_positions([start + n for start, n in zip(text.starts, text.valid, strict=True)])
-                read = stack.enter_context(
-                    text.cache.writing(self.name, text.starts, text.tokens.shape[1], text.valid)
-                )
+                read = stack.enter_context(text.cache.writing(self.name, text.starts, text.tokens.shape[1], text.valid))
                 parts.append(pinned(self._causal_part(text.cache, text.tokens, text.starts, None, read)))
             return self._run(*parts)
 

@@ -17,12 +17,18 @@ def on_host(*tensors: Tensor) -> list[list[Any]]:
     """
     if tensors[0].device.type == "cpu":
         return [tensor.tolist() for tensor in tensors]
+    return packed(*tensors)
+
+
+def packed(*tensors: Tensor) -> list[list[Any]]:
+    """What `on_host` does off the CPU."""
     columns = [tensor if tensor.dim() == 2 else tensor[:, None] for tensor in tensors]
-    packed = torch.cat([column.long() for column in columns], dim=1).tolist()
-    out, first = [], 0
+    lines = torch.cat([column.long() for column in columns], dim=1).tolist()
+    out: list[list[Any]] = []
+    first = 0
     for tensor, column in zip(tensors, columns, strict=True):
         stop = first + column.shape[1]
-        out.append([row[first:stop] for row in packed] if tensor.dim() == 2 else [row[first] for row in packed])
+        out.append([line[first:stop] for line in lines] if tensor.dim() == 2 else [line[first] for line in lines])
         first = stop
     return out
 

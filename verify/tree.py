@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.kv.errors import InvalidTreeError
 from specdec.verify.host import entries
-from specdec.verify.topology import Topology, all_but_root, constant, indices
+from specdec.verify.topology import Frame, Topology, frame_of, indices
 
 Q_SUM_TOLERANCE = 1e-3
 """How far a q row's float32 sum may be from 1 before the tree is refused (float32 softmax over 256k: ~1e-4)."""
@@ -28,33 +28,6 @@ class Verdict(NamedTuple):
     path: Tensor
     num_accepted: Tensor
     next_token: Tensor
-
-
-class _Frame(NamedTuple):
-    """What all trees of one shape have in common, see `DraftTree`."""
-
-    parents: Tensor
-    num_nodes: Tensor
-    sampled: Tensor
-    q_row: Tensor | None
-    valid: Tensor
-
-
-@lru_cache(maxsize=1024)
-def _frame(topology: Topology, rows: int, q_rows: int | None, device: torch.device) -> _Frame:
-    """Trees of `rows` full rows in which nodes `0 .. q_rows - 1` own a row of q. Shared: never written to."""
-    nodes = topology.num_nodes
-    with torch.inference_mode(False):  # views of inference mode could not be used outside of it later
-        q_row = None
-        if q_rows is not None:
-            q_row = constant(tuple(i if i < q_rows else -1 for i in range(nodes)), device).expand(rows, nodes)
-        return _Frame(
-            topology.parents_on(device).expand(rows, nodes),
-            constant((nodes,), device).expand(rows),
-            all_but_root(q_rows is not None, nodes, device).expand(rows, nodes),
-            q_row,
-            torch.ones(rows, nodes, dtype=torch.bool, device=device),
-        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +66,7 @@ class DraftTree:
             q: float `[rows, q_rows, vocab]`; nodes `0 .. q_rows-1` own a row.
             sampled: bool `[rows, nodes]`; defaults to "all but the root" when q is given, else to none.
         """
-        frame = _frame(topology, tokens.shape[0], None if q is None else q.shape[1], tokens.device)
+        frame = frame_of(topology, tokens.shape[0], None if q is None else q.shape[1], tokens.device)
         return DraftTree(
             tokens,
             frame.parents,
@@ -179,13 +152,13 @@ class DraftTree:
         return 0 < self.q.shape[1] == self.tokens.shape[1] - 1
 
     @cached_property
-    def _frame(self) -> _Frame | None:
+    def _frame(self) -> Frame | None:
         """What `build` gave this tree, None when anything but tokens and q is not of its making: known without looking
         at any tensor."""
         if self.topology is None or self.topology.num_nodes != self.tokens.shape[1]:
             return None
         q_rows = None if self.q is None or self.q.dim() != 3 else self.q.shape[1]
-        frame = _frame(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
+        frame = frame_of(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
         ours = (self.parents, self.num_nodes, self.sampled, self.q_row)
         return frame if all(own is made for own, made in zip(ours, frame, strict=False)) else None
 
