@@ -17,7 +17,6 @@ from specdec.verify.kinds import NO_DRAFTS, DraftKind
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import AcceptanceRule, auto_rule
 from specdec.verify.rules.base import sample_from
-from specdec.verify.topology import indices
 from specdec.verify.tree import Verdict
 
 
@@ -71,7 +70,7 @@ def undrafted(law: Tensor, noise: Noise | None) -> Verdict:
     Args:
         law: float `[rows, 1, vocab]`.
     """
-    nothing = indices(1, law.device).expand(len(law))
+    nothing = torch.zeros(len(law), dtype=torch.int64, device=law.device)
     token = argmax(law)[:, 0] if noise is None else sample_from(law[:, 0], noise.residual)
     return Verdict(nothing[:, None], nothing, token)
 
