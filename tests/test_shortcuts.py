@@ -14,9 +14,10 @@ from specdec.deciding import read_verdict, undrafted
 from specdec.drafters.children import best_token
 from specdec.drafters.guard import normalised
 from specdec.kv import InvalidTreeError
-from specdec.verify import DraftTree, Noise, Rows, SamplingLaw
+from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw
 from specdec.verify.host import argmax, entries, on_host, packed
 from specdec.verify.masks import CausalBand, additive_masks
+from specdec.verify.noise import Role, uniform
 from specdec.verify.rules import RULES
 from specdec.verify.rules.base import row_at, verdict_at
 from specdec.verify.rules.block import _kept, _kept_on_host
@@ -246,6 +247,16 @@ def test_prefix_free_processors_are_called_as_transformers_calls_them() -> None:
     any_ids: Any = torch.zeros(6, 1, dtype=torch.int64)
     assert torch.equal(scores, processors(any_ids, given.view(6, -1).clone()).view_as(given))
     assert torch.equal(logits, given)
+
+
+def test_tabulated_noise_is_the_pure_function() -> None:
+    keys = [(3, 0), (-4, 5), (3, 1)]
+    stream = NoiseStream([seed for seed, _ in keys], [request for _, request in keys], torch.device("cpu"))
+    for step in (0, 1, 127, 128, 130, 2):
+        for rows in ([0, 1, 2], [2, 1, 0], [1], [0, 1, 2]):
+            own = [uniform(*keys[row], step, Role.DRAFT, torch.arange(5)) for row in rows]
+            assert torch.equal(stream.draft(rows, step, 5), torch.stack(own))
+        stream.join(1, keys[1][0], keys[1][1])
 
 
 def test_runs_are_written_to_both_layouts() -> None:

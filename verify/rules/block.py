@@ -88,7 +88,7 @@ def _kept_on_host(tree: DraftTree, p: Tensor, noise: Noise) -> tuple[Tensor, Ten
             product = weight[-1] * ratio
             weight.append(1.0 if product > 1.0 else product)  # NaN stays NaN
         weights.append(weight)
-    inner = torch.tensor([weight[1:k] for weight in weights], dtype=torch.float64)
+    inner = torch.tensor([[[own] for own in weight[1:k]] for weight in weights], dtype=p.dtype)
     surpluses = _dense_surplus(inner, p, tree.q).tolist() if k > 1 else [[]] * rows
     nodes, scales = [], []
     for weight, surplus, coins in zip(weights, surpluses, noise.accept.tolist(), strict=True):
@@ -127,13 +127,13 @@ def _surplus(tree: DraftTree, p: Tensor, chain: ChainView, weight: Tensor) -> Te
     if tree.q is None or tree.q_row is None:
         return flat
     if tree.is_drawn_chain:
-        return _dense_surplus(inner, p, tree.q)
+        return _dense_surplus(inner[:, :, None].to(p.dtype), p, tree.q).to(torch.float64)
     q = tree.q[torch.arange(rows, device=p.device)[:, None], tree.q_row[:, :k].clamp(min=0)]
-    return torch.where(tree.sampled[:, 2:], _dense_surplus(inner, p, q), flat)
+    dense = _dense_surplus(inner[:, :, None].to(p.dtype), p, q).to(torch.float64)
+    return torch.where(tree.sampled[:, 2:], dense, flat)
 
 
 def _dense_surplus(inner: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """S_i of sampled children from P_1 .. P_{k-1} and the laws q of all k, float64 `[rows, k - 1]`."""
-    inner_laws = p.narrow(1, 1, q.shape[1] - 1), q.narrow(1, 1, q.shape[1] - 1).to(p.dtype)
-    surplus = inner.to(p.dtype).unsqueeze(2) * inner_laws[0]
-    return surplus.sub_(inner_laws[1]).clamp_(min=0).sum(-1).to(torch.float64)
+    """S_i of sampled children, `[rows, k - 1]`, from P_1 .. P_{k-1} `[rows, k - 1, 1]` and the laws q of all k."""
+    k = q.shape[1]
+    return (inner * p.narrow(1, 1, k - 1)).sub_(q.narrow(1, 1, k - 1).to(p.dtype)).clamp_(min=0).sum(-1)
