@@ -252,11 +252,12 @@ def test_prefix_free_processors_are_called_as_transformers_calls_them() -> None:
 def test_tabulated_noise_is_the_pure_function() -> None:
     keys = [(3, 0), (-4, 5), (3, 1)]
     stream = NoiseStream([seed for seed, _ in keys], [request for _, request in keys], torch.device("cpu"))
-    for step in (0, 1, 127, 128, 130, 2):
+    for step in (0, 1, 2, 127, 128, 130, 2):
         for rows in ([0, 1, 2], [2, 1, 0], [1], [0, 1, 2]):
             own = [uniform(*keys[row], step, Role.DRAFT, torch.arange(5)) for row in rows]
             assert torch.equal(stream.draft(rows, step, 5), torch.stack(own))
-        stream.join(1, keys[1][0], keys[1][1])
+        keys[1] = (100 + step, 7)
+        stream.join(1, *keys[1])  # the very next draw must know of it
 
 
 def test_runs_are_written_to_both_layouts() -> None:
