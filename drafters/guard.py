@@ -55,7 +55,7 @@ def normalised(tree: DraftTree) -> DraftTree:
     """
     if tree.q is None or not tree.q.numel():
         return tree
-    if float((tree.q_sums - 1).abs().amax()) <= _Q_ROUNDING:
+    if all(abs(total - 1) <= _Q_ROUNDING for row in tree.q_sums.tolist() for total in row):
         return tree
     return replace(tree, q=tree.q / tree.q_sums[..., None])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
-from specdec.drafters.children import refuse_nan
+from specdec.drafters.children import best_token, refuse_nan
 from specdec.drafters.growth import Run, grow
 from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
@@ -141,40 +141,39 @@ class ModelDrafter(Drafter):
         mode = self.children if self._session.do_sample and race is None else "top"
         self._gumbel = None if race is None else gumbel(race(depth))
         if self._chains:  # by the full shape: how a row drafts must not depend on its companions' budgets
-            return _limited(self._chain(min(depth, nodes), mode, uniforms), budget)
+            return _limited(self._chain(roots, min(depth, nodes), mode, uniforms), budget)
         start = Start(roots, tuple(min(limit, depth) for limit in budget.depths), nodes, mode, uniforms)
         grown = grow(self.shape.grower(start), roots, self._score)
         if grown.slots is not None:
             self._session.cache.place(CACHE_NAME, grown.slots)
         return grown.tree
 
-    def _chain(self, length: int, mode: str, uniforms: Tensor) -> DraftTree:
+    def _chain(self, roots: Tensor, length: int, mode: str, uniforms: Tensor) -> DraftTree:
         """One token per level: the argmax (mode "top"), else sampled from the drafter's law."""
         assert self._session is not None
-        cache, law = self._session.cache, self._session.law
+        session, forward = self._session, self._forward
+        cache, law, rows = session.cache, session.law, session.rows
         topology = Topology.chain(length)
-        columns = [self._session.rows.roots()[:, None]]
-        parents = topology.parents_on(columns[0].device).expand(len(columns[0]), -1)
+        columns = [roots[:, None]]
+        parents = DraftTree.build(topology, columns[0]).parents
+        lengths = cache.lengths[: cache.num_rows]
         laws: list[Tensor] = []
         peaks: list[Tensor] = []
         logits = self._root_logits()
         for depth in range(1, length + 1):
             tokens = columns[0] if law.prefix_free else torch.cat(columns, dim=1)
-            scores = law(self._fit(logits), self._session.rows, tokens, parents, range(depth - 1, depth)).squeeze(1)
-            scores = self._tempered(scores)
+            scores = self._tempered(law(self._fit(logits), rows, tokens, parents, range(depth - 1, depth)))
             if mode != "top":
                 laws.append(F.softmax(scores, dim=-1))
-                columns.append(sample_from(laws[-1], uniforms[:, depth])[:, None])
+                columns.append(sample_from(laws[-1], uniforms[:, depth : depth + 1]))
             else:
-                scores = scores if self._gumbel is None else scores + self._gumbel[:, depth - 1]
-                peak, token = scores.max(-1, keepdim=True)
-                peaks.append(peak)
-                columns.append(token)
+                scores = scores if self._gumbel is None else scores + self._gumbel[:, depth - 1 : depth]
+                columns.append(best_token(scores, peaks))
             if depth < length:
-                starts = [count + depth for count in cache.lengths[: cache.num_rows]]
-                logits = self._forward.causal(cache, self._known(columns[-1]), starts, None, keep=0)
+                starts = [count + depth for count in lengths]
+                logits = forward.causal(cache, self._known(columns[-1]), starts, None, keep=0)
         refuse_nan(peaks)
-        return DraftTree.build(topology, torch.cat(columns, dim=1), torch.stack(laws, dim=1) if laws else None)
+        return DraftTree.build(topology, torch.cat(columns, dim=1), torch.cat(laws, dim=1) if laws else None)
 
     def _score(self, run: Run, slots: range) -> Tensor:
         """Run one level of a tree; its scores `[live, len(slots), vocab]`."""
@@ -201,26 +200,31 @@ class ModelDrafter(Drafter):
         """Bring the drafter's K/V up to date and return the logits after each root, `[live, 1, vocab]`."""
         assert self._session is not None
         rows, cache = self._session.rows, self._session.cache
-        lengths = cache.lengths[: cache.num_rows]
-        filled = cache.filled(CACHE_NAME)
-        behind = [i for i, (length, have) in enumerate(zip(lengths, filled, strict=True)) if length - have > MOST_LAG]
-        if behind:
-            text = self._known(rows.window([0] * len(rows.live), max(lengths)))
-            if len(behind) == len(lengths):
-                self._forward.prefill(cache, text, filled, lengths, PREFILL_CHUNK)
-            else:  # the others need not run the width of whoever has just joined
-                for i in behind:
-                    alone = cache.row(i)
-                    self._forward.prefill(alone, text[i : i + 1], filled[i : i + 1], lengths[i : i + 1], PREFILL_CHUNK)
-            filled = cache.filled(CACHE_NAME)
+        lengths, filled = cache.lengths[: cache.num_rows], cache.filled(CACHE_NAME)
         lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
+        if max(lag) > MOST_LAG + 1:
+            self._catch_up(lengths, filled)
+            filled = cache.filled(CACHE_NAME)
+            lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
         width = max(lag)
-        tokens = self._known(rows.window(filled, width))
-        logits = self._forward.causal(cache, tokens, filled, lag, keep=0)
-        if all(count == width for count in lag):
-            return logits[:, -1:]
+        logits = self._forward.causal(cache, self._known(rows.window(filled, width)), filled, lag, keep=0)
+        if min(lag) == width:
+            return logits if width == 1 else logits[:, -1:]
         last = torch.tensor(lag, device=logits.device) - 1
         return logits[torch.arange(len(lag), device=logits.device), last][:, None]
+
+    def _catch_up(self, lengths: list[int], filled: list[int]) -> None:
+        """Prefill rows that lag far behind their text."""
+        assert self._session is not None
+        rows, cache = self._session.rows, self._session.cache
+        behind = [i for i, (length, have) in enumerate(zip(lengths, filled, strict=True)) if length - have > MOST_LAG]
+        text = self._known(rows.window([0] * len(rows.live), max(lengths)))
+        if len(behind) == len(lengths):
+            self._forward.prefill(cache, text, filled, lengths, PREFILL_CHUNK)
+            return
+        for i in behind:  # the others need not run the width of whoever has just joined
+            alone = cache.row(i)
+            self._forward.prefill(alone, text[i : i + 1], filled[i : i + 1], lengths[i : i + 1], PREFILL_CHUNK)
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Ids the drafter has no embedding for become its last one: it may read anything, the target decides."""

@@ -81,9 +81,11 @@ class NgramDrafter(Drafter):
         sizes = [len(tokens) for tokens, _ in trees]
         pad = [width - size for size in sizes]
         tokens = torch.tensor([t + [0] * n for (t, _), n in zip(trees, pad, strict=True)], device=device)
-        counts = torch.tensor(sizes, device=device)
         if self.branches == 1:  # a shape that is known needs no masks made from these very tensors
-            return replace(DraftTree.build(Topology.chain(width - 1), tokens), num_nodes=counts)
+            chain = DraftTree.build(Topology.chain(width - 1), tokens)
+            ragged = min(sizes) < width
+            return replace(chain, num_nodes=torch.tensor(sizes, device=device)) if ragged else chain
+        counts = torch.tensor(sizes, device=device)
         parents = torch.tensor([p + [0] * n for (_, p), n in zip(trees, pad, strict=True)], device=device)
         return DraftTree(tokens, parents, counts, torch.zeros_like(tokens, dtype=torch.bool))
 

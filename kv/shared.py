@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from transformers import Cache
@@ -43,7 +43,6 @@ class SharedKVCache(KVCache):
     def view(self, name: str) -> Cache:
         return self._stores[name].view
 
-    @contextmanager
     def writing(
         self,
         name: str,
@@ -51,22 +50,20 @@ class SharedKVCache(KVCache):
         width: int,
         valid: Sequence[int] | None = None,
         only: int | None = None,
-    ) -> Iterator[int]:
+    ) -> AbstractContextManager[int]:
         store = self._stores[name]
-        rows = range(self.num_rows) if only is None else range(only, only + 1)
-        if len(starts) != len(rows):
-            raise CacheStateError(f"expected one start for each of {len(rows)} active rows, got {len(starts)}")
-        for row, start in zip(rows, starts, strict=True):
+        first, count = (0, self.num_rows) if only is None else (only, 1)
+        if len(starts) != count:
+            raise CacheStateError(f"expected one start for each of {count} active rows, got {len(starts)}")
+        for row, start in enumerate(starts, first):
             if start > store.filled[row]:
                 raise CacheStateError(
                     f"row {row} of {name!r} holds {store.filled[row]} slots; writing at slot {start} would leave a "
                     "hole: write the missing tokens first"
                 )
-        plan = WritePlan.build(starts, width, rows.start)
-        store.begin(plan)
-        yield plan.read
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            store.filled[row] = start + (width if valid is None else valid[i])
+        real = [width] * count if valid is None else valid
+        stops = [start + new for start, new in zip(starts, real, strict=True)]
+        return _Writing(store, WritePlan.build(starts, width, first), first, stops)
 
     def row(self, row: int) -> PassCache:
         return OneRow(self, row)
@@ -157,6 +154,23 @@ class SharedKVCache(KVCache):
 
     def num_bytes(self) -> int:
         return sum(store.num_bytes() for store in self._stores.values())
+
+
+class _Writing:
+    """One pass of one model. A class: a generator would cost as much again as all it does, every level of a draft."""
+
+    __slots__ = ("_first", "_plan", "_stops", "_store")
+
+    def __init__(self, store: ModelStore, plan: WritePlan, first: int, stops: list[int]):
+        self._store, self._plan, self._first, self._stops = store, plan, first, stops
+
+    def __enter__(self) -> int:
+        self._store.begin(self._plan)
+        return self._plan.read
+
+    def __exit__(self, kind: type[BaseException] | None, *fault: object) -> None:
+        if kind is None:
+            self._store.filled[self._first : self._first + len(self._stops)] = self._stops
 
 
 class OneRow(PassCache):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import NodeLaw
 from specdec.verify import DraftTree, Noise, NoiseStream, Rows
+from specdec.verify.host import argmax, on_host
 from specdec.verify.kinds import NO_DRAFTS, DraftKind
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import AcceptanceRule, auto_rule
@@ -27,47 +28,51 @@ class Decision:
     paths: kept nodes, root first; runs: emitted tokens; kinds: "accepted", "recovered" or "bonus" for each of them.
     """
 
-    def __init__(self, packed: list[list[int]], width: int):
-        self.sick = [row[3] >= 1 for row in packed]
-        self.sick_path = [row[3] >= 2 for row in packed]
-        self.accepted = [row[0] for row in packed]
-        self.drafted = [row[4] for row in packed]
-        self.reached = [row[5] for row in packed]
-        self.paths = [row[6 : 7 + row[0]] for row in packed]
-        self.runs = [[*row[7 + width : 7 + width + row[0]], row[1]] for row in packed]
-        self.kinds = [["accepted"] * row[0] + ["recovered" if row[2] else "bonus"] for row in packed]
+    def __init__(
+        self,
+        accepted: list[int],
+        next_tokens: list[int],
+        paths: list[list[int]],
+        trees: Iterable[tuple[int, list[int], list[int], list[bool]]],
+    ):
+        """Args: trees: per row, its number of nodes, and of all nodes token, parent and sickness."""
+        self.accepted = accepted
+        self.sick, self.sick_path, self.drafted, self.reached = [], [], [], []
+        self.paths, self.runs, self.kinds = [], [], []
+        for kept, end, padded, (count, tokens, parents, sick) in zip(accepted, next_tokens, paths, trees, strict=True):
+            path = padded[: kept + 1]
+            refused = path[kept] in parents[1:count]  # it had children, none of which was kept
+            self.sick.append(any(sick))
+            self.sick_path.append(any(sick[node] for node in path))
+            self.drafted.append(count - 1)
+            self.reached.append(kept + refused)
+            self.paths.append(path)
+            self.runs.append([*(tokens[node] for node in path[1:]), end])
+            self.kinds.append([*["accepted"] * kept, "recovered" if refused else "bonus"])
 
 
-def read_verdict(tree: DraftTree, law: Tensor, verdict: Verdict) -> Decision:
+def read_verdict(tree: DraftTree, sick: Tensor, verdict: Verdict) -> Decision:
     """Bring the verdict to the host: the one synchronisation of a step.
 
     Args:
-        law: float `[rows, nodes, vocab]`, what the rule was given.
+        sick: bool `[rows, nodes]`, is there NaN in the law of a node.
     """
-    drafted = tree.num_nodes - 1
-    if tree.is_shared_chain:  # a path is a prefix of the nodes
-        children = verdict.num_accepted < drafted
-        tokens = tree.tokens
-    else:
-        node = verdict.path.gather(1, verdict.num_accepted[:, None])
-        children = ((tree.parents == node) & tree.valid).any(1)
-        tokens = tree.tokens.gather(1, verdict.path.clamp(min=0))
-    sick = law.amax(-1).isnan()
-    sick_path = sick.gather(1, verdict.path.clamp(min=0))
-    flags = sick.any(1).long() + sick_path.any(1)
-    reached = verdict.num_accepted + children
-    head = torch.stack([verdict.num_accepted, verdict.next_token, children, flags, drafted, reached], dim=1)
-    return Decision(torch.cat([head, verdict.path, tokens], dim=1).tolist(), verdict.path.shape[1])
+    accepted, tokens, paths, *trees = on_host(
+        verdict.num_accepted, verdict.next_token, verdict.path, tree.num_nodes, tree.tokens, tree.parents, sick
+    )
+    return Decision(accepted, tokens, paths, zip(*trees, strict=True))
 
 
-def undrafted(law: Tensor, noise: Noise) -> Verdict:
-    """Where nothing was drafted, every lossless rule draws from the target's law, with this very uniform.
+def undrafted(law: Tensor, noise: Noise | None) -> Verdict:
+    """Where nothing was drafted, every lossless rule draws from the target's law, with this very uniform; greedy
+    decoding (no noise) takes its largest entry.
 
     Args:
         law: float `[rows, 1, vocab]`.
     """
     nothing = torch.zeros(len(law), dtype=torch.int64, device=law.device)
-    return Verdict(nothing[:, None], nothing, sample_from(law[:, 0], noise.residual))
+    token = argmax(law)[:, 0] if noise is None else sample_from(law[:, 0], noise.residual)
+    return Verdict(nothing[:, None], nothing, token)
 
 
 class Decided(NamedTuple):
@@ -136,14 +141,20 @@ class Decider:
             logits: `[rows, nodes, vocab]`; steps: as given to `propose`.
         """
         scores = self._law(logits, self._rows, tree.tokens, tree.parents, range(tree.tokens.shape[1]))
-        law = F.softmax(scores, dim=-1) if self._sampling else scores
+        if self._sampling:
+            law = F.softmax(scores, dim=-1)
+            sick = law[..., 0].isnan()  # NaN anywhere in a row is NaN in its sum, hence everywhere
+        else:
+            law, sick = scores, scores.amax(-1).isnan()
         rule = self._rule
         if rule is None:
             rule = auto_rule(NO_DRAFTS if tree.tokens.shape[1] == 1 else DraftKind.of(tree))
         noise = self._accept_noise(tree, steps)
-        bare = tree.tokens.shape[1] == 1 and self._sampling and rule.lossless and not rule.uses_race
-        verdict = undrafted(law, noise) if bare else rule(tree, law, noise)
-        return Decided(scores, law, verdict, rule, read_verdict(tree, law, verdict))
+        if tree.tokens.shape[1] == 1 and rule.lossless and not rule.uses_race:
+            verdict = undrafted(law, noise if self._sampling else None)
+        else:
+            verdict = rule(tree, law, noise)
+        return Decided(scores, law, verdict, rule, read_verdict(tree, sick, verdict))
 
     def next_race(self, depths: int) -> Tensor:
         """The noise of the next `depths` positions of each live row's real text (see `Session.race`)."""

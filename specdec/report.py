@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -192,17 +190,27 @@ class Stopwatch:
     def __init__(self) -> None:
         self.ms: dict[str, float] = {}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (perf_counter() - start)
+    def phase(self, name: str) -> _Phase:
+        return _Phase(self.ms, name)
 
     def take(self, name: str) -> float:
         """The phase's time since the last `take`."""
         return self.ms.pop(name, 0.0)
+
+
+class _Phase:
+    """Adds the time spent inside to `ms[name]`. A class: a generator would cost four times as much, every step."""
+
+    __slots__ = ("_ms", "_name", "_start")
+
+    def __init__(self, ms: dict[str, float], name: str):
+        self._ms, self._name = ms, name
+
+    def __enter__(self) -> None:
+        self._start = perf_counter()
+
+    def __exit__(self, *fault: object) -> None:
+        self._ms[self._name] = self._ms.get(self._name, 0.0) + 1e3 * (perf_counter() - self._start)
 
 
 def _bump(counts: list[int], index: int) -> None:

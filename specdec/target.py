@@ -92,15 +92,18 @@ class TargetPasses:
         self._read_along = unread is not None
         try:
             try:
-                return tree, self._forward.tree(self._cache, tree, unread)[..., : self.vocab]
+                return tree, self._cut(self._forward.tree(self._cache, tree, unread))
             except torch.OutOfMemoryError:
                 if tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
                     raise
                 self._report.notes.append(f"step {self._report.num_steps}: out of memory on the tree, decoded plainly")
                 tree = DraftTree.root_only(tree.tokens[:, 0])
-                return tree, self._forward.tree(self._cache, tree, unread)[..., : self.vocab]
+                return tree, self._cut(self._forward.tree(self._cache, tree, unread))
         except Exception as fault:
             raise self.fault(f"{type(fault).__name__}: {fault}") from fault
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        return logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
 
     def _unread(self, tree: DraftTree) -> Tensor | None:
         """The tokens that the pass over `tree` has to read first; written here where they do not fit into it."""

@@ -22,6 +22,7 @@ from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks
 from specdec.verify.native import NativePass, native_pass
 from specdec.verify.parts import Part, Text
 from specdec.verify.positions import usable_positions, windows_of
+from specdec.verify.topology import indices
 from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
@@ -115,37 +116,35 @@ class TreeForward:
         Returns:
             logits of the last `keep` columns (0 = all), `[rows, *, vocab]`.
         """
-        with self._causal_part(Text(cache, tokens, starts, valid), keep) as part:
-            return self._run(part)
-
-    @contextmanager
-    def _causal_part(self, text: Text, keep: int | None) -> Iterator[Part]:
-        """Inside the block the cache is ready for that pass."""
-        cache, tokens, starts, valid = text
-        width = tokens.shape[1]
         if valid is not None:
             self._check_positions([start + count for start, count in zip(starts, valid, strict=True)])
-        with cache.writing(self.name, starts, width, valid) as read:
-            device = tokens.device
-            same = all(start == starts[0] for start in starts)
-            mask = None
-            if same and not self._windows and read <= BAND_SLOTS:
-                # The common case, from tables: one or two views instead of a dozen small operations.
-                positions = self._band.positions(starts[0], width, device).expand(tokens.shape)
-                if width > 1 and (read != width or not self._may_skip_mask(read)):
-                    mask = self._band.mask(starts[0], width, self._dtype(), device)
-                yield self._part(cache, tokens, positions, mask, keep, read)
-                return
-            if same:
-                positions = torch.arange(starts[0], starts[0] + width, device=device).expand(tokens.shape)
-            else:
-                positions = torch.tensor(list(starts), device=device)[:, None] + torch.arange(width, device=device)
-            plain = width == 1 or read == width
-            if not (plain and same) or not self._may_skip_mask(read):
-                visible = torch.arange(read, device=device) <= positions[:, :, None]
-                slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
-                mask = additive_masks(visible, positions, slots, self._windows, self._dtype())
-            yield self._part(cache, tokens, positions, mask, keep, read)
+        with cache.writing(self.name, starts, tokens.shape[1], valid) as read:
+            return self._run(self._causal_part(cache, tokens, starts, keep, read))
+
+    def _causal_part(
+        self, cache: PassCache, tokens: Tensor, starts: Sequence[int], keep: int | None, read: int
+    ) -> Part:
+        """That pass, once the cache is ready for it."""
+        width, device = tokens.shape[1], tokens.device
+        same = starts.count(starts[0]) == len(starts)
+        if same and read <= BAND_SLOTS:
+            positions = self._band.positions(starts[0], width, device)  # a view of a table
+            positions = positions if len(starts) == 1 else positions.expand(tokens.shape)
+        else:
+            positions = torch.tensor(list(starts), device=device)[:, None]
+            positions = positions if width == 1 else positions + indices(width, device)
+        tabulated = read <= BAND_SLOTS and not self._windows
+        if same and (width == 1 or read == width) and ((width == 1 and tabulated) or self._may_skip_mask(read)):
+            mask = None  # every token of the pass reads all there is, or SDPA is told that it is causal
+        elif tabulated and same:
+            mask = self._band.mask(starts[0], width, self._dtype(), device)
+        elif tabulated:
+            mask = self._band.masks(positions, read, self._dtype())
+        else:
+            visible = torch.arange(read, device=device) <= positions[:, :, None]
+            slots = torch.arange(read, device=device).expand(len(starts), read) if self._windows else None
+            mask = additive_masks(visible, positions, slots, self._windows, self._dtype())
+        return self._part(cache, tokens, positions, mask, keep, read)
 
     def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
         """Forward nodes `first .. first + M - 1` of a tree whose earlier nodes are already in the tail.
@@ -158,31 +157,29 @@ class TreeForward:
         Returns:
             logits `[rows, M, vocab]`.
         """
-        with self._nodes_part(cache, tree_tokens, depths, ancestors, first) as part:
-            return self._run(part)
+        starts = [length + first for length in cache.lengths[: cache.num_rows]]
+        with cache.writing(self.name, starts, tree_tokens.shape[1]) as read:
+            return self._run(self._nodes_part(cache, tree_tokens, depths, ancestors, first, read))
 
-    @contextmanager
     def _nodes_part(
-        self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int
-    ) -> Iterator[Part]:
+        self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int, read: int
+    ) -> Part:
+        """That pass, once the cache is ready for it."""
         lengths = cache.lengths[: cache.num_rows]
-        width = tree_tokens.shape[1]
-        starts = [length + first for length in lengths]
-        with cache.writing(self.name, starts, width) as read:
-            device = tree_tokens.device
-            committed = torch.tensor(lengths, device=device)[:, None]
-            positions = committed + depths[:, first:]
-            slots = torch.arange(read, device=device)
-            visible = (slots < committed)[:, None, :].expand(-1, width, -1).contiguous()
-            tail = (committed + torch.arange(first + width, device=device))[:, None, :].expand(-1, width, -1)
-            visible.scatter_(2, tail, ancestors)
-            slot_positions = None
-            if self._windows:
-                # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
-                slot_positions = slots.expand(len(lengths), read).clone()
-                slot_positions.scatter_(1, tail[:, 0], committed + depths)
-            masks = additive_masks(visible, positions, slot_positions, self._windows, self._dtype())
-            yield self._part(cache, tree_tokens, positions, masks, 0, read)
+        width, device = tree_tokens.shape[1], tree_tokens.device
+        committed = torch.tensor(lengths, device=device)[:, None]
+        positions = committed + depths[:, first:]
+        slots = torch.arange(read, device=device)
+        visible = (slots < committed)[:, None, :].expand(-1, width, -1).contiguous()
+        tail = (committed + torch.arange(first + width, device=device))[:, None, :].expand(-1, width, -1)
+        visible.scatter_(2, tail, ancestors)
+        slot_positions = None
+        if self._windows:
+            # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
+            slot_positions = slots.expand(len(lengths), read).clone()
+            slot_positions.scatter_(1, tail[:, 0], committed + depths)
+        masks = additive_masks(visible, positions, slot_positions, self._windows, self._dtype())
+        return self._part(cache, tree_tokens, positions, masks, 0, read)
 
     def tree(self, cache: PassCache, tree: DraftTree, unread: Tensor | None = None) -> Tensor:
         """One pass over every node of every row; logits `[rows, nodes, vocab]`.
@@ -190,8 +187,8 @@ class TreeForward:
         Args:
             unread: int64 `[rows, U]`, committed tokens before a chain whose K/V this pass writes as well.
         """
-        self._check_positions([length + 1 for length in cache.lengths[: cache.num_rows]])
         starts = cache.lengths[: cache.num_rows]
+        self._check_positions([start + 1 for start in starts])
         if unread is not None:
             width = unread.shape[1]
             tokens = torch.cat([unread, tree.tokens], dim=1)
@@ -214,15 +211,21 @@ class TreeForward:
             return logits
         starts = cache.lengths[: cache.num_rows]
         self._check_positions([length + 1 for length in starts])
-        if tree.is_shared_chain:
-            first = self._causal_part(Text(cache, tree.tokens, starts, None), 0)
-        else:
-            first = self._nodes_part(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0)
         with ExitStack() as stack:
-            parts = []
-            for opened in (first, *(self._causal_part(text, None) for text in texts)):
-                part = stack.enter_context(opened)
-                parts.append(part._replace(view=part.view.pinned()))
+
+            def pinned(part: Part) -> Part:
+                return part._replace(view=part.view.pinned())
+
+            read = stack.enter_context(cache.writing(self.name, starts, tree.tokens.shape[1]))
+            if tree.is_shared_chain:
+                parts = [pinned(self._causal_part(cache, tree.tokens, starts, 0, read))]
+            else:
+                parts = [pinned(self._nodes_part(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0, read))]
+            for text in texts:
+                if text.valid is not None:
+                    self._check_positions([start + n for start, n in zip(text.starts, text.valid, strict=True)])
+                read = stack.enter_context(text.cache.writing(self.name, text.starts, text.tokens.shape[1], text.valid))
+                parts.append(pinned(self._causal_part(text.cache, text.tokens, text.starts, None, read)))
             return self._run(*parts)
 
     def _part(

@@ -30,13 +30,15 @@ class DraftKind:
         """The narrowest kind this one tree (all its rows) belongs to."""
         shape: Literal["chain", "tree"] = "chain" if tree.is_chain else "tree"
         if tree.q is None:
-            return DraftKind(shape, "deterministic")
+            return NO_DRAFTS if shape == "chain" else DraftKind(shape, "deterministic")
         if shape == "chain":
-            return DraftKind(shape, "sampled")
+            return _SAMPLED_CHAINS
         drawn = torch.zeros_like(tree.parents)
         drawn.scatter_add_(1, tree.parents.clamp(min=0), (tree.sampled & tree.valid).long())
         return DraftKind(shape, "sampled" if bool((drawn > 1).any()) else "mixed")
 
+
+_SAMPLED_CHAINS = DraftKind("chain", "sampled")
 
 NO_DRAFTS = DraftKind("chain", "deterministic")
 """Plain decoding: a chain of nothing."""

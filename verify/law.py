@@ -111,12 +111,14 @@ class SamplingLaw:
             float32 `[live, len(nodes), vocab]`, as in plain `generate`; not to be written to.
         """
         if not self.processors:
-            return logits.to(torch.float32)
+            return logits if logits.dtype == torch.float32 else logits.to(torch.float32)
         scores = logits.to(torch.float32, copy=True)
         if self.prefix_free:
             flat = scores.view(-1, scores.shape[-1])
-            none = torch.zeros(flat.shape[0], 1, dtype=torch.int64, device=flat.device)
-            return self.processors(none, flat).view_as(scores)
+            none = flat.new_zeros(flat.shape[0], 1, dtype=torch.int64)
+            for processor in self.processors:  # the list would look up every processor's signature in every call
+                flat = processor(none, flat)
+            return flat.view_as(scores)
         token_rows, parent_rows = tokens.tolist(), parents.tolist()
         dead = [[False] * tokens.shape[1] for _ in rows.live] if impossible is None else impossible.tolist()
         levels: dict[int, dict[int, list[tuple[int, int, Tensor]]]] = {}

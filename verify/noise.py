@@ -133,17 +133,18 @@ class NoiseStream:
         return Noise(self._get(Role.ACCEPT, rows, step, nodes), residual)
 
     def _get(self, role: Role, rows: Sequence[int], step: int | Sequence[int], count: int) -> Tensor:
-        steps = [step] * len(rows) if isinstance(step, int) else list(step)
-        blocks = [own // self._block for own in steps]
         table = self._tables.get(role)
         if table is None or table.values.shape[2] < count:
             width = max(8, 1 << (count - 1).bit_length())
             table = self._tables[role] = _Table(torch.empty(0, self._block, width, device=self._device).double())
+        if isinstance(step, int) and table.whole == step // self._block and rows == table.order:
+            # Nobody has finished, nobody joined, and all is there: a view.
+            return table.values.select(1, step % self._block).narrow(1, 0, count)
+        steps = [step] * len(rows) if isinstance(step, int) else list(step)
+        blocks = [own // self._block for own in steps]
         new = [(row, block) for row, block in zip(rows, blocks, strict=True) if table.blocks.get(row) != block]
         if new:
             self._tabulate(table, role, new)
-        if len(set(steps)) == 1 and len(rows) == table.values.shape[0] and list(rows) == list(range(len(rows))):
-            return table.values[:, steps[0] % self._block, :count]  # nobody has finished, nobody joined: one view
         return table.values[list(rows), [own % self._block for own in steps], :count]
 
     def _tabulate(self, table: _Table, role: Role, new: Sequence[tuple[int, int]]) -> None:
@@ -157,18 +158,30 @@ class NoiseStream:
         if short > 0:
             table.values = torch.nn.functional.pad(table.values, (0, 0, 0, 0, 0, short))
         table.values[rows] = values
-        table.blocks.update(new)
+        table.hold(new)
 
 
 class _Table:
-    """Uniforms of one role, float64 `[rows, block of steps, width]`; `blocks[row]` says which steps a row's are of."""
+    """Uniforms of one role, float64 `[rows, block of steps, width]`; `blocks[row]` says which steps a row's are of.
+
+    order: all rows in order. whole: the one block that all of them hold, None where they differ.
+    """
 
     def __init__(self, values: Tensor):
         self.values = values
         self.blocks: dict[int, int] = {}
+        self.order: list[int] = []
+        self.whole: int | None = None
+
+    def hold(self, new: Sequence[tuple[int, int]]) -> None:
+        self.blocks.update(new)
+        self.order = list(range(len(self.values)))
+        held = {self.blocks.get(row) for row in self.order}
+        self.whole = held.pop() if len(held) == 1 else None
 
     def forget(self, row: int) -> None:
         self.blocks.pop(row, None)
+        self.whole = None
 
 
 def signed(seed: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,3 +107,30 @@ class Topology:
                 mask[i] = mask[parent]
             mask[i, i] = True
         return mask
+
+
+class Frame(NamedTuple):
+    """What all `DraftTree`s of one shape have in common; the names are theirs."""
+
+    parents: Tensor
+    num_nodes: Tensor
+    sampled: Tensor
+    q_row: Tensor | None
+    valid: Tensor
+
+
+@lru_cache(maxsize=1024)
+def frame_of(topology: Topology, rows: int, q_rows: int | None, device: torch.device) -> Frame:
+    """Trees of `rows` full rows in which nodes `0 .. q_rows - 1` own a row of q. Shared: never written to."""
+    nodes = topology.num_nodes
+    with torch.inference_mode(False):  # views of inference mode could not be used outside of it later
+        q_row = None
+        if q_rows is not None:
+            q_row = constant(tuple(i if i < q_rows else -1 for i in range(nodes)), device).expand(rows, nodes)
+        return Frame(
+            topology.parents_on(device).expand(rows, nodes),
+            constant((nodes,), device).expand(rows),
+            all_but_root(q_rows is not None, nodes, device).expand(rows, nodes),
+            q_row,
+            torch.ones(rows, nodes, dtype=torch.bool, device=device),
+        )

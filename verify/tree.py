@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import InvalidTreeError
-from specdec.verify.topology import Topology, all_but_root, constant, indices
+from specdec.verify.host import entries
+from specdec.verify.topology import Frame, Topology, frame_of, indices
 
 Q_SUM_TOLERANCE = 1e-3
 """How far a q row's float32 sum may be from 1 before the tree is refused (float32 softmax over 256k: ~1e-4)."""
@@ -65,15 +66,16 @@ class DraftTree:
             q: float `[rows, q_rows, vocab]`; nodes `0 .. q_rows-1` own a row.
             sampled: bool `[rows, nodes]`; defaults to "all but the root" when q is given, else to none.
         """
-        rows, nodes = tokens.shape
-        device = tokens.device
-        parents = topology.parents_on(device).expand(rows, nodes)
-        if sampled is None:
-            sampled = all_but_root(q is not None, nodes, device).expand(rows, nodes)
-        q_row = None
-        if q is not None:
-            q_row = constant(tuple(i if i < q.shape[1] else -1 for i in range(nodes)), device).expand(rows, nodes)
-        return DraftTree(tokens, parents, constant((nodes,), device).expand(rows), sampled, q, q_row, topology)
+        frame = frame_of(topology, tokens.shape[0], None if q is None else q.shape[1], tokens.device)
+        return DraftTree(
+            tokens,
+            frame.parents,
+            frame.num_nodes,
+            frame.sampled if sampled is None else sampled,
+            q,
+            frame.q_row,
+            topology,
+        )
 
     @staticmethod
     def root_only(tokens: Tensor) -> DraftTree:
@@ -99,6 +101,8 @@ class DraftTree:
     @cached_property
     def valid(self) -> Tensor:
         """Bool `[rows, nodes]`: real nodes, not width padding."""
+        if self._frame is not None:
+            return self._frame.valid
         return indices(self.tokens.shape[1], self.tokens.device) < self.num_nodes[:, None]
 
     @cached_property
@@ -140,6 +144,24 @@ class DraftTree:
         """True when all rows have one chain's shape, padding included: known without looking at any tensor."""
         return self.topology is not None and self.topology.is_chain
 
+    @property
+    def is_drawn_chain(self) -> bool:
+        """True when all rows are whole chains and row `i` of q is the law that node `i + 1` was drawn from."""
+        if not self.is_shared_chain or self._frame is None or self.q is None:
+            return False
+        return 0 < self.q.shape[1] == self.tokens.shape[1] - 1
+
+    @cached_property
+    def _frame(self) -> Frame | None:
+        """What `build` gave this tree, None when anything but tokens and q is not of its making: known without looking
+        at any tensor."""
+        if self.topology is None or self.topology.num_nodes != self.tokens.shape[1]:
+            return None
+        q_rows = None if self.q is None or self.q.dim() != 3 else self.q.shape[1]
+        frame = frame_of(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
+        ours = (self.parents, self.num_nodes, self.sampled, self.q_row)
+        return frame if all(own is made for own, made in zip(ours, frame, strict=False)) else None
+
     @cached_property
     def any_sampled(self) -> bool:
         return self.q is not None and bool((self.sampled & self.valid).any())
@@ -160,50 +182,80 @@ class DraftTree:
         Raises:
             InvalidTreeError: naming the first broken property.
         """
+        rows = self.tokens.shape[0]
+        if rows != roots.shape[0]:
+            raise _broken(f"expected {roots.shape[0]} rows, got {rows}")
+        if self.tokens.dtype != torch.int64:
+            raise _broken(f"expected int64 tokens, got {self.tokens.dtype}")
+        # Small integers are checked on the host: a handful of copies instead of dozens of tensor operations.
+        tokens = self.tokens.tolist()
+        if self._frame is None:  # else all but tokens and q is sound
+            self._validate_shape()
+        if [row[0] for row in tokens] != roots.tolist():
+            raise _broken("node 0 is not the last emitted token")
+        if any(min(row) < 0 or max(row) >= vocab for row in tokens):
+            raise _broken(f"token ids outside 0..{vocab - 1}")
+        if self.q is not None and self.q_row is not None:
+            self._validate_laws(vocab, tokens, self.q, self.q_row)
+        elif self._frame is None and self.sampled.any():
+            raise _broken("nodes are marked as sampled but no q was given")
+
+    def _validate_shape(self) -> None:
         rows, nodes = self.tokens.shape
-
-        def require(good: bool | Tensor, problem: str) -> None:
-            if not bool(good):
-                raise InvalidTreeError(f"draft tree: {problem}")
-
-        require(rows == roots.shape[0], f"expected {roots.shape[0]} rows, got {rows}")
         for name, wanted in (("parents", (rows, nodes)), ("sampled", (rows, nodes)), ("num_nodes", (rows,))):
             shape = tuple(getattr(self, name).shape)
-            require(shape == wanted, f"expected {name} of shape {wanted}, got {shape}")
-        require(self.tokens.dtype == torch.int64, f"expected int64 tokens, got {self.tokens.dtype}")
-        # Small integers are checked on the host: a handful of copies instead of dozens of tensor operations.
-        tokens, counts = self.tokens.tolist(), self.num_nodes.tolist()
-        require([row[0] for row in tokens] == roots.tolist(), "node 0 is not the last emitted token")
-        require(all(1 <= count <= nodes for count in counts), f"num_nodes outside 1..{nodes}")
-        good = all(0 <= token < vocab for row in tokens for token in row)
-        require(good, f"token ids outside 0..{vocab - 1}")
+            if shape != wanted:
+                raise _broken(f"expected {name} of shape {wanted}, got {shape}")
+        if not all(1 <= count <= nodes for count in self.num_nodes.tolist()):
+            raise _broken(f"num_nodes outside 1..{nodes}")
         if self.topology is None:
             index = torch.arange(nodes, device=self.tokens.device)
             ordered = (self.parents >= 0) & (self.parents < index)
-            require((self.parents[:, 0] == -1).all() and ordered[:, 1:].all(), "a parent does not precede its child")
-        else:
-            count = self.topology.num_nodes
-            require(count == nodes, f"topology has {count} nodes, tokens have {nodes}")
-            wanted_parents = list(self.topology.parents)
-            require(all(row == wanted_parents for row in self.parents.tolist()), "parents contradict topology")
-        if self.q is None or self.q_row is None:
-            require(not self.sampled.any(), "nodes are marked as sampled but no q was given")
+            if not ((self.parents[:, 0] == -1).all() and ordered[:, 1:].all()):
+                raise _broken("a parent does not precede its child")
             return
-        q_shape = tuple(self.q.shape)
-        require(len(q_shape) == 3 and q_shape[0] == rows and q_shape[2] == vocab, f"q has shape {q_shape}")
-        require(self.q_row.shape == (rows, nodes), f"q_row has shape {tuple(self.q_row.shape)}")
-        q_rows, parents, sampled = self.q_row.tolist(), self.parents.tolist(), self.sampled.tolist()
-        require(all(row < q_shape[1] for line in q_rows for row in line), "q_row points beyond q")
-        lawful = self.q.numel() == 0 or float(self.q.amin()) >= 0
-        sums = self.q_sums.flatten().tolist()
-        require(lawful and all(abs(total - 1) <= Q_SUM_TOLERANCE for total in sums), "a q row is not a law")
+        if self.topology.num_nodes != nodes:
+            raise _broken(f"topology has {self.topology.num_nodes} nodes, tokens have {nodes}")
+        wanted_parents = list(self.topology.parents)
+        if not all(row == wanted_parents for row in self.parents.tolist()):
+            raise _broken("parents contradict topology")
+
+    def _validate_laws(self, vocab: int, tokens: list[list[int]], q: Tensor, q_row: Tensor) -> None:
+        rows, nodes = self.tokens.shape
+        q_shape = tuple(q.shape)
+        if len(q_shape) != 3 or q_shape[0] != rows or q_shape[2] != vocab:
+            raise _broken(f"q has shape {q_shape}")
+        if q_row.shape != (rows, nodes):
+            raise _broken(f"q_row has shape {tuple(q_row.shape)}")
+        sums = [total for row in self.q_sums.tolist() for total in row]
+        # A negative entry, or NaN, is looked for even where the sum is 1.
+        lawful = q.numel() == 0 or float(q.amin()) >= 0
+        if not (lawful and all(abs(total - 1) <= Q_SUM_TOLERANCE for total in sums)):
+            raise _broken("a q row is not a law")
+        if self.is_drawn_chain:  # no siblings, and `build` says who owns which row
+            places = [(b, i, token) for b, row in enumerate(tokens) for i, token in enumerate(row[1:])]
+            if not all(value > 0 for value in entries(q, places)):
+                raise _broken(_IMPOSSIBLE)
+            return
+        q_rows, parents, sampled = q_row.tolist(), self.parents.tolist(), self.sampled.tolist()
+        if any(max(line) >= q_shape[1] for line in q_rows):
+            raise _broken("q_row points beyond q")
+        counts = self.num_nodes.tolist()
         drawn = [(b, i) for b in range(rows) for i in range(1, counts[b]) if sampled[b][i]]
         places = [(b, q_rows[b][parents[b][i]], tokens[b][i]) for b, i in drawn]
-        require(all(row >= 0 for _, row, _ in places), "a sampled node's parent has no q row")
+        if any(row < 0 for _, row, _ in places):
+            raise _broken("a sampled node's parent has no q row")
         if not places:
             return
-        mass = self.q[tuple(torch.tensor(places, device=self.q.device).unbind(1))].tolist()
-        require(all(value > 0 for value in mass), "a sampled token has q = 0: q is not the law it was drawn from")
+        if not all(value > 0 for value in entries(q, places)):
+            raise _broken(_IMPOSSIBLE)
         siblings = [(b, parents[b][i], tokens[b][i]) for b, i in drawn]
-        repeated = not self.replacement and len(set(siblings)) < len(siblings)
-        require(not repeated, "sampled siblings repeat a token although they were drawn without replacement")
+        if not self.replacement and len(set(siblings)) < len(siblings):
+            raise _broken("sampled siblings repeat a token although they were drawn without replacement")
+
+
+_IMPOSSIBLE = "a sampled token has q = 0: q is not the law it was drawn from"
+
+
+def _broken(problem: str) -> InvalidTreeError:
+    return InvalidTreeError(f"draft tree: {problem}")

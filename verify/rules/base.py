@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from specdec.kv.errors import SpecdecError
 from specdec.verify.kinds import DraftKind
 from specdec.verify.noise import Noise
+from specdec.verify.topology import indices
 from specdec.verify.tree import DraftTree, Verdict
 
 RESIDUAL_EPS = 1e-12
@@ -108,7 +110,7 @@ def sample_from(weights: Tensor, u: Tensor) -> Tensor:
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     # The first entry larger than the point is one that its own weight has raised.
-    index = torch.searchsorted(cumulative, u[..., None] * cumulative[..., -1:], right=True).squeeze(-1)
+    index = torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative.narrow(-1, -1, 1), right=True).squeeze(-1)
     return index.clamp_(max=weights.shape[-1] - 1)  # NaN weights give some index: whoever checks for NaN must not crash
 
 
@@ -121,8 +123,7 @@ def verdict_at(tree: DraftTree, node: Tensor, next_token: Tensor) -> Verdict:
     """The verdict that keeps the path from the root to `node` (int64 `[rows]`)."""
     rows, nodes = tree.tokens.shape
     if tree.is_shared_chain:  # node == depth, and ancestors are what comes before
-        index = torch.arange(nodes, device=node.device)
-        return Verdict(torch.where(index <= node[:, None], index, -1), node, next_token)
+        return Verdict(_prefixes(nodes, node.device).index_select(0, node), node, next_token)
     depths = tree.depths
     on_path = tree.ancestor_mask.gather(1, node[:, None, None].expand(rows, 1, nodes))[:, 0]
     path = torch.full((rows, tree.max_depth + 2), -1, dtype=torch.int64, device=node.device)
@@ -132,6 +133,17 @@ def verdict_at(tree: DraftTree, node: Tensor, next_token: Tensor) -> Verdict:
     return Verdict(path[:, :-1], depths.gather(1, node[:, None])[:, 0], next_token)
 
 
+@lru_cache(maxsize=1024)
+def _prefixes(nodes: int, device: torch.device) -> Tensor:
+    """Int64 `[nodes, nodes]`: row `i` is the path to node `i` of a chain, padded with -1. Shared: never written to."""
+    with torch.inference_mode(False):
+        index = torch.arange(nodes, device=device)
+        return torch.where(index <= index[:, None], index, -1)
+
+
 def row_at(tensor: Tensor, index: Tensor) -> Tensor:
-    """`tensor[b, index[b]]` for `[rows, n, vocab]` and int64 `[rows]`."""
-    return tensor[torch.arange(index.shape[0], device=index.device), index]
+    """`tensor[b, index[b]]` for `[rows, n, vocab]` and int64 `[rows]` in `[0, n)`."""
+    rows, count, vocab = tensor.shape
+    if rows > 1:
+        index = index + indices(rows, index.device) * count
+    return tensor.reshape(rows * count, vocab).index_select(0, index)

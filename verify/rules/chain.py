@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.verify.kinds import DraftKind
+from specdec.verify.rules.base import row_at
 from specdec.verify.tree import DraftTree
 
 
@@ -38,12 +39,16 @@ def view_chain(tree: DraftTree, p: Tensor) -> ChainView:
     rows, nodes = tree.tokens.shape
     k = nodes - 1
     drafted = tree.tokens[:, 1:]
-    p_x = p[:, :k].gather(2, drafted[:, :, None])[:, :, 0].to(torch.float64)
-    q_x = torch.ones_like(p_x)
-    if tree.q is not None and tree.q_row is not None and k:
-        row = tree.q_row[:, :k].clamp(min=0)
-        drawn = tree.q[torch.arange(rows, device=p.device)[:, None], row, drafted].to(torch.float64)
-        q_x = torch.where(tree.sampled[:, 1:], drawn, q_x)
+    p_x = p[:, :k].gather(2, drafted[:, :, None]).squeeze(2).to(torch.float64)
+    if tree.is_drawn_chain:
+        assert tree.q is not None
+        q_x = tree.q.gather(2, drafted[:, :, None]).squeeze(2).to(torch.float64)
+    else:
+        q_x = torch.ones_like(p_x)
+        if tree.q is not None and tree.q_row is not None and k:
+            row = tree.q_row[:, :k].clamp(min=0)
+            drawn = tree.q[torch.arange(rows, device=p.device)[:, None], row, drafted].to(torch.float64)
+            q_x = torch.where(tree.sampled[:, 1:], drawn, q_x)
     return ChainView(p_x, q_x, tree.valid[:, 1:], tree.num_nodes - 1)
 
 
@@ -54,11 +59,17 @@ def draft_law(tree: DraftTree, node: Tensor, like: Tensor) -> Tensor:
     Args:
         node: int64 `[rows]`; like: a `[rows, vocab]` tensor giving dtype and device.
     """
-    rows = torch.arange(node.shape[0], device=node.device)
-    child = (node + 1).clamp(max=tree.tokens.shape[1] - 1)
-    one_hot = torch.zeros_like(like).scatter_(1, tree.tokens[rows, child][:, None], 1.0)
-    law = one_hot
-    if tree.q is not None and tree.q_row is not None:
-        drawn = tree.q[rows, tree.q_row[rows, node].clamp(min=0)].to(like.dtype)
-        law = torch.where(tree.sampled[rows, child][:, None], drawn, one_hot)
-    return torch.where((node + 1 < tree.num_nodes)[:, None], law, torch.zeros_like(law))
+    if tree.is_drawn_chain:
+        assert tree.q is not None
+        k = tree.q.shape[1]
+        if node.device.type == "cpu" and max(node.tolist()) < k:  # no chain has ended; off the CPU a look would wait
+            return row_at(tree.q, node).to(like.dtype)
+        law = row_at(tree.q, node.clamp(max=k - 1)).to(like.dtype)
+    else:
+        rows = torch.arange(node.shape[0], device=node.device)
+        child = (node + 1).clamp(max=tree.tokens.shape[1] - 1)
+        law = torch.zeros_like(like).scatter_(1, tree.tokens[rows, child][:, None], 1.0)
+        if tree.q is not None and tree.q_row is not None:
+            drawn = tree.q[rows, tree.q_row[rows, node].clamp(min=0)].to(like.dtype)
+            law = torch.where(tree.sampled[rows, child][:, None], drawn, law)
+    return torch.where((node + 1 < tree.num_nodes)[:, None], law, 0.0)

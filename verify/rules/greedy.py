@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec.verify.host import argmax, on_host
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import AcceptanceRule, verdict_at
 from specdec.verify.tree import DraftTree, Verdict
@@ -19,7 +20,9 @@ class Greedy(AcceptanceRule):
     name = "greedy"
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
-        choice = p.argmax(-1)
+        choice = argmax(p)
+        if tree.is_shared_chain and choice.device.type == "cpu":
+            return _followed_on_host(tree, choice)
         node = _followed(tree, choice)
         return verdict_at(tree, node, choice.gather(1, node[:, None])[:, 0])
 
@@ -37,6 +40,18 @@ def _followed(tree: DraftTree, choice: Tensor) -> Tensor:
     matches = (tree.tokens == wanted) & tree.valid
     matches[:, 0] = True
     return deepest_reached(tree, matches)
+
+
+def _followed_on_host(tree: DraftTree, choice: Tensor) -> Verdict:
+    """That verdict for chains on a CPU: comparing some integers takes less time than launching operations on them."""
+    ends, tokens = [], []
+    for drafted, wanted, count in zip(*on_host(tree.tokens, choice, tree.num_nodes), strict=True):
+        node = 0
+        while node + 1 < count and drafted[node + 1] == wanted[node]:
+            node += 1
+        ends.append(node)
+        tokens.append(wanted[node])
+    return verdict_at(tree, torch.tensor(ends), torch.tensor(tokens))
 
 
 def deepest_reached(tree: DraftTree, kept: Tensor) -> Tensor:

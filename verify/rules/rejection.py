@@ -33,7 +33,7 @@ class Rejection(AcceptanceRule):
         kept = (noise.accept[:, 1:] * chain.q_x < chain.p_x) & chain.real
         node = kept.long().cumprod(1).sum(1)
         law = row_at(p, node)
-        residual = (law - draft_law(tree, node, law)).clamp(min=0)
+        residual = (law - draft_law(tree, node, law)).clamp_(min=0)
         return verdict_at(tree, node, sample_from(residual_or(residual, law), noise.residual))
 
     def end_law(self, tree: DraftTree, p: Tensor) -> Tensor:
