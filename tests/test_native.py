@@ -23,7 +23,7 @@ from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
 from specdec.verify.direct import direct_pass
 from specdec.verify.forward import TreeForward
-from specdec.verify.native import NativePass, build, native_pass, run
+from specdec.verify.native import NativePass, build, native_pass
 from specdec.verify.parts import Text
 
 WITHOUT = build.why_not()
@@ -155,12 +155,17 @@ def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
     with torch.no_grad():
         cache = fresh()
         single = torch.cat([forward.causal(cache, text[:, i : i + 1], [i], None, 0) for i in range(10, 30)], 1)
-        for width in (2, 3, 5, 7, 20):
+        for width in (2, 3, 5, 7, 20):  # 20 at once: in four pieces
             for which in (0, 1):
                 cache = fresh(which=which)
                 spans = [(i, min(i + width, 30)) for i in range(10, 30, width)]
                 chunks = [forward.causal(cache, text[:, a:b], [a], None, 0) for a, b in spans]
                 assert torch.equal(torch.cat(chunks, 1), single)
+        empty = next(caches(model, 1))
+        assert torch.equal(forward.causal(empty, text, [0], None, keep=7), single[:, -7:])  # with what came before
+        for i in range(30):  # and what came before token by token
+            last = forward.causal(empty, text[:, i : i + 1], [i], None, keep=1)
+        assert torch.equal(last, single[:, -1:])
         for threads in (2, 3):
             torch.set_num_threads(threads)
             try:
@@ -231,17 +236,6 @@ def test_which_passes_are_native() -> None:
     uneven.model.layers[1].input_layernorm.variance_epsilon = 1e-3
     assert direct_pass(uneven) is not None
     assert native_pass(direct_pass(uneven)) is None  # type: ignore[arg-type]
-
-
-def test_wide_passes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.target("llama-gqa", "fp32")
-    way = native(model)
-    monkeypatch.setattr(way, "_call", None)
-    text = models.prompts((run.MOST_TOKENS + 1,), models.VOCAB, 3)[0]
-    with torch.no_grad():
-        forward_of(model, way).causal(next(caches(model, 1)), text, [0], None, keep=1)
-        with pytest.raises(TypeError):
-            forward_of(model, way).causal(next(caches(model, 1)), text[:, 1:], [0], None, keep=1)
 
 
 @pytest.fixture

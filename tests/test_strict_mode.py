@@ -61,21 +61,21 @@ def test_a_model_with_a_native_pass_needs_no_padding(small: Any) -> None:
 @pytest.mark.skipif(why_not() is not None, reason="no native pass")
 def test_the_probe_refuses_native_passes_that_depend_on_the_slot(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     StrictMode(small).cost(CPU)
-    real = NativePass.at_any_width
+    real = NativePass.__call__
 
     def drift(self: NativePass, parts: Any) -> list[Tensor]:
         out = real(self, parts)[0]
         return [out * (1 + 1e-6 * torch.arange(out.shape[1])[:, None])]
 
-    monkeypatch.setattr(NativePass, "at_any_width", drift)
+    monkeypatch.setattr(NativePass, "__call__", drift)
     with pytest.raises(UnsupportedModelError, match="same token has other logits"):
         StrictMode(small).cost(CPU)
 
 
 @pytest.mark.skipif(why_not() is not None, reason="no native pass")
 def test_the_probe_refuses_native_passes_that_are_not_the_model(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = NativePass.at_any_width
-    monkeypatch.setattr(NativePass, "at_any_width", lambda self, parts: [x.flip(-1) for x in real(self, parts)])
+    real = NativePass.__call__
+    monkeypatch.setattr(NativePass, "__call__", lambda self, parts: [x.flip(-1) for x in real(self, parts)])
     with pytest.raises(UnsupportedModelError, match="does not reproduce"):
         StrictMode(small).cost(CPU)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from specdec.verify.attention import attend, tiled
 from specdec.verify.linear import Form, few_row_form
-from specdec.verify.parts import Part, joined, kept_shapes, per_part
+from specdec.verify.parts import Part, flat_positions, joined, kept_shapes, per_part
 from specdec.verify.stock import is_stock
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -126,7 +126,7 @@ class DirectPass:
         self.head = _Linear(model.lm_head, weights)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = inner.layers[0].self_attn.head_dim
-        self._static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
+        self.static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
         self._table: Tensor | None = None
         self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._hooks += [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
@@ -207,13 +207,16 @@ class DirectPass:
         Args:
             like: of the dtype and device of the hidden states.
         """
-        positions = joined([part.positions.expand(part.tokens.shape).reshape(-1) for part in parts])
-        if not self._static_rope:
+        positions = flat_positions(parts)
+        if not self.static_rope:
             return self._both(like, positions), torch.arange(len(positions))
-        read = max(part.read for part in parts)
-        if self._table is None or len(self._table) < read:
-            self._table = self._both(like, torch.arange(max(2 * read, _FIRST_POSITIONS)))
-        return self._table, positions
+        return self.angle_table(like, max(part.read for part in parts)), positions
+
+    def angle_table(self, like: Tensor, count: int) -> Tensor:
+        """Angles of all positions up to `count` at least, where they depend on the position alone."""
+        if self._table is None or len(self._table) < count:
+            self._table = self._both(like, torch.arange(max(2 * count, _FIRST_POSITIONS)))
+        return self._table
 
     def _both(self, like: Tensor, positions: Tensor) -> Tensor:
         cos, sin = self._rotary(like, positions[None])

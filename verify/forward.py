@@ -125,6 +125,9 @@ class TreeForward:
         self, cache: PassCache, tokens: Tensor, starts: Sequence[int], keep: int | None, read: int
     ) -> Part:
         """That pass, once the cache is ready for it."""
+        way = self._shortcut()
+        if isinstance(way, NativePass) and way.counts_by_itself:
+            return Part(tokens, None, None, self._view(cache), keep, read, starts)
         width, device = tokens.shape[1], tokens.device
         same = starts.count(starts[0]) == len(starts)
         if same and read <= BAND_SLOTS:

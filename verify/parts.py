@@ -28,19 +28,31 @@ class Part(NamedTuple):
 
     tokens: int64 `[rows, T]`; positions: int64 `[rows or 1, T]`, below `read`. mask: additive `[rows or 1, 1, T, S]`, a
     dict of them by layer type, or None (see `folded_attention`). view: where K/V go. keep: logits of so many last
-    columns, 0 for all, None for none. read: slots of the cache that the rows read.
+    columns, 0 for all, None for none. read: slots of the cache that the rows read. starts: of plain texts, for a way
+    that needs neither positions nor mask to know that token `j` of row `b` is number `starts[b] + j` and sees those
+    before it and itself.
     """
 
     tokens: Tensor
-    positions: Tensor
+    positions: Tensor | None
     mask: Any
     view: Any
     keep: int | None
     read: int
+    starts: Sequence[int] | None = None
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def flat_positions(parts: Sequence[Part]) -> Tensor:
+    """Int64 `[tokens]`, of all parts."""
+    pieces = []
+    for part in parts:
+        assert part.positions is not None
+        pieces.append(part.positions.expand(part.tokens.shape).reshape(-1))
+    return joined(pieces)
 
 
 def kept_shapes(parts: Sequence[Part]) -> list[tuple[int, int]]:

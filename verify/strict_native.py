@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,52 +22,29 @@ def serves(model: PreTrainedModel) -> bool:
 
 
 class NativeStrictForward(TreeForward):
-    """A `TreeForward` whose logits and K/V of a node do not depend, to the bit, on the draft or the rows around it.
-
-    Natively a token's bits depend on its text alone (see `NativePass`), so after the prompts every pass is native,
-    whatever its width. A row's prompt is a pass of its own and depends on nothing else, however it is computed.
+    """A `TreeForward` whose logits and K/V of a node do not depend, to the bit, on the draft or the rows around it:
+    natively a token's bits depend on its text alone (see `NativePass`).
 
     Args:
         width: most nodes of a tree.
     """
 
-    reads_prompts = False
-
     def __init__(self, model: PreTrainedModel, name: str, width: int):
         super().__init__(model, name)
         self.width = width
-        self._way: NativePass | None = None
-        self._verifying = False
-
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        direct = direct_pass(self.model)
-        self._way = None if direct is None else native_pass(direct)
-        try:
-            yield
-        finally:
-            self._way = None
-
-    def prefill(self, cache: PassCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:
-        for row in range(cache.num_rows):
-            super().prefill(cache.row(row), text[row : row + 1], [starts[row]], [stops[row]], chunk)
 
     def tree(self, cache: PassCache, tree: DraftTree, unread: Tensor | None = None) -> Tensor:
-        assert unread is None, "a strict pass reads its tree alone"
         if tree.tokens.shape[1] > self.width:
             raise InvalidTreeError(
                 f"expected a tree of at most {self.width} nodes (strict_width), got {tree.tokens.shape[1]}"
             )
-        self._verifying = True
-        try:
-            return super().tree(cache, tree)
-        finally:
-            self._verifying = False
+        return super().tree(cache, tree, unread)
 
     def _shortcut(self) -> Way:
-        if self._way is None or self._way.hooked:
+        way = super()._shortcut()
+        if not isinstance(way, NativePass):
             raise RuntimeError(
                 f"exactness='strict': {type(self.model).__name__} was changed in the middle of a call (a hook?), and "
                 "passes through its modules would not have the same bits: change it between calls"
             )
-        return self._way.at_any_width if self._verifying else self._way
+        return way

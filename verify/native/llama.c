@@ -65,7 +65,8 @@ typedef struct {
 
 /* Slot s of a row lies at table[s / page_size] * page_stride + s % page_size * slot_stride, plus head * head_stride.
  * targets: where each token's own K/V goes (same unit, less the head), -1 for nowhere; 0: to its slot.
- * kept: tokens whose logits are wanted, ascending. places: row of `angles` (cosines, signed sines) of each token.
+ * kept: tokens whose logits are wanted, ascending.
+ * places: row of `angles` (cosines, signed sines) of each token; 0: the number of its slot.
  * The rest is working memory. */
 typedef struct {
     int64_t threads, tokens, rows, num_kept, page_size, page_stride, slot_stride, head_stride;
@@ -329,14 +330,15 @@ static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, i
     int64_t size = m->head_dim, heads = m->heads, kv = m->kv_heads;
     const float *const *w = m->weights + layer * NUM_WEIGHTS;
     float *x = p->mixed + token * (heads + 2 * kv) * size + head * size;
+    const Row *row = p->row + p->row_of[token];
+    const int64_t slot = row->start + token - row->first;
     if (head < heads + kv) {
         const float *weight = head < heads ? w[Q_NORM] : w[K_NORM];
         if (weight) norm(x, weight, size, (float)m->epsilon, x);
-        rotate(x, p->angles + p->places[token] * 2 * size, size);
+        rotate(x, p->angles + (p->places ? p->places[token] : slot) * 2 * size, size);
         if (head < heads) return;
     }
-    const Row *row = p->row + p->row_of[token];
-    int64_t target = p->targets ? p->targets[token] : address(p, row, row->start + token - row->first);
+    const int64_t target = p->targets ? p->targets[token] : address(p, row, slot);
     if (target < 0) return;
     float *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
     memcpy(cache + target + (head - heads) % kv * p->head_stride, x, (size_t)size * 4);

@@ -1,4 +1,4 @@
-"""A Llama-shaped model's pass as one native call: what `DirectPass` computes, for a handful of tokens in float32."""
+"""A Llama-shaped model's pass as one native call: what `DirectPass` computes, in float32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from specdec.verify.parts import Part, joined, per_part
 
 if TYPE_CHECKING:
     from specdec.verify.direct import DirectPass, Shape
-
-MOST_TOKENS = 64
-"""Passes of more tokens, prompts above all, are left to torch's products, which are cut for many rows."""
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
@@ -88,16 +85,17 @@ def _weights(layer: Any) -> list[Tensor | None]:
 
 
 class NativePass:
-    """A whole pass of up to MOST_TOKENS tokens; wider ones are the direct pass's.
+    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it.
 
-    A token's logits are the same bits whatever else is in the pass (given the same keys and values before it), up to
-    that width.
+    Attributes:
+        counts_by_itself: whether it takes parts with `starts` instead of positions and a mask.
     """
 
     def __init__(
         self, direct: DirectPass, shape: Shape, weights: Sequence[Tensor | None], ends: Sequence[Tensor | None]
     ):
         self._direct, self._shape = direct, shape
+        self.counts_by_itself = direct.static_rope
         self._call = getattr(library(), ENTRY)
         self._pointers = (_Pointers * len(weights))(*map(_address, weights))
         scales = (direct.norm.epsilon, direct.layers[0].scaling)
@@ -117,20 +115,19 @@ class NativePass:
 
     def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
         """As `DirectPass.__call__`."""
-        wide = sum(part.tokens.numel() for part in parts) > MOST_TOKENS
-        return self._direct(parts) if wide else self.at_any_width(parts)
-
-    def at_any_width(self, parts: Sequence[Part]) -> list[Tensor]:
-        """Natively, however many tokens there are."""
         run, shape = self._pass, self._shape
         tokens = sum(part.tokens.numel() for part in parts)
         run.threads, run.tokens = torch.get_num_threads(), tokens
         ids = joined([part.tokens.reshape(-1) for part in parts]).contiguous()
-        angles, places = self._direct.angle_rows(self._like, parts)
-        places = places.contiguous()
+        read, places = max(part.read for part in parts), None
+        if all(part.starts is not None for part in parts):
+            angles = self._direct.angle_table(self._like, read)
+        else:
+            angles, places = self._direct.angle_rows(self._like, [_counted(part) for part in parts])
+            places = places.contiguous()
         layouts = [part.view.layout(self._like) for part in parts]
         rows, lists = self._rows(parts, layouts)
-        self._reserve(tokens, lists, max(part.read for part in parts))
+        self._reserve(tokens, lists, read)
         first = layouts[0]
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, (keys, values) in enumerate(zip(first.keys, first.values, strict=True)):
@@ -139,7 +136,7 @@ class NativePass:
         kept = _kept(parts[0].tokens.shape, parts[0].keep) if len(parts) == 1 else _all_kept(parts)
         logits = self._like.new_empty(len(kept), shape.vocab)
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
-        run.ids, run.places, run.angles = ids.data_ptr(), places.data_ptr(), angles.data_ptr()
+        run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
         run.targets, run.logits = _address(targets), logits.data_ptr()
         wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
         if wrong:
@@ -162,7 +159,7 @@ class NativePass:
                 row = rows[index]
                 row.first, row.width, row.read, row.lists = first, width, part.read, lists
                 row.table = table.data_ptr() + i * table.stride(0) * 8
-                row.start = part.read - width if layout.targets is not None else layout.starts[i]
+                row.start = (part.starts or layout.starts)[i] if part.starts or layout.starts else part.read - width
                 if mask is not None:
                     row.mask, row.mask_stride = at + i * step, mask.stride(2)
                 index, first = index + 1, first + width
@@ -190,6 +187,14 @@ class NativePass:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _counted(part: Part) -> Part:
+    """With positions, beside parts that have no `starts`."""
+    if part.starts is None:
+        return part
+    first = torch.tensor(list(part.starts))[:, None]
+    return part._replace(positions=first + torch.arange(part.tokens.shape[1]))
 
 
 def _given(tensor: Tensor | None) -> Tensor:
