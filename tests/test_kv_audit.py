@@ -123,7 +123,13 @@ def test_sampled_histories_and_non_first_branches_are_covered(monkeypatch: pytes
     assert lagged > 0
 
 
-def test_the_first_pass_is_bitwise_that_of_plain_decoding() -> None:
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes with the bits of the model's modules, which native ones have not."""
+    monkeypatch.setattr("specdec.verify.forward.native_pass", lambda direct: None)
+
+
+def test_the_first_pass_is_bitwise_that_of_plain_decoding(in_torch: None) -> None:
     """Same shapes, same bits: without a draft both sides run the whole prompt in one pass."""
     case = Case("llama-gqa", "fp32", (9,), Drafting("none"), new_tokens=2)
     out = case.speculator().generate(**case.inputs(), return_dict_in_generate=True)
@@ -134,7 +140,7 @@ def test_the_first_pass_is_bitwise_that_of_plain_decoding() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "gpt2"])
-def test_a_chain_of_accepted_drafts_is_bitwise_the_same_passes_on_a_plain_cache(family: str) -> None:
+def test_a_chain_of_accepted_drafts_is_bitwise_the_same_passes_on_a_plain_cache(family: str, in_torch: None) -> None:
     """Replaying the very passes on transformers' own cache gives the same bits: commit and storage add no rounding."""
     case = Case(family, "fp32", (6,), Drafting("chain", "self", k=3), new_tokens=16)
     target: Any = case.target
