@@ -34,7 +34,7 @@ def sweep(models: Models, temperature: float, rows: int, args: argparse.Namespac
     }
     texts = prompts(models, "held-out", rows, args.prompts, args.prompt_tokens)
     names = [name for name in ways if not name.startswith("planned")]
-    for calls in time_calls(ways, texts, f"sweep T={temperature} batch {rows}"):
+    for calls in time_calls(ways, texts, f"sweep T={temperature} batch {rows}", args.repeats):
         found: dict[str, Any] = {
             "speed_up_over_none": {name: ratio(calls, name, "none") for name in ways},
             "tokens_per_step": {
@@ -60,11 +60,16 @@ def never_slower(models: Models, temperature: float, rows: int, args: argparse.N
     kept: dict[str, Any] = {}
     for workload in (one for one in WORKLOADS if one.name in args.workloads):
         ways = workload.ways(models, temperature, args.seeded)
+        if args.no_hf:
+            del ways["hf plain"]
         texts = prompts(models, workload.prompts, rows, args.prompts, args.prompt_tokens)
-        for calls in time_calls(ways, texts, f"{workload.name} T={temperature} batch {rows}"):
+        for calls in time_calls(ways, texts, f"{workload.name} T={temperature} batch {rows}", args.repeats):
             found[workload.name] = {
-                "against_hf_plain": ratio(calls, "planned", "hf plain"),
-                "against_none": ratio(calls, "planned", "none"),
+                **{
+                    f"against_{name}": ratio(calls, "planned", way)
+                    for name, way in (("hf_plain", "hf plain"), ("none", "none"))
+                    if way in ways
+                },
                 **forecasts(calls, "planned"),
             }
             kept[workload.name] = [asdict(call) for call in calls]
@@ -76,8 +81,13 @@ def forecasts(calls: Sequence[Call], way: str) -> dict[str, Any]:
     """Foretold / realised tokens per second of every call, and the share of them that is close."""
     plans = [call.plan for call in calls if call.way == way and call.plan is not None]
     ratios = [plan["predicted_tokens_per_second"] / plan["realised_tokens_per_second"] for plan in plans]
-    close = sum(1 / (1 + CLOSE) <= r <= 1 + CLOSE for r in ratios) / len(ratios)
-    return {"forecast_over_realised": [round(r, 3) for r in ratios], "share_within_15_percent": round(close, 3)}
+    share = sum(map(close, ratios)) / len(ratios)
+    return {"forecast_over_realised": [round(r, 3) for r in ratios], "share_within_15_percent": round(share, 3)}
+
+
+def close(times: float) -> bool:
+    """Is a forecast right that is so many times what came?"""
+    return 1 / (1 + CLOSE) <= times <= 1 + CLOSE
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -88,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m specdec.experiments.planner", description=__doc__)
     parser.add_argument("what", choices=("sweep", "never-slower"))
     parser.add_argument("--prompts", type=int, default=8, help="batches of prompts")
+    parser.add_argument("--repeats", type=int, default=1, help="times each way meets each prompt; the fastest counts")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per row (sweep)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
@@ -96,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="of a sampling sweep; with coupled every way writes the same text, so few prompts tell "
                         "settings apart")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", default=[one.name for one in WORKLOADS])
+    parser.add_argument(
+        "--no-hf", action="store_true", help="never-slower: against no drafter only, which is the closer race"
+    )
     parser.add_argument("--seeded", action="store_true", help="planned calls get seed=: each row is planned by itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -113,6 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 result["runs"][f"T={temperature} batch {rows}"] = done
                 # After every part: an interrupted run keeps what it has found.
                 path.write_text(json.dumps(result, indent=1) + "\n")
+    right, told = 0, 0
+    for done in result["runs"].values():
+        for part in done["found"].values():
+            for times in part.get("forecast_over_realised", []):
+                right, told = right + close(times), told + 1
+    result["forecasts"] = {"within_15_percent": right, "of": told}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"forecasts within {CLOSE:.0%} of what came: {right} of {told}")
     print(f"written: {path.name}")
 
 

@@ -29,15 +29,20 @@ class Call:
     plan: dict[str, Any] | None
 
 
-def time_calls(ways: Mapping[str, Generate], prompts: Sequence[Tensor], title: str) -> Iterator[list[Call]]:
+def time_calls(
+    ways: Mapping[str, Generate], prompts: Sequence[Tensor], title: str, repeats: int = 1
+) -> Iterator[list[Call]]:
     """Every way on every prompt; the first prompt once more before, for what is done once per process.
+
+    Args:
+        repeats: times that every way meets every prompt, all of them in turns.
 
     Yields:
         all calls so far, after every prompt.
     """
     calls: list[Call] = []
     for number, ids in enumerate([prompts[0], *prompts]):
-        order = list(ways)
+        order = list(ways) * (repeats if number else 1)
         random.Random(number).shuffle(order)
         for way in tqdm(order, desc=f"{title} {number}/{len(prompts)}", leave=False):
             gc.collect()
@@ -59,9 +64,15 @@ def time_calls(ways: Mapping[str, Generate], prompts: Sequence[Tensor], title: s
 
 
 def seconds(calls: Sequence[Call], way: str) -> list[float]:
-    """What one thread itself spent, by prompt (wall time where several threads share the work)."""
+    """What one thread itself spent (wall time where several threads share the work), by prompt: in the fastest of its
+    calls, since whatever else a machine does only ever adds."""
     alone = torch.get_num_threads() == 1
-    return [call.cpu if alone else call.wall for call in calls if call.way == way]
+    fastest: dict[int, float] = {}
+    for call in calls:
+        if call.way == way:
+            spent = call.cpu if alone else call.wall
+            fastest[call.prompt] = min(spent, fastest.get(call.prompt, spent))
+    return list(fastest.values())
 
 
 def ratio(calls: Sequence[Call], way: str, against: str) -> dict[str, float]:
