@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_as_accurate_as_float32_in_torch(family: str, lengths: tuple[int, ...]) 
         torchs = error(history(forward_of(model, direct_pass(model)), theirs, lengths), wanted)
         found = error(history(forward_of(model, native(model)), ours, lengths), wanted)
         assert found < 4 * torchs + 1e-6
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_on_processors_with_other_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Vectors of 4 and 8 floats, where this machine may have 16; whatever the optimiser does."""
+    flags = ["-std=gnu11", "-O1", f"-march={processor}", "-fPIC", "-fno-math-errno"]
+    monkeypatch.setattr(build, "_flags", lambda: flags)
+    other = build._load(build.compiled(tmp_path))
+    monkeypatch.setattr("specdec.verify.native.run.library", lambda: other)
+    test_as_accurate_as_float32_in_torch("qwen3", (7, 3, 5))
+    test_a_tokens_bits_depend_on_its_text_alone("llama-gqa")
 
 
 def test_the_comparison_sees_a_single_wrong_weight() -> None:

@@ -21,6 +21,7 @@ from specdec.verify.folders import cache_folder
 VARIABLE = "SPECDEC_NATIVE"
 """Environment variable: "0" never uses the native pass; a path names a library compiled elsewhere (by `compiled`)."""
 SOURCE = Path(__file__).with_name("llama.c")
+"""The file to compile; it includes the headers beside it."""
 ENTRY = "specdec_llama_pass"
 
 _SECONDS = 120
@@ -106,7 +107,8 @@ def _key(compiler: str, flags: list[str]) -> str:
         abilities += next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
     except OSError:
         pass
-    parts = (SOURCE.read_bytes(), version, " ".join(flags).encode(), abilities)
+    sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("*.[ch]"))]
+    parts = (*sources, version, " ".join(flags).encode(), abilities)
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
