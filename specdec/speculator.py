@@ -54,7 +54,8 @@ class Speculator:
         exactness: "distribution" (the exact law with respect to the verification pass's own logits), or "strict": every
             pass of the target is computed so that a token's logits are the same bits whatever was drafted around it.
             Greedy texts (and those of rule "coupled") are then identical for every drafter, tree, k and draft=None.
-        strict_width: nodes per pass in strict mode, the root included; larger drafts are cut to it.
+        strict_width: nodes per pass in strict mode, the root included; larger drafts are cut to it. (Native passes need
+            no such width and are not padded to it.)
         cache: layout of the K/V cache: "contiguous", or "paged" (pages of `page_size` slots, which several rows of one
             prompt share; see KVPool). The layout changes no result.
         monitor: True holds the acceptance of sampling calls against theory (`report.acceptance_z`); a `Monitor` object

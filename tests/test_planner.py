@@ -166,6 +166,24 @@ def test_waits_double_and_begin_anew_after_a_long_run() -> None:
     assert sum(pause.waits() for _ in range(100)) == 15
 
 
+def test_a_probe_is_not_begun_for_fewer_tokens_than_it_waited() -> None:
+    pause = Pause()
+    assert not pause.too_late(1)  # no probe
+    pause.stop(64)
+    assert sum(pause.waits() for _ in range(63)) == 63
+    assert not pause.waits()
+    assert not pause.too_late(64)
+    assert pause.too_late(63)
+    assert sum(pause.waits() for _ in range(100)) == 63  # and that was the last time it was thought of
+
+
+def test_a_useless_drafter_is_asked_once_in_a_short_call() -> None:
+    here = world("cheap", tokens=96, acceptance=lambda row, position: 0.02)
+    depths = here.run(1).depths
+    assert sum(depth > 0 for depth in depths[48:]) == 0
+    assert sum(depth > 0 for depth in depths) > 0
+
+
 def test_the_debt_is_bounded_by_the_call() -> None:
     ledger = Risk(horizon=200, prefill_ms=100.0)
     assert ledger.affords(risk.RISK * (100 + 10 * 200), 10.0)

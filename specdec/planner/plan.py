@@ -84,7 +84,8 @@ class Planner(Planning):
         if self._trials is None:
             prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
             self._trials = Trials(self._choices, Risk(max(now.left), prefill), self._prompt_tokens)
-        return self._plainly(now.rows) if max(now.left) < 2 else self._choose(now, self._trials)
+        ending = max(now.left) < 2 or self._pause.too_late(max(now.left))
+        return self._plainly(now.rows) if ending else self._choose(now, self._trials)
 
     def _times_of(self, rows: int) -> StepTimes:
         times = self._times.get(rows)

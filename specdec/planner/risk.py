@@ -51,7 +51,7 @@ class Pause:
     def __init__(self) -> None:
         self.probing = False
         self._stopped = False
-        self._wait = 0
+        self._wait = self._waited = 0
         self._next = FIRST_WAIT
         self._patience = PATIENCE
         self._run = 0
@@ -64,6 +64,19 @@ class Pause:
             return True
         self.probing = self._stopped
         return False
+
+    def too_late(self, left: int) -> bool:
+        """Is this a probe whose finding would serve fewer tokens than were waited for it?
+
+        What changed during a wait is worth what is left; near the end of a text it is not asked, nor again after that.
+
+        Args:
+            left: tokens that the longest row may still get.
+        """
+        late = self.probing and left < self._waited
+        if late:
+            self._wait = left
+        return late
 
     @property
     def begins(self) -> bool:
@@ -80,7 +93,8 @@ class Pause:
             True when drafting was given up, False when a probe was put off.
         """
         given_up = not self.probing
-        self._wait = max(least, self._next if given_up else FIRST_WAIT) - 1
+        self._waited = max(least, self._next if given_up else FIRST_WAIT)
+        self._wait = self._waited - 1
         self._next = min(2 * self._next, LAST_WAIT) if given_up else self._next
         self._stopped, self._patience, self._run = True, PATIENCE, 0
         self.probing = False
