@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.pages import ZERO_PAGE
-from specdec.kv.store import Layout, StoreView
+from specdec.kv.store import Layout, StoreView, check_layout
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class PagedStore:
             like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
         """
         keys, values = zip(*(self._layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
-        _, size, heads, width = keys[0].shape
+        size, heads, width = self.page_size, like.shape[1], like.shape[3]
+        check_layout((*keys, *values), (self._capacity, size, heads, width), like)
         targets = plan.slots * (heads * width)
         if plan.columns is not None:
             spread = torch.full((plan.num_rows * plan.width,), -1, dtype=torch.int64)

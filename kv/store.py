@@ -10,6 +10,8 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from specdec.kv.errors import CacheStateError
+
 
 @dataclass(frozen=True)
 class WritePlan:
@@ -58,6 +60,20 @@ class Layout(NamedTuple):
     table: torch.Tensor
     starts: Sequence[int]
     targets: torch.Tensor | None = None
+
+
+def check_layout(storage: Sequence[torch.Tensor], shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Storage holds what wrote first, a caller's cache for one; addresses say nothing of it, so it is looked at here.
+
+    Raises:
+        CacheStateError: tensors of another dtype or shape than the model that is about to read them.
+    """
+    for tensor in storage:
+        if tensor.shape != shape or tensor.dtype != like.dtype or not tensor.is_contiguous():
+            raise CacheStateError(
+                f"expected K/V of shape {shape} in {like.dtype}, as the model's own, the cache holds "
+                f"{tuple(tensor.shape)} in {tensor.dtype}: was it written by another model?"
+            )
 
 
 class ModelStore:
@@ -121,11 +137,11 @@ class ModelStore:
         Args:
             like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
         """
-        pairs = [self._layer(layer, like, like) for layer in range(self.num_layers)]
-        _, heads, slots, size = pairs[0][0].shape
+        heads, slots, size = like.shape[1], self.capacity, like.shape[3]
+        keys, values = zip(*(self._layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
+        check_layout((*keys, *values), (self.num_rows, heads, slots, size), like)
         if len(self._row_numbers) < self.num_rows:
             self._row_numbers = torch.arange(self.num_rows)[:, None]
-        keys, values = zip(*pairs, strict=True)
         strides = (slots, heads * slots * size, size, slots * size)
         return Layout(keys, values, strides, self._row_numbers[plan.first :], plan.starts)
 

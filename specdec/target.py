@@ -111,7 +111,7 @@ class TargetPasses:
         missing = self._missing(lengths)[0]
         if missing == 0:
             return None
-        if tree.is_shared_chain and missing + tree.tokens.shape[1] <= self._chunk:
+        if tree.is_shared_chain and missing + tree.tokens.shape[1] <= self._forward.chunk(self._chunk):
             return self._rows.window(self._cache.filled(TARGET), missing)
         self._fill(self._rows.window([0] * len(lengths), max(lengths)), lengths)
         return None

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from specdec.verify.native.build import VARIABLE, Unavailable, compiled
+from specdec.verify.native.build import Unavailable, compiled
+from specdec.verify.native.library import VARIABLE
 
 torch.set_num_threads(1)
 

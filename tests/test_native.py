@@ -18,16 +18,16 @@ from test_direct import DIRECT
 from torch import Tensor
 
 import specdec
-from specdec.kv import SharedKVCache
+from specdec.kv import CacheStateError, SharedKVCache, TargetFaultError
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
 from specdec.verify.direct import direct_pass
 from specdec.verify.forward import TreeForward
-from specdec.verify.native import NativePass, build, native_pass
+from specdec.verify.native import NativePass, build, library, native_pass, run
 from specdec.verify.parts import Text
 
-WITHOUT = build.why_not()
+WITHOUT = library.why_not()
 pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=f"no native pass: {WITHOUT}")
 
 
@@ -91,14 +91,12 @@ def test_as_accurate_as_float32_in_torch(family: str, lengths: tuple[int, ...]) 
         assert found < 4 * torchs + 1e-6
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="processors of the x86 kind")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_on_processors_with_other_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Vectors of 4 and 8 floats, where this machine may have 16; whatever the optimiser does."""
-    flags = ["-std=gnu11", "-O1", f"-march={processor}", "-fPIC", "-fno-math-errno"]
-    monkeypatch.setattr(build, "_flags", lambda: flags)
-    other = build._load(build.compiled(tmp_path))
-    monkeypatch.setattr("specdec.verify.native.run.library", lambda: other)
+    """Vectors of 4 and 8 floats, where this machine may have 16."""
+    other = library._load(build.compiled(tmp_path, processor))
+    monkeypatch.setattr(run, "library", lambda: other)
     test_as_accurate_as_float32_in_torch("qwen3", (7, 3, 5))
     test_a_tokens_bits_depend_on_its_text_alone("llama-gqa")
 
@@ -146,6 +144,14 @@ def test_every_size(
                 outs.append([forward.causal(cache, text[:, 9:], [9, 5], None, keep=0)])
         finally:
             torch.set_num_threads(before)
+        if way is native:  # and token by token, the same bits
+            again = next(caches(one, 2))
+            with torch.no_grad():
+                forward.causal(again, text[:, :9], [0, 0], None, keep=1)
+                single = [
+                    forward.causal(again, text[:, 9 + i : 10 + i], [9 + i, 5 + i], None, keep=0) for i in range(width)
+                ]
+            assert torch.equal(torch.cat(single, 1), outs[0][0])
     assert error(*outs) < 3e-5
 
 
@@ -251,15 +257,66 @@ def test_which_passes_are_native() -> None:
     assert native_pass(direct_pass(uneven)) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_storage_of_another_kind_is_refused(which: int) -> None:
+    """Addresses do not say what lies there: a cache that another model wrote must end in an error, not in its bytes."""
+    model = models.target("llama-gqa", "fp32")
+    text = models.prompts((6,), models.VOCAB, 3)[0]
+    for family, dtype in (("llama-gqa", "fp64"), ("llama-gqa", "bf16"), ("llama-mha", "fp32")):
+        other, cache = models.target(family, dtype), list(caches(model, 1))[which]
+        with torch.no_grad():
+            forward_of(other, direct_pass(other)).causal(cache, text, [0], None, keep=1)
+            with pytest.raises(CacheStateError, match="was it written by another model"):
+                forward_of(model, native(model)).causal(cache, text, [6], None, keep=1)
+
+
+def test_a_callers_cache_in_another_dtype_is_an_error() -> None:
+    model: Any = models.target("llama-gqa", "fp32")
+    ids = models.prompts((6,), models.VOCAB, 3)[0]
+    past = models.target("llama-gqa", "fp64")(ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(TargetFaultError, match="K/V of shape"):
+        specdec.Speculator(model, "ngram", k=2).generate(ids, past_key_values=past, max_new_tokens=4, do_sample=False)
+
+
+def test_a_model_of_which_layers_were_removed_decodes() -> None:
+    model: Any = copy.deepcopy(models.target("llama-mqa", "fp32"))
+    model.model.layers = model.model.layers[:2]  # its configuration still says three
+    assert isinstance(native(model), NativePass)
+    ids = models.prompts((6,), models.VOCAB, 3)[0]
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
+    found: Any = specdec.Speculator(model, "ngram", k=2).generate(ids, max_new_tokens=12, do_sample=False)
+    assert found.tolist() == wanted.tolist()
+
+
+def test_weights_that_do_not_fit_the_configuration_are_left_to_the_modules() -> None:
+    model: Any = copy.deepcopy(models.target("llama-mha", "fp32"))
+    attention = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):  # half the heads pruned
+        layer = getattr(attention, name)
+        layer.weight = torch.nn.Parameter(layer.weight[:16].clone())
+    attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :16].clone())
+    assert direct_pass(model) is None
+
+
+def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "usable_cores", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        assert NativePass._num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert run.usable_cores() == 2
+
+
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As in a process that has not asked for the library yet."""
-    for cached in (build.library, build.why_not):
-        cached.cache_clear()
+    library._search.cache_clear()
+    monkeypatch.setenv(library.VARIABLE, "1")
     yield monkeypatch
     monkeypatch.undo()
-    for cached in (build.library, build.why_not):
-        cached.cache_clear()
+    library._search.cache_clear()
 
 
 def text_of(model: Any) -> Tensor:
@@ -271,30 +328,68 @@ def text_of(model: Any) -> Tensor:
     return out
 
 
-def test_without_a_compiler_there_is_a_warning_and_the_same_text(unbuilt: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_one_warning_and_the_same_text(unbuilt: pytest.MonkeyPatch) -> None:
     model: Any = models.target("llama-gqa", "fp32")
     wanted = model.generate(models.prompts((7,), models.VOCAB, 0)[0], max_new_tokens=16, do_sample=False)
-    assert torch.equal(text_of(model), wanted)
-    build.library.cache_clear()
-    build.why_not.cache_clear()
-    unbuilt.setenv(build.VARIABLE, "1")
     unbuilt.setenv("CC", "no-such-compiler")
     with pytest.warns(RuntimeWarning, match="no C compiler found.*no-such-compiler"):
-        assert build.why_not() is not None
+        assert library.why_not() is not None
+    assert library.why_not() is not None  # and no warning: they are errors here
     assert native_pass(direct_pass(model)) is None  # type: ignore[arg-type]
     assert torch.equal(text_of(model), wanted)
 
 
+def test_a_compiler_that_cannot_even_start_is_said(unbuilt: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    garbage = tmp_path / "cc"
+    garbage.write_bytes(b"not a program")
+    garbage.chmod(0o755)
+    for compiler, match in ((str(garbage), "cannot compile"), ("false", "false failed")):
+        unbuilt.setenv("CC", compiler)
+        with pytest.raises(build.Unavailable, match=match):
+            build.compiled(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_it_can_be_switched_off_without_a_warning(unbuilt: pytest.MonkeyPatch) -> None:
-    unbuilt.setenv(build.VARIABLE, "0")
-    assert build.why_not() == "switched off by SPECDEC_NATIVE=0"
+    unbuilt.setenv(library.VARIABLE, "0")
+    assert library.why_not() == "switched off by SPECDEC_NATIVE=0"
 
 
-def test_a_compiler_that_fails_or_a_file_that_is_none_is_said(unbuilt: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    unbuilt.setenv("CC", "false")
-    with pytest.raises(build.Unavailable, match="failed"):
-        build.compiled(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    unbuilt.setenv(build.VARIABLE, str(tmp_path / "nothing.so"))
+def test_libraries_of_other_versions_are_never_called(unbuilt: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = build.compiled(tmp_path)
+    assert library._load(path).threaded in (True, False)
+    unbuilt.setattr(library, "entry", lambda: "specdec_llama_pass_of_another_version")
+    unbuilt.setenv(library.VARIABLE, str(path))
+    with pytest.warns(RuntimeWarning, match="compiled from other sources"):
+        assert library.why_not() is not None
+    library._search.cache_clear()
+    unbuilt.setenv(library.VARIABLE, str(tmp_path / "nothing.so"))
     with pytest.warns(RuntimeWarning, match="cannot load"):
-        assert "nothing.so" in str(build.why_not())
+        assert "nothing.so" in str(library.why_not())
+
+
+def test_the_cache_folder(unbuilt: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kept there once; compiled again if damaged; not used if others can write there, or if nothing can be."""
+    unbuilt.setenv("SPECDEC_CACHE", str(tmp_path))
+
+    def kept() -> list[Path]:
+        library._search.cache_clear()
+        assert library.why_not() is None
+        return list((tmp_path / "native").glob("*"))
+
+    first = tmp_path / "native" / build.compiled(tmp_path / "elsewhere").name
+    first.parent.mkdir(mode=0o700)
+    first.write_bytes(b"")
+    assert kept() == [first]
+    assert first.stat().st_size > 1000
+    made = first.stat().st_mtime_ns
+    assert kept() == [first]
+    assert first.stat().st_mtime_ns == made
+    first.unlink()  # the file that this process has loaded stays as it is
+    first.write_bytes(b"what somebody else put there")
+    first.parent.chmod(0o777)
+    kept()
+    assert first.read_bytes() == b"what somebody else put there"
+    unbuilt.setenv("SPECDEC_CACHE", "/proc/nowhere")
+    library._search.cache_clear()
+    assert library.why_not() is None

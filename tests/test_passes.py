@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,9 @@ def test_a_way_that_computes_something_else_is_refused(tiny_pair: Path, monkeypa
     monkeypatch.setitem(passes.WAYS, "direct", Wrong)
     with pytest.raises(AssertionError, match="direct computes something else"):
         passes.main(["--pair", str(tiny_pair), "--widths", "1", "--repeats", "1", "--slots", "4", "--threads", "1"])
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None or sys.platform == "win32", reason="no compiler")
+def test_where_there_is_a_compiler_there_are_native_passes() -> None:
+    """Or the tests of native passes would be skipped in silence."""
+    assert why_not() is None

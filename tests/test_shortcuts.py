@@ -267,3 +267,14 @@ def test_runs_are_written_to_both_layouts() -> None:
     assert rows.ids[0, :6].tolist() == [0, 5, 6, 7, 8, 9]
     assert rows.text[0, :5].tolist() == [5, 6, 7, 8, 9]
     assert (rows.ends, rows.num_tokens) == ([6], [5])
+
+
+def test_a_tree_written_to_is_judged_as_it_says() -> None:
+    """What trees of a shape share must not be written to; whoever does it all the same gets the general way."""
+    topology = Topology((-1, 0, 1, 2, 3, 4))
+    q = torch.full((1, 5, 7), 1 / 7)
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    assert DraftTree.build(topology, tokens, q).is_drawn_chain
+    tree = DraftTree.build(topology, tokens, q)
+    tree.sampled[:, 5] = False
+    assert not tree.is_drawn_chain

@@ -40,8 +40,10 @@ class Shape(NamedTuple):
 
 
 def direct_pass(model: PreTrainedModel) -> DirectPass | None:
-    """The direct pass of `model`, or None where its modules must be called (see `is_stock`)."""
-    return DirectPass(model) if is_stock(model) else None
+    """The direct pass of `model`, or None where its modules must be called (see `is_stock`), or would not fit together:
+    whoever takes heads out of a model without saying so in its configuration relies on its modules."""
+    direct = DirectPass(model) if is_stock(model) else None
+    return direct if direct is not None and direct.fits else None
 
 
 class _Linear:
@@ -183,6 +185,20 @@ class DirectPass:
                 piece = piece.view(rows, -1, piece.shape[-1])[:, part.tokens.shape[1] - width :].flatten(0, 1)
             wanted.append(piece)
         return per_part(self.head(self.norm(joined(wanted))), parts)
+
+    @property
+    def fits(self) -> bool:
+        """Are all weights of the sizes that the configuration says?"""
+        hidden = self.embed.shape[1]
+        own, kv = self._heads * self._head_dim, self._kv_heads * self._head_dim
+        for layer in self.layers:
+            inner = len(layer.gate.weight)
+            wanted = [(own, hidden), (kv, hidden), (kv, hidden), (hidden, own), *[(inner, hidden)] * 2, (hidden, inner)]
+            if [tuple(product.weight.shape) for product in layer.products] != wanted:
+                return False
+            if [norm.shape for norm in layer.norms] != [[hidden]] * 2 + [[self._head_dim]] * (len(layer.norms) - 2):
+                return False
+        return self.head.weight.shape[1] == hidden and self.norm.shape == [hidden]
 
     @property
     def shape(self) -> Shape | None:

@@ -17,4 +17,7 @@ def cache_folder() -> Path | None:
     if chosen:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "specdec"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "specdec"
+    except RuntimeError:  # nobody's home
+        return None

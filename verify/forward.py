@@ -27,6 +27,8 @@ from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per prefill pass: bounds the mask and activation memory of long prompts."""
+NATIVE_CHUNK = 512
+"""The same where passes are native."""
 
 
 Way = Callable[[Sequence[Part]], list[Tensor]]
@@ -99,7 +101,7 @@ class TreeForward:
             text: int64 `[rows, >= max(stops)]`, real tokens of the cache's active rows.
             chunk: most tokens per pass.
         """
-        done = list(starts)
+        done, chunk = list(starts), self.chunk(chunk)
         while any(start < stop for start, stop in zip(done, stops, strict=True)):
             valid = [max(0, min(chunk, stop - start)) for start, stop in zip(done, stops, strict=True)]
             width = max(valid)
@@ -107,6 +109,10 @@ class TreeForward:
             tokens = text.gather(1, columns.clamp(max=text.shape[1] - 1))
             self.causal(cache, tokens, done, valid, keep=1)
             done = [start + count for start, count in zip(done, valid, strict=True)]
+
+    def chunk(self, most: int) -> int:
+        """Tokens of a row to read in one pass: a native one cannot be interrupted, so it should not last."""
+        return min(most, NATIVE_CHUNK) if isinstance(self._shortcut(), NativePass) else most
 
     def causal(
         self, cache: PassCache, tokens: Tensor, starts: Sequence[int], valid: Sequence[int] | None, keep: int
@@ -256,6 +262,8 @@ class TreeForward:
         return self._direct
 
     def _call_model(self, part: Part) -> Tensor:
+        if part.positions is None:
+            raise RuntimeError(f"{type(self.model).__name__} was changed (a hook?) while a pass of it was prepared")
         keep = part.keep
         extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
         out = self.model(

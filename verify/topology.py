@@ -117,6 +117,17 @@ class Frame(NamedTuple):
     sampled: Tensor
     q_row: Tensor | None
     valid: Tensor
+    version: int
+
+    @property
+    def untouched(self) -> bool:
+        """Has nobody written to what all trees of the shape share?"""
+        return _version(*self[:5]) == self.version
+
+
+def _version(*tensors: Tensor | None) -> int:
+    """A number that grows whenever one of them is written to."""
+    return sum(0 if tensor is None else tensor._version for tensor in tensors)
 
 
 @lru_cache(maxsize=1024)
@@ -127,10 +138,11 @@ def frame_of(topology: Topology, rows: int, q_rows: int | None, device: torch.de
         q_row = None
         if q_rows is not None:
             q_row = constant(tuple(i if i < q_rows else -1 for i in range(nodes)), device).expand(rows, nodes)
-        return Frame(
+        parts = (
             topology.parents_on(device).expand(rows, nodes),
             constant((nodes,), device).expand(rows),
             all_but_root(q_rows is not None, nodes, device).expand(rows, nodes),
             q_row,
             torch.ones(rows, nodes, dtype=torch.bool, device=device),
         )
+        return Frame(*parts, _version(*parts))

@@ -61,6 +61,8 @@ class DraftTree:
     def build(topology: Topology, tokens: Tensor, q: Tensor | None = None, sampled: Tensor | None = None) -> DraftTree:
         """A tree of one shape for all rows. With `q`, row `i` of q is the law at node `i`'s children.
 
+        All but `tokens` and `q` is shared by the trees of a shape: to change it use `dataclasses.replace`.
+
         Args:
             tokens: int64 `[rows, topology.num_nodes]`.
             q: float `[rows, q_rows, vocab]`; nodes `0 .. q_rows-1` own a row.
@@ -160,7 +162,8 @@ class DraftTree:
         q_rows = None if self.q is None or self.q.dim() != 3 else self.q.shape[1]
         frame = frame_of(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
         ours = (self.parents, self.num_nodes, self.sampled, self.q_row)
-        return frame if all(own is made for own, made in zip(ours, frame, strict=False)) else None
+        same = all(own is made for own, made in zip(ours, frame, strict=False))
+        return frame if same and frame.untouched else None
 
     @cached_property
     def any_sampled(self) -> bool:

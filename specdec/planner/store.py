@@ -17,7 +17,7 @@ from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder
-from specdec.verify.native import why_not
+from specdec.verify.strict_native import serves
 
 SCHEMA = 3
 
@@ -39,6 +39,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "devices": devices,
         "dtypes": dtypes,
+        "native": serves(model),
     }
 
 
@@ -64,7 +65,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "specdec": __version__,
-        "native": why_not() is None,
     }
 
 

@@ -122,9 +122,15 @@ static void arrange(Pass *p) {
     }
 }
 
-/* Runs the pass. tickets: 8 per layer and 3 more. Returns 0, or 1 + the index of a token that has no embedding (then
+#if defined(_OPENMP)
+const int specdec_threaded = 1;
+#else
+const int specdec_threaded = 0;
+#endif
+
+/* Runs the pass. ENTRY: a name that other versions of these sources do not have (build.py). tickets: 8 per layer and 3 more. Returns 0, or 1 + the index of a token that has no embedding (then
  * nothing was done). */
-int64_t specdec_llama_pass(const Model *m, Pass *p) {
+int64_t ENTRY(const Model *m, Pass *p) {
     Gate gate = {0, 0};
     EACH(i, p->tokens) if (p->ids[i] < 0 || p->ids[i] >= m->embedded) return i + 1;
     EACH(i, 8 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);

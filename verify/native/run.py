@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specdec.kv.store import Layout
-from specdec.verify.native.build import ENTRY, library, why_not
+from specdec.verify.native.library import library, why_not
 from specdec.verify.parts import Part, joined, per_part
 
 if TYPE_CHECKING:
@@ -66,15 +68,28 @@ class _Pass(ctypes.Structure):
 
 def native_pass(direct: DirectPass) -> NativePass | None:
     """The native form of a direct pass; None for other dtypes than float32, for models whose layers differ, and where
-    nothing can be compiled."""
+    nothing can be compiled (or for one thread only, and there are more)."""
     shape = direct.shape
     if shape is None or direct.embed.dtype != torch.float32 or why_not() is not None:
+        return None
+    if not library().threaded and torch.get_num_threads() > 1:
         return None
     weights = [weight for layer in direct.layers for weight in _weights(layer)]
     ends = [direct.embed, direct.norm.weight, direct.head.weight, direct.head.bias]
     if not all(weight is None or weight.is_contiguous() for weight in (*weights, *ends)):
         return None
     return NativePass(direct, shape, weights, ends)
+
+
+@lru_cache(maxsize=1)
+def usable_cores() -> int:
+    """Cores this process may use: more threads would wait for each other, at every meeting of a pass."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # a container's quota, microseconds per period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return count
 
 
 def _weights(layer: Any) -> list[Tensor | None]:
@@ -96,7 +111,8 @@ class NativePass:
     ):
         self._direct, self._shape = direct, shape
         self.counts_by_itself = direct.static_rope
-        self._call = getattr(library(), ENTRY)
+        self._call = library().call
+        self._places = [layer.index for layer in direct.layers]
         self._pointers = (_Pointers * len(weights))(*map(_address, weights))
         scales = (direct.norm.epsilon, direct.layers[0].scaling)
         self._model = _Model(*shape, len(direct.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales)
@@ -117,8 +133,8 @@ class NativePass:
         """As `DirectPass.__call__`."""
         run, shape = self._pass, self._shape
         tokens = sum(part.tokens.numel() for part in parts)
-        run.threads, run.tokens = torch.get_num_threads(), tokens
-        ids = joined([part.tokens.reshape(-1) for part in parts]).contiguous()
+        run.threads, run.tokens = self._num_threads(), tokens
+        ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
         read, places = max(part.read for part in parts), None
         if all(part.starts is not None for part in parts):
             angles = self._direct.angle_table(self._like, read)
@@ -127,11 +143,11 @@ class NativePass:
             places = places.contiguous()
         layouts = [part.view.layout(self._like) for part in parts]
         rows, lists = self._rows(parts, layouts)
-        self._reserve(tokens, lists, read)
+        self._reserve(tokens, lists, read, run.threads)
         first = layouts[0]
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
-        for i, (keys, values) in enumerate(zip(first.keys, first.values, strict=True)):
-            self._kv[i], self._kv[shape.layers + i] = keys.data_ptr(), values.data_ptr()
+        for i, place in enumerate(self._places):
+            self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([_given(layout.targets) for layout in layouts])
         kept = _kept(parts[0].tokens.shape, parts[0].keep) if len(parts) == 1 else _all_kept(parts)
         logits = self._like.new_empty(len(kept), shape.vocab)
@@ -145,6 +161,10 @@ class NativePass:
                 f"token id {token} is out of range: the model's embedding has {len(self._direct.embed)} rows"
             )
         return per_part(logits, parts)
+
+    @staticmethod
+    def _num_threads() -> int:
+        return min(torch.get_num_threads(), usable_cores())
 
     def _rows(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> tuple[ctypes.Array[_Row], int]:
         """All rows of all parts, and how many places their lists of visible slots take."""
@@ -166,9 +186,9 @@ class NativePass:
                 lists += part.read * (1 if mask is None else width)
         return rows, lists
 
-    def _reserve(self, tokens: int, lists: int, read: int) -> None:
+    def _reserve(self, tokens: int, lists: int, read: int, threads: int) -> None:
         """Working memory for such a pass, kept for the next one."""
-        threads, shape, run = torch.get_num_threads(), self._shape, self._pass
+        shape, run = self._shape, self._pass
         need = (max(tokens, self._room[0]), max(lists, self._room[1]), max(read, self._room[2]))
         if need == self._room and threads == self._threads:
             return

@@ -48,11 +48,17 @@ INLINE float sum(vec x) {
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (iquad){__VA_ARGS__})
+#endif
+
 INLINE quad sums(vec a, vec b, vec c, vec d) {
     quad q = fold(a), r = fold(b), s = fold(c), t = fold(d);
-    quad ab = __builtin_shuffle(q, r, (iquad){0, 4, 1, 5}) + __builtin_shuffle(q, r, (iquad){2, 6, 3, 7});
-    quad cd = __builtin_shuffle(s, t, (iquad){0, 4, 1, 5}) + __builtin_shuffle(s, t, (iquad){2, 6, 3, 7});
-    return __builtin_shuffle(ab, cd, (iquad){0, 1, 4, 5}) + __builtin_shuffle(ab, cd, (iquad){2, 3, 6, 7});
+    quad ab = PICK(q, r, 0, 4, 1, 5) + PICK(q, r, 2, 6, 3, 7);
+    quad cd = PICK(s, t, 0, 4, 1, 5) + PICK(s, t, 2, 6, 3, 7);
+    return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
 }
 
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }

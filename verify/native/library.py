@@ -1,0 +1,119 @@
+"""The compiled pass that this process uses: named by the user, from the cache folder, or compiled now."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import sys
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from specdec.verify.folders import cache_folder
+from specdec.verify.native.build import Unavailable, compiled, entry
+
+VARIABLE = "SPECDEC_NATIVE"
+"""Environment variable: "0" never uses the native pass; a path names a library compiled elsewhere (by `compiled`)."""
+
+
+class Library(NamedTuple):
+    """call: the C function. threaded: whether it can use more than one thread."""
+
+    call: Any
+    threaded: bool
+
+
+class _Search:
+    """What was looked for, once: a library, or the reason why there is none."""
+
+    def __init__(self) -> None:
+        self.found: Library | None = None
+        self.reason = ""
+        self.quiet = True
+        chosen = os.environ.get(VARIABLE, "1")
+        try:
+            if chosen.lower() in ("0", "off", "no", "false"):
+                raise Unavailable(f"switched off by {VARIABLE}={chosen}")
+            named = chosen.lower() not in ("", "1", "on", "yes", "true")
+            self.found = _load(Path(chosen).expanduser()) if named else _own()
+        except (Unavailable, OSError, RuntimeError) as error:
+            self.reason = str(error) or type(error).__name__
+            self.quiet = self.reason.startswith("switched off") or sys.platform == "win32"
+
+
+@lru_cache(maxsize=1)
+def _search() -> _Search:
+    return _Search()
+
+
+def library() -> Library:
+    """The compiled pass; compiling takes some four seconds, once per machine and version.
+
+    Raises:
+        Unavailable: switched off, no compiler, or a compiler that fails.
+    """
+    search = _search()
+    if search.found is None:
+        raise Unavailable(search.reason)
+    return search.found
+
+
+def why_not() -> str | None:
+    """Why there is no native pass here; None when there is one. Whoever did not ask for that is warned, once."""
+    search = _search()
+    if not search.quiet:
+        search.quiet = True
+        warnings.warn(f"specdec decodes without its native passes: {search.reason}", RuntimeWarning, stacklevel=2)
+    return search.reason or None
+
+
+def _own() -> Library:
+    """From the cache folder where only this user can have put it there; else compiled for this process alone."""
+    folder = cache_folder()
+    if folder is not None:
+        kept = folder / "native"
+        try:
+            kept.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if _private(kept):
+                return _compiled_into(kept)
+        except (OSError, Unavailable):  # a read-only folder, for one
+            pass
+    with tempfile.TemporaryDirectory() as place:  # a loaded library needs its file no longer
+        return _compiled_into(Path(place))
+
+
+def _private(path: Path) -> bool:
+    """Is this user the only one who can write to it?"""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compiled_into(folder: Path) -> Library:
+    path = compiled(folder)
+    try:
+        if _private(path):
+            return _load(path)
+    except Unavailable:  # damaged: once more
+        pass
+    path.unlink()
+    return _load(compiled(folder))
+
+
+def _load(path: Path) -> Library:
+    """With torch in the process: its OpenMP is the one that is found."""
+    assert torch.get_num_threads() > 0
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"cannot load the compiled pass: {error}") from error
+    try:
+        call = getattr(loaded, entry())
+    except AttributeError as error:
+        raise Unavailable(f"{path} was compiled from other sources: compile it again with this version") from error
+    call.restype = ctypes.c_int64
+    return Library(call, bool(ctypes.c_int.in_dll(loaded, "specdec_threaded").value))
