@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m specdec.experiments.planner", description=__doc__)
     parser.add_argument("what", choices=("sweep", "never-slower"))
     parser.add_argument("--prompts", type=int, default=8, help="batches of prompts")
-    parser.add_argument("--repeats", type=int, default=1, help="times each way meets each prompt; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="times each way meets each prompt; the median counts")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens per row (sweep)")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])

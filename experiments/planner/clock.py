@@ -64,15 +64,14 @@ def time_calls(
 
 
 def seconds(calls: Sequence[Call], way: str) -> list[float]:
-    """What one thread itself spent (wall time where several threads share the work), by prompt: in the fastest of its
-    calls, since whatever else a machine does only ever adds."""
+    """What one thread itself spent (wall time where several threads share the work), by prompt: the median of its
+    calls. (Not the fastest: a virtual machine has lucky moments, too.)"""
     alone = torch.get_num_threads() == 1
-    fastest: dict[int, float] = {}
+    spent: dict[int, list[float]] = {}
     for call in calls:
         if call.way == way:
-            spent = call.cpu if alone else call.wall
-            fastest[call.prompt] = min(spent, fastest.get(call.prompt, spent))
-    return list(fastest.values())
+            spent.setdefault(call.prompt, []).append(call.cpu if alone else call.wall)
+    return [statistics.median(times) for times in spent.values()]
 
 
 def ratio(calls: Sequence[Call], way: str, against: str) -> dict[str, float]:
