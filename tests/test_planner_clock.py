@@ -15,7 +15,7 @@ def test_every_way_meets_every_prompt_as_often() -> None:
     met: list[tuple[str, int, int]] = []
 
     def way(name: str) -> Any:
-        return lambda ids, number: met.append((name, int(ids), number))
+        return lambda ids, number, on_step: met.append((name, int(ids), number))
 
     prompts = [torch.tensor(10), torch.tensor(11)]
     sizes = [len(calls) for calls in clock.time_calls({"a": way("a"), "b": way("b")}, prompts, "", repeats=3)]
@@ -34,6 +34,14 @@ def test_the_median_call_counts_and_ratios_pair_the_prompts() -> None:
     found = clock.ratio(calls, "a", "b")
     assert found["median"] == pytest.approx((2 / 1 + 5 / 4) / 2, abs=1e-3)
     assert found["total"] == pytest.approx(7 / 5)
+
+
+def test_ratios_by_steps_ignore_bad_moments() -> None:
+    """Ten tokens each: one way in ten steps of 2 ms, the other with a draft that takes 3 ms and saves a step."""
+    plain, bad = (2.0, False), (90.0, False)
+    none = clock.Call("none", 1, 0, 0, 1.0, None, (plain,) * 9 + (bad,))
+    planned = clock.Call("planned", 1, 0, 0, 1.0, None, (plain, bad) + (plain,) * 6 + ((3.0, True),))
+    assert clock.ratio_by_steps([none, planned, none], "planned", "none") == pytest.approx(20 / (8 * 2 + 3), abs=1e-4)
 
 
 def test_a_forecast_is_right_within_15_percent_either_way() -> None:

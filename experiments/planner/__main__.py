@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from specdec.experiments.planner.cases import WORKLOADS, Models, fixed, planned, prompts
-from specdec.experiments.planner.clock import Call, ratio, time_calls
+from specdec.experiments.planner.clock import Call, ratio, ratio_by_steps, time_calls
 from specdec.experiments.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -48,7 +48,7 @@ def sweep(models: Models, temperature: float, rows: int, args: argparse.Namespac
             rivals = [name for name in names if name == "none" or name.split()[0] in drafters]
             best = max(rivals, key=lambda name: found["speed_up_over_none"][name]["total"])
             found[way] = {"best_fixed": best, "against_best_fixed": ratio(calls, way, best), **forecasts(calls, way)}
-        yield {"found": found, "calls": [asdict(call) for call in calls]}
+        yield {"found": found, "calls": [asdict(replace(call, steps=())) for call in calls]}
     for way in ways:
         if way not in names:
             print(f"T={temperature} batch {rows} {way}:", json.dumps(found[way]), flush=True)
@@ -64,15 +64,13 @@ def never_slower(models: Models, temperature: float, rows: int, args: argparse.N
             del ways["hf plain"]
         texts = prompts(models, workload.prompts, rows, args.prompts, args.prompt_tokens)
         for calls in time_calls(ways, texts, f"{workload.name} T={temperature} batch {rows}", args.repeats):
+            rivals = (("hf_plain", "hf plain"), ("none", "none"))
             found[workload.name] = {
-                **{
-                    f"against_{name}": ratio(calls, "planned", way)
-                    for name, way in (("hf_plain", "hf plain"), ("none", "none"))
-                    if way in ways
-                },
+                **{f"against_{name}": ratio(calls, "planned", way) for name, way in rivals if way in ways},
+                "against_none_by_steps": ratio_by_steps(calls, "planned", "none"),
                 **forecasts(calls, "planned"),
             }
-            kept[workload.name] = [asdict(call) for call in calls]
+            kept[workload.name] = [asdict(replace(call, steps=())) for call in calls]
             yield {"found": found, "calls": kept}
         print(f"T={temperature} batch {rows} {workload.name}:", json.dumps(found[workload.name]), flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,20 @@ import specdec
 from specdec.drafters import NgramDrafter
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.pair import Pair, prompt_batches
-from specdec.report import SpecReport
+from specdec.report import SpecReport, StepTrace
 
 MODEL_KS = (1, 2, 3, 4, 6, 8, 10, 12)
 NGRAM_KS = (1, 2, 4, 6, 10)
 TREES = ((2, 1, 1), (2, 1, 1, 1, 1))
 """The fixed settings of a sweep."""
 
-Generate = Callable[[Tensor, int], SpecReport | None]
+
+class Generate(Protocol):
+    """One way to generate: prompts, seed, and who hears of every step (if the way has steps)."""
+
+    def __call__(
+        self, ids: Tensor, seed: int, on_step: Callable[[StepTrace], None] | None = None
+    ) -> SpecReport | None: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def sampling(temperature: float) -> dict[str, Any]:
 def hugging_face(models: Models, temperature: float, tokens: int) -> Generate:
     target: Any = models.pair.target
 
-    def generate(ids: Tensor, seed: int) -> None:
+    def generate(ids: Tensor, seed: int, on_step: object = None) -> None:
         torch.manual_seed(seed)
         target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **sampling(temperature))
 
@@ -67,12 +73,12 @@ def speculating(
     """
     spec = specdec.Speculator(models.pair.target, draft, **options)
 
-    def generate(ids: Tensor, seed: int) -> SpecReport | None:
-        mask = torch.ones_like(ids)
+    def generate(ids: Tensor, seed: int, on_step: Callable[[StepTrace], None] | None = None) -> SpecReport | None:
         torch.manual_seed(seed)
         spec.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, seed=seed if seeded else None, **sampling(temperature)
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, seed=seed if seeded else None,
+            on_step=on_step, **sampling(temperature),
+        )  # fmt: skip
         return spec.report
 
     return generate

@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from time import perf_counter, process_time
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from specdec.experiments.planner.cases import Generate
+from specdec.report import StepTrace
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call: CPU and wall seconds; `plan` is the report's `PlanReport`, with its two speeds."""
+    """One call: CPU and wall seconds; `plan` is the report's `PlanReport`, with its two speeds. steps: milliseconds
+    from the end of a step to that of the next, and whether that one drafted; the last row's in batches of one length.
+    """
 
     way: str
     prompt: int
@@ -27,6 +31,7 @@ class Call:
     wall: float
     tokens_per_step: float
     plan: dict[str, Any] | None
+    steps: tuple[tuple[float, bool], ...] = ()
 
 
 def time_calls(
@@ -46,8 +51,13 @@ def time_calls(
         random.Random(number).shuffle(order)
         for way in tqdm(order, desc=f"{title} {number}/{len(prompts)}", leave=False):
             gc.collect()
+            stamps: list[tuple[float, bool]] = []
+
+            def stamp(trace: StepTrace, stamps: list[tuple[float, bool]] = stamps) -> None:
+                stamps.append((perf_counter(), any(trace.drafted)))
+
             wall, cpu = perf_counter(), process_time()
-            report = ways[way](ids, number)
+            report = ways[way](ids, number, stamp)
             cpu, wall = process_time() - cpu, perf_counter() - wall
             if number == 0:
                 continue
@@ -58,7 +68,10 @@ def time_calls(
                     "realised_tokens_per_second": report.plan.realised_tokens_per_second,
                 }
             steps = 0.0 if report is None else report.tokens_per_step
-            calls.append(Call(way, number, round(cpu, 4), round(wall, 4), round(steps, 3), plan))
+            took = tuple(
+                (round(1e3 * (end - start), 4), drafted) for (start, _), (end, drafted) in pairwise(stamps)
+            )  # fmt: skip
+            calls.append(Call(way, number, round(cpu, 4), round(wall, 4), round(steps, 3), plan, took))
         if calls:
             yield calls
 
@@ -83,3 +96,16 @@ def ratio(calls: Sequence[Call], way: str, against: str) -> dict[str, float]:
     total = sum(other for other, _ in pairs) / sum(own for _, own in pairs)
     return {"median": round(statistics.median(each), 3), "low": round(medians[50], 3), "high": round(medians[949], 3),
             "total": round(total, 3)}  # fmt: skip
+
+
+def ratio_by_steps(calls: Sequence[Call], way: str, against: str) -> float:
+    """How many times as fast `way` is as `against`, which never drafts, from the steps alone: plain steps and drafted
+    ones each at their median over all calls. A machine's bad moments, which a call's time is full of, hardly show.
+
+    Both write the same number of tokens; whatever a drafted step gained shows in the number of plain ones.
+    """
+    own, other = ([step for call in calls if call.way == name for step in call.steps] for name in (way, against))
+    kinds = [[ms for ms, drafted in own if drafted == kind] for kind in (False, True)]
+    spent = sum(len(times) * statistics.median(times) for times in kinds if times)
+    count = sum(call.way == way for call in calls) / sum(call.way == against for call in calls)
+    return round(count * len(other) * statistics.median(ms for ms, _ in other) / spent, 4)
