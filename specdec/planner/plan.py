@@ -26,7 +26,7 @@ LONGEST_HOLD = 8
 _ASKING = 0.005
 """Share of a plain step that asking an option that may be empty costs."""
 _CHAINS = DraftKind("chain", "deterministic")
-_HOPELESS, _LONG = 0.2, 64
+_HOPELESS, _LONG = 0.2, 128
 """Drafters of which so few tokens are accepted, now and before this call, are probed after so many plain steps."""
 
 
