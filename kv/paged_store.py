@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdec.kv.layout import Layout, check_layout
 from specdec.kv.pages import ZERO_PAGE
-from specdec.kv.store import Layout, StoreView, check_layout
+from specdec.kv.store import StoreView
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
 from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
-from specdec.verify.forward import TreeForward, observing
+from specdec.verify.forward import TreeForward
+from specdec.verify.observing import observing
 
 DIRECT = [
     "llama-mha", "llama-gqa", "llama-mqa", "llama-tied", "llama-bias", "llama-rope-linear", "llama-rope-dynamic",

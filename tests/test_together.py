@@ -13,7 +13,8 @@ from specdec.kv import KVCache, SharedKVCache
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
-from specdec.verify.forward import TreeForward, observing
+from specdec.verify.forward import TreeForward
+from specdec.verify.observing import observing
 from specdec.verify.parts import Text
 
 PREFIXES = (6, 3, 5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +19,7 @@ from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.linear import few_row_linears
 from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks
 from specdec.verify.native import NativePass, native_pass
+from specdec.verify.observing import observed
 from specdec.verify.parts import Part, Text
 from specdec.verify.positions import usable_positions, windows_of
 from specdec.verify.topology import indices
@@ -33,21 +33,6 @@ NATIVE_CHUNK = 512
 
 Way = Callable[[Sequence[Part]], list[Tensor]]
 """A way past the model's modules: logits of every part that asks for some."""
-
-Observer = Callable[[PreTrainedModel, float], None]
-"""Told of every pass: the model, and the seconds spent in it."""
-
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("specdec_pass_observers", default=())
-
-
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Inside the block `observer` hears of every pass; hooks on a model would force its passes through its modules."""
-    token = _observers.set((*_observers.get(), observer))
-    try:
-        yield
-    finally:
-        _observers.reset(token)
 
 
 class TreeForward:
@@ -251,8 +236,7 @@ class TreeForward:
         with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
             direct = self._shortcut()
             logits = direct(parts)[0] if direct is not None else self._call_model(*parts)
-        for observer in _observers.get():
-            observer(self.model, perf_counter() - start)
+        observed(self.model, perf_counter() - start)
         return logits
 
     def _shortcut(self) -> Way | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from specdec.kv.base import PassCache
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.store import ModelStore
-from specdec.verify.forward import _observers
+from specdec.verify.observing import observed
 from specdec.verify.planned import PlannedForward
 from specdec.verify.static_pass import StaticPass
 
@@ -151,8 +151,7 @@ class GraphedForward(PlannedForward):
             # Models that look at values on the host (mixtures of experts, some rotary embeddings) cannot be captured.
             self._give_up(str(fault))
             return None
-        for observer in _observers.get():
-            observer(self.model, perf_counter() - begin)
+        observed(self.model, perf_counter() - begin)
         self.num_replays += 1
         return logits[:, :nodes]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specdec.kv.store import Layout
+from specdec.kv.layout import Layout
 from specdec.verify.native.library import library, why_not
 from specdec.verify.parts import Part, joined, per_part
 
