@@ -55,8 +55,10 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## compare with transformers' plain and assisted generation on this machine
+bench: $(STAMP)  ## compare with transformers' generation on this machine: greedy, sampled, and in a batch
 	$(BIN)/specdec bench
+	$(BIN)/specdec bench --temperature 1 --no-memory
+	$(BIN)/specdec bench --batch 8 --num-prompts 16 --no-memory
 
 docs: $(STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
