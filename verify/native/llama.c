@@ -1,4 +1,4 @@
-/* A Llama-shaped model's whole forward pass over a handful of tokens, float32, on a CPU.
+/* A Llama-shaped model's whole forward pass, float32, on a CPU.
  *
  * One call runs every layer: an eager pass of a small model is mostly the price of some two hundred operator calls, and
  * its products of a few rows read the weights through kernels cut for many. Here every weight is read once for all
