@@ -13,13 +13,13 @@ import models
 import pytest
 import torch
 from checker import Case, Drafting
+from pass_history import history
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import specdec
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify import DraftTree, Topology
 from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.forward import TreeForward
@@ -34,26 +34,12 @@ WINDOWED = ["mistral-window", "qwen2-mixed-window"]
 
 
 def passes(model: Any, direct: bool, lengths: Sequence[int] = (7, 3)) -> list[Tensor]:
-    """Logits of a prefill, a ragged tree, a chain behind equal prefixes and one column kept; then all K/V."""
-    rows = len(lengths)
-    text = models.prompts((9,) * rows, models.VOCAB - 9, 1)[0]
-    cache = SharedKVCache({"target": num_cache_layers(model)}, rows, capacity=4)
+    """The history's logits and K/V, straight over the parameters or through the modules."""
+    cache = SharedKVCache({"target": num_cache_layers(model)}, len(lengths), capacity=4)
     forward = TreeForward(model, "target")
-    tree = DraftTree.build(Topology.widths((2, 2)), text[:, :7])
     with torch.no_grad(), forward.prepared() if direct else attention_of(model):
         assert (forward._direct is not None) == direct
-        forward.prefill(cache, text, [0] * rows, list(lengths), chunk=4)
-        for row, length in enumerate(lengths):
-            cache.set_length(row, length)
-        out = [forward.tree(cache, tree)]
-        cache.commit([[0, 1, 3]] * rows)
-        starts = [min(cache.lengths)] * rows
-        out.append(forward.causal(cache, text[:, :5], starts, None, keep=0))
-        out.append(forward.causal(cache, text[:, :5], starts, None, keep=2))
-        out.append(forward.causal(cache, text[:, :1], starts, None, keep=1))
-    for row in range(rows):
-        out += [states for layer in cache.layers("target", row) for states in layer]
-    return out
+        return history(forward, cache, lengths)
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])

@@ -18,6 +18,13 @@ from specdec.verify.strict import strict_pass
 from specdec.verify.tree import DraftTree
 
 
+def refuse_wider(tree: DraftTree, width: int) -> None:
+    """Raises InvalidTreeError for a tree of more nodes than a strict pass may have."""
+    nodes = tree.tokens.shape[1]
+    if nodes > width:
+        raise InvalidTreeError(f"expected a tree of at most {width} nodes (strict_width), got {nodes}")
+
+
 class StrictForward(TreeForward):
     """A `TreeForward` whose logits and K/V of a node do not depend, to the bit, on the draft around it.
 
@@ -44,8 +51,7 @@ class StrictForward(TreeForward):
     def tree(self, cache: PassCache, tree: DraftTree, unread: Tensor | None = None) -> Tensor:
         assert unread is None, "a strict pass reads its tree alone"
         nodes = tree.tokens.shape[1]
-        if nodes > self.width:
-            raise InvalidTreeError(f"expected a tree of at most {self.width} nodes (strict_width), got {nodes}")
+        refuse_wider(tree, self.width)
         self._check_positions([length + 1 for length in cache.lengths[: cache.num_rows]])
         counts = tree.num_nodes.tolist()
         if tree.topology is not None:

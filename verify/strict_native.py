@@ -6,12 +6,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kv.base import PassCache
-from specdec.kv.errors import InvalidTreeError
 from specdec.kv.support import text_config
 from specdec.verify.direct import direct_pass
 from specdec.verify.forward import TreeForward, Way
 from specdec.verify.native import NativePass, native_pass
 from specdec.verify.positions import windows_of
+from specdec.verify.strict_forward import refuse_wider
 from specdec.verify.tree import DraftTree
 
 
@@ -34,10 +34,7 @@ class NativeStrictForward(TreeForward):
         self.width = width
 
     def tree(self, cache: PassCache, tree: DraftTree, unread: Tensor | None = None) -> Tensor:
-        if tree.tokens.shape[1] > self.width:
-            raise InvalidTreeError(
-                f"expected a tree of at most {self.width} nodes (strict_width), got {tree.tokens.shape[1]}"
-            )
+        refuse_wider(tree, self.width)
         return super().tree(cache, tree, unread)
 
     def _shortcut(self) -> Way:
