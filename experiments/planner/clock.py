@@ -23,6 +23,7 @@ from specdec.report import StepTrace
 class Call:
     """One call: CPU and wall seconds; `plan` is the report's `PlanReport`, with its two speeds. steps: milliseconds
     from the end of a step to that of the next, and whether that one drafted; the last row's in batches of one length.
+    process: where memory happens to lie makes one process a few percent faster than another, for all its calls.
     """
 
     way: str
@@ -32,23 +33,25 @@ class Call:
     tokens_per_step: float
     plan: dict[str, Any] | None
     steps: tuple[tuple[float, bool], ...] = ()
+    process: int = 0
 
 
 def time_calls(
-    ways: Mapping[str, Generate], prompts: Sequence[Tensor], title: str, repeats: int = 1
+    ways: Mapping[str, Generate], prompts: Sequence[Tensor], title: str, repeats: int = 1, process: int = 0
 ) -> Iterator[list[Call]]:
     """Every way on every prompt; the first prompt once more before, for what is done once per process.
 
     Args:
-        repeats: times that every way meets every prompt, all of them in turns.
+        repeats: times that every way meets every prompt, all of them in turns. process: number of this process, which
+            decides whose turn it is.
 
     Yields:
-        all calls so far, after every prompt.
+        the calls on each prompt.
     """
-    calls: list[Call] = []
     for number, ids in enumerate([prompts[0], *prompts]):
+        calls: list[Call] = []
         order = list(ways) * (repeats if number else 1)
-        random.Random(number).shuffle(order)
+        random.Random(len(prompts) * process + number).shuffle(order)
         for way in tqdm(order, desc=f"{title} {number}/{len(prompts)}", leave=False):
             gc.collect()
             stamps: list[tuple[float, bool]] = []
@@ -59,8 +62,6 @@ def time_calls(
             wall, cpu = perf_counter(), process_time()
             report = ways[way](ids, number, stamp)
             cpu, wall = process_time() - cpu, perf_counter() - wall
-            if number == 0:
-                continue
             plan = None
             if report is not None and report.plan is not None:
                 plan = asdict(report.plan) | {
@@ -71,41 +72,67 @@ def time_calls(
             took = tuple(
                 (round(1e3 * (end - start), 4), drafted) for (start, _), (end, drafted) in pairwise(stamps)
             )  # fmt: skip
-            calls.append(Call(way, number, round(cpu, 4), round(wall, 4), round(steps, 3), plan, took))
-        if calls:
+            calls.append(Call(way, number, round(cpu, 4), round(wall, 4), round(steps, 3), plan, took, process))
+        if number:
             yield calls
 
 
 def seconds(calls: Sequence[Call], way: str) -> list[float]:
-    """What one thread itself spent (wall time where several threads share the work), by prompt: the median of its
-    calls. (Not the fastest: a virtual machine has lucky moments, too.)"""
+    """What one thread itself spent (wall time where several threads share the work), by process and prompt: the median
+    of its calls. (Not the fastest: a virtual machine has lucky moments, too.)"""
     alone = torch.get_num_threads() == 1
-    spent: dict[int, list[float]] = {}
+    spent: dict[tuple[int, int], list[float]] = {}
     for call in calls:
         if call.way == way:
-            spent.setdefault(call.prompt, []).append(call.cpu if alone else call.wall)
+            spent.setdefault((call.process, call.prompt), []).append(call.cpu if alone else call.wall)
     return [statistics.median(times) for times in spent.values()]
 
 
 def ratio(calls: Sequence[Call], way: str, against: str) -> dict[str, float]:
-    """How many times as fast `way` is: the median over prompts, with its 90 % bootstrap interval, and the totals'."""
+    """How many times as fast `way` is: the median over processes and prompts, with its 90 % bootstrap interval, and
+    the totals'."""
     pairs = list(zip(seconds(calls, against), seconds(calls, way), strict=True))
     each = [other / own for other, own in pairs]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(each, k=len(each))) for _ in range(1000))
-    total = sum(other for other, _ in pairs) / sum(own for _, own in pairs)
     return {"median": round(statistics.median(each), 3), "low": round(medians[50], 3), "high": round(medians[949], 3),
-            "total": round(total, 3)}  # fmt: skip
+            "total": round(_total(pairs), 3)}  # fmt: skip
+
+
+def ratio_to_others_best(calls: Sequence[Call], way: str, rivals: Sequence[str]) -> float | None:
+    """How many times as fast `way` is, in total, as what a sweep over all other prompts finds best for each prompt.
+
+    The best of many settings on the very calls it is compared by is partly the luckiest of them, not one that anybody
+    could have chosen. None where there are no other prompts.
+    """
+    pairs: list[tuple[float, float]] = []
+    for prompt in sorted({call.prompt for call in calls}):
+        rest = [call for call in calls if call.prompt != prompt]
+        here = [call for call in calls if call.prompt == prompt]
+        if not rest:
+            return None
+        best = min(rivals, key=lambda name, rest=rest: sum(seconds(rest, name)))  # type: ignore[misc]
+        pairs += zip(seconds(here, best), seconds(here, way), strict=True)
+    return round(_total(pairs), 3)
+
+
+def _total(pairs: Sequence[tuple[float, float]]) -> float:
+    return sum(other for other, _ in pairs) / sum(own for _, own in pairs)
 
 
 def ratio_by_steps(calls: Sequence[Call], way: str, against: str) -> float:
     """How many times as fast `way` is as `against`, which never drafts, from the steps alone: plain steps and drafted
-    ones each at their median over all calls. A machine's bad moments, which a call's time is full of, hardly show.
+    ones each at their median over all calls of a process. A machine's bad moments, which a call's time is full of,
+    hardly show. The mean over processes.
 
     Both write the same number of tokens; whatever a drafted step gained shows in the number of plain ones.
     """
-    own, other = ([step for call in calls if call.way == name for step in call.steps] for name in (way, against))
-    kinds = [[ms for ms, drafted in own if drafted == kind] for kind in (False, True)]
-    spent = sum(len(times) * statistics.median(times) for times in kinds if times)
-    count = sum(call.way == way for call in calls) / sum(call.way == against for call in calls)
-    return round(count * len(other) * statistics.median(ms for ms, _ in other) / spent, 4)
+    found = []
+    for process in sorted({call.process for call in calls}):
+        here = [call for call in calls if call.process == process]
+        own, other = ([step for call in here if call.way == name for step in call.steps] for name in (way, against))
+        kinds = [[ms for ms, drafted in own if drafted == kind] for kind in (False, True)]
+        spent = sum(len(times) * statistics.median(times) for times in kinds if times)
+        count = sum(call.way == way for call in here) / sum(call.way == against for call in here)
+        found.append(count * len(other) * statistics.median(ms for ms, _ in other) / spent)
+    return round(statistics.mean(found), 4)
