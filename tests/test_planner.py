@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from planner_world import DEPTH, World
 
-from specdec.planner import risk
-from specdec.planner.history import History
+from specdec.planner import risk, trials
+from specdec.planner.history import History, Known
 from specdec.planner.risk import Pause, Risk
 
 COSTS = {"dear": (0.3, 0.15), "middling": (0.17, 0.1), "cheap": (0.05, 0.05), "nearly free": (0.02, 0.01)}
@@ -34,6 +34,7 @@ def test_useless_drafters_cost_next_to_nothing(costs: str, rows: int, acceptance
 def test_a_planner_that_risks_more_fails_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(risk, "RISK", 0.5)
     monkeypatch.setattr(risk, "LAST_WAIT", 16)
+    monkeypatch.setattr(trials, "PROBE_SHARE", 1.0)
     useless = world("dear")
     assert useless.mean() > useless.plain / SLOWEST
 
@@ -169,12 +170,31 @@ def test_waits_double_and_begin_anew_after_a_long_run() -> None:
 def test_a_probe_is_not_begun_for_fewer_tokens_than_it_waited() -> None:
     pause = Pause()
     assert not pause.too_late(1)  # no probe
-    pause.stop(64)
-    assert sum(pause.waits() for _ in range(63)) == 63
-    assert not pause.waits()
-    assert not pause.too_late(64)
-    assert pause.too_late(63)
-    assert sum(pause.waits() for _ in range(100)) == 63  # and that was the last time it was thought of
+    pause.stop()
+    assert sum(pause.waits() for _ in range(100)) == 15
+    assert not pause.stop()  # it was put off
+    assert sum(pause.waits() for _ in range(100)) == 15
+    assert pause.waited == 32
+    assert not pause.too_late(32)
+    assert not pause.too_late(None)
+    assert pause.too_late(31)
+    assert sum(pause.waits() for _ in range(100)) == 31  # and that was the last time it was thought of
+
+
+KNOWN_USELESS = Known({"model": {1: ((64.0, *[0.0] * (DEPTH - 1)), (10.0, *[0.0] * (DEPTH - 1)))}})
+"""One token in six was accepted before this call."""
+
+
+def test_known_useless_drafts_are_not_asked_for_before_that_is_cheap() -> None:
+    """However long it takes: the first probes would cost more than they can be expected to find out."""
+    here = world("dear", tokens=100)
+    assert not any(any(here.run(seed, known=KNOWN_USELESS).depths) for seed in range(4))
+    assert sum(depth > 0 for depth in replace(here, tokens=1000).run(0, known=KNOWN_USELESS).depths) > 0
+
+
+def test_probes_that_nobody_counts_fail_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "PROBE_SHARE", 1.0)
+    assert sum(depth > 0 for depth in world("dear", tokens=100).run(0, known=KNOWN_USELESS).depths) > 0
 
 
 def test_a_useless_drafter_is_asked_once_in_a_short_call() -> None:

@@ -26,8 +26,6 @@ LONGEST_HOLD = 8
 _ASKING = 0.005
 """Share of a plain step that asking an option that may be empty costs."""
 _CHAINS = DraftKind("chain", "deterministic")
-_HOPELESS, _LONG = 0.2, 128
-"""Drafters of which so few tokens are accepted, now and before this call, are probed after so many plain steps."""
 
 
 class Planner(Planning):
@@ -84,7 +82,7 @@ class Planner(Planning):
         if self._trials is None:
             prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
             self._trials = Trials(self._choices, Risk(max(now.left), prefill), self._prompt_tokens)
-        ending = max(now.left) < 2 or self._pause.too_late(max(now.left))
+        ending = max(now.left) < 2 or self._pause.too_late(_longest(left))
         return self._plainly(now.rows) if ending else self._choose(now, self._trials)
 
     def _times_of(self, rows: int) -> StepTimes:
@@ -175,8 +173,8 @@ class Planner(Planning):
         return ends_sooner(plan, self._choices[plan.option], self._history[plan.option], now)
 
     def _affordable(self, plan: Candidate, now: Situation, trials: Trials, tries: int = 1) -> bool:
-        in_use, probing = self._current is not None, self._pause.probing
-        return trials.affordable(plan, self._history[plan.option], now, in_use, probing, tries)
+        waited = self._pause.waited if self._pause.probing else None
+        return trials.affordable(plan, self._history[plan.option], now, self._current is not None, waited, tries)
 
     def _ahead(
         self, index: int, now: Situation, trials: Trials, rate: float, otherwise: PlannedBudget | None
@@ -206,9 +204,7 @@ class Planner(Planning):
     def _stop(self, now: Situation) -> PlannedBudget:
         self.report.why_plain = why_plain(self._choices, self._history, now)
         self._current = None
-        known = [history for history in self._families.values() if history.believes]
-        hopeless = bool(known) and all(history.acceptance < _HOPELESS for history in known)
-        self.report.num_stops += int(self._pause.stop(_LONG if hopeless else 0))
+        self.report.num_stops += int(self._pause.stop())
         return self._plainly(now.rows)
 
     @property
@@ -264,3 +260,9 @@ class Planner(Planning):
             self._history[index].add(self._choices[index].widths, *heard)
             if sum(heard.kept) > sum(trace.accepted):  # it would have been the better draft
                 self._fresh, self._hold = 0, 1
+
+
+def _longest(left: Sequence[int | None]) -> int | None:
+    """Tokens of the row that may get the most, None for no end."""
+    limits = [tokens for tokens in left if tokens is not None]
+    return max(limits) if len(limits) == len(left) else None

@@ -10,6 +10,8 @@ FIRST_WAIT, LAST_WAIT = 16, 128
 """Plain steps before the first probe after a stop; doubled at every further stop in a row up to the last."""
 PATIENCE = 8
 """Steps a probe waits for an option that may be empty to find anything."""
+PROBE_SHARE, LONGEST_WAIT = 0.005, 512
+"""Share of the time since drafting was given up that a probe may be expected to lose, until so many steps are over."""
 
 
 class Risk:
@@ -46,12 +48,14 @@ class Pause:
 
     Attributes:
         probing: the step to come (or just taken) tries a drafter that was given up.
+        waited: plain steps before that, since drafting was given up.
     """
 
     def __init__(self) -> None:
         self.probing = False
+        self.waited = 0
         self._stopped = False
-        self._wait = self._waited = 0
+        self._wait = 0
         self._next = FIRST_WAIT
         self._patience = PATIENCE
         self._run = 0
@@ -65,36 +69,34 @@ class Pause:
         self.probing = self._stopped
         return False
 
-    def too_late(self, left: int) -> bool:
+    def too_late(self, left: int | None) -> bool:
         """Is this a probe whose finding would serve fewer tokens than were waited for it?
 
         What changed during a wait is worth what is left; near the end of a text it is not asked, nor again after that.
 
         Args:
-            left: tokens that the longest row may still get.
+            left: tokens that the longest row may still get; None without a limit.
         """
-        late = self.probing and left < self._waited
-        if late:
-            self._wait = left
-        return late
+        if left is None or not self.probing or left >= self.waited:
+            return False
+        self._wait = left
+        return True
 
     @property
     def begins(self) -> bool:
         """Is this the first step of a probe?"""
         return self.probing and self._patience == PATIENCE
 
-    def stop(self, least: int = 0) -> bool:
+    def stop(self) -> bool:
         """Nothing pays (or nothing is affordable, where a probe was due): the coming step and some more are plain.
-
-        Args:
-            least: plain steps before the next probe, at least.
 
         Returns:
             True when drafting was given up, False when a probe was put off.
         """
         given_up = not self.probing
-        self._waited = max(least, self._next if given_up else FIRST_WAIT)
-        self._wait = self._waited - 1
+        wait = self._next if given_up else FIRST_WAIT
+        self.waited = wait if given_up else self.waited + wait
+        self._wait = wait - 1
         self._next = min(2 * self._next, LAST_WAIT) if given_up else self._next
         self._stopped, self._patience, self._run = True, PATIENCE, 0
         self.probing = False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from specdec.planner.choice import Candidate, Situation
 from specdec.planner.history import History
 from specdec.planner.options import Option
-from specdec.planner.risk import Risk
+from specdec.planner.risk import LONGEST_WAIT, PROBE_SHARE, Risk
 
 PROVEN = 8.0
 """Decisions of a call after which an option in use is judged by their acceptance, no longer by what it risks."""
@@ -41,15 +41,22 @@ class Trials:
         return now.times.draft_token * self._behind if self._keeps[index] and self._behind > 2 else 0.0
 
     def affordable(
-        self, plan: Candidate, history: History, now: Situation, in_use: bool, probing: bool, tries: int = 1
+        self, plan: Candidate, history: History, now: Situation, in_use: bool, waited: int | None, tries: int = 1
     ) -> bool:
         """Even if all of it is rejected? What is in use and proven may lose now and then.
 
         Args:
+            waited: before a probe, plain steps since drafting was given up; else None.
             tries: even if that happens so often in a row.
         """
         catching_up = self.catching_up(plan.option, now)
-        if not probing:
+        probing = waited is not None
+        if waited is not None:
+            # Answers that are most likely the same as before should cost next to nothing.
+            lost = plan.ms + catching_up - plan.tokens / now.plain_rate
+            if waited < LONGEST_WAIT and lost > PROBE_SHARE * waited * now.plain_ms:
+                return False
+        else:
             if in_use and self._proven(plan, history, now):
                 return True
             saved = max(now.left) * now.rows * (1 / now.plain_rate - 1 / plan.rate)
