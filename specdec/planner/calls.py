@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class CallPlanner(Planner):
         prompt_tokens: int,
         notes: list[str],
         known: Known,
-        keep: Callable[[Known], None] | None,
+        keep: Callable[[CallPlanner], None],
     ):
         self.notes, self._keep = notes, keep
         self._tables = costs
@@ -67,8 +66,7 @@ class CallPlanner(Planner):
         """Put what there is to say into a call's report."""
         report.plan = self.report
         report.notes += self.notes
-        if self._keep is not None:
-            self._keep(self.known)
+        self._keep(self)
         return report
 
 
@@ -102,7 +100,7 @@ class Plans:
         self.options = options
         self._target, self._rule, self._strict = target, rule, strict
         self._fixed: dict[str, Any] | None = None
-        self._known: dict[tuple[Any, ...], Costs] = {}
+        self._keys: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._learned: dict[tuple[Any, ...], Known] = {}
 
     def call(self, request: Request) -> CallPlanner | RowwisePlanner | Unplanned:
@@ -111,24 +109,35 @@ class Plans:
         rows = request.input_ids.shape[0]
         notes: list[str] = []
         tables: dict[int, Costs] = {}
-        alone = request.seeded and bool(request.config.do_sample) and self._rule != "coupled"
+        # Plans leave no trace in such texts: a call may begin with what those before it have found out.
+        traceless = not request.config.do_sample or self._rule == "coupled"
+        alone = request.seeded and not traceless
         for size in [1] if alone else sorted({1, _size(rows)}, reverse=True):
             try:
                 tables[size] = self._table(request, size, notes)
+                if traceless:
+                    tables[size] = STORE.latest(self._key(request, size)) or tables[size]
             except (RuntimeError, TargetFaultError) as fault:
                 return Unplanned(self.options, [*notes, f"costs could not be measured ({fault}): not planned"])
         if alone:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
             return RowwisePlanner(tables[1], self.options, counts, notes)
-        known, keep = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found), None
-        if not request.config.do_sample or self._rule == "coupled":
-            # Plans leave no trace in these texts: a call may begin with what the last one ended with.
-            kind = (bool(request.config.do_sample), request.config.temperature)
-            known, keep = self._learned.get(kind, known), partial(self._learned.__setitem__, kind)
+        known = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found)
+        kind = (bool(request.config.do_sample), request.config.temperature)
+        if traceless:
+            known = self._learned.get(kind, known)
+
+        def keep(planner: CallPlanner) -> None:
+            if traceless:
+                self._learned[kind] = planner.known
+            if rows in tables:
+                STORE.refine(self._key(request, rows), planner.took)
+
         return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes, known, keep)
 
-    def _table(self, request: Request, rows: int, notes: list[str]) -> Costs:
+    def _key(self, request: Request, rows: int) -> dict[str, Any]:
+        """What the table of such calls is kept under."""
         own = {
             "sampling": bool(request.config.do_sample),
             "processors": [type(one).__name__ for one in kept_processors(request.processors)],
@@ -138,16 +147,18 @@ class Plans:
             "device": str(self._target.device),
         }
         name = tuple(map(str, own.values()))
-        if name in self._known:
-            return self._known[name]
-        key = {**self._settings(), **own}
+        if name not in self._keys:
+            self._keys[name] = {**self._settings(), **own}
+        return self._keys[name]
+
+    def _table(self, request: Request, rows: int, notes: list[str]) -> Costs:
+        key = self._key(request, rows)
         costs, note = STORE.get(key)
         notes += [] if note is None else [note]
         if costs is None:
             costs = measure(request, self._target, self.options, self._rule, rows, self._strict)
             note = STORE.put(key, replace(costs, seconds=0.0))
             notes += [] if note is None else [note]
-        self._known[name] = replace(costs, seconds=0.0)
         return costs
 
     def _settings(self) -> dict[str, Any]:

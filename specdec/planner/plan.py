@@ -12,6 +12,7 @@ from specdec.planner.costs import Costs, StepTimes
 from specdec.planner.finds import Finds
 from specdec.planner.history import History, Known, fates
 from specdec.planner.options import Options, PlannedBudget
+from specdec.planner.refine import PLAIN, Kind
 from specdec.planner.risk import Pause, Risk
 from specdec.planner.summary import PlanReport
 from specdec.planner.trials import TRIES, Trials
@@ -44,6 +45,9 @@ class Planner(Planning):
         costs: live rows -> their table.
         rows, prompt_tokens: of the call.
         known: what earlier drafts tell, if any.
+
+    Attributes:
+        took: milliseconds of this call's steps of all rows, by kind. Nothing in it looks at them.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Planner(Planning):
         self._last = PlannedBudget((), 0)
         self._now: Situation | None = None
         self._fresh, self._hold, self._debt = 0, 1, 0.0
+        self._whole = rows
+        self.took: dict[Kind, list[float]] = {}
         self.report = PlanReport()
 
     def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
@@ -228,6 +234,7 @@ class Planner(Planning):
         if self._pause.probing:
             self._current = None
             self._pause.found_nothing()
+        self._time(PLAIN, trace)
         self.report.add("plain", self._times_of(rows).plain, rows, trace, emitted)
 
     def _learn_drafts(self, plan: Candidate, trace: StepTrace, reached: Sequence[int], emitted: int) -> None:
@@ -238,19 +245,27 @@ class Planner(Planning):
         option, history = self._choices[index], self._history[index]
         ms, tokens = plan.ms, plan.tokens
         drafting, accepted = trace.rows, trace.accepted
+        depth = min(max(trace.drafted), plan.depth) if option.any_depth else plan.depth
         if option.may_be_empty:  # it may have found less than it was asked for, and for fewer rows
-            depth = min(max(trace.drafted), plan.depth)
             places = [i for i in range(rows) if trace.drafted[i]]
             drafting = [trace.rows[i] for i in places]
             ms = now.times.by_depth[index][depth]
             tokens = rows + history.reach(option.widths)[depth] * len(drafting)
             reached, accepted = [reached[i] for i in places], [accepted[i] for i in places]
-        ms += trials.catching_up(index, now)
+        catching_up = trials.catching_up(index, now)
+        if not catching_up:
+            self._time((option.name, depth), trace)
+        ms += catching_up
         history.add(option.widths, drafting, reached, accepted)
         trials.drafted(index, ms - emitted * now.plain_ms / rows, ceil(emitted / rows))
         self.report.num_probes += self._pause.probing
         name = f"{option.name} k={plan.depth}" if option.any_depth else option.name
         self.report.add(name, ms, tokens, trace, emitted)
+
+    def _time(self, kind: Kind, trace: StepTrace) -> None:
+        """Note what a step of all rows took; the first one may read the prompt as well."""
+        if self.report.steps and len(trace.rows) == self._whole:
+            self.took.setdefault(kind, []).append(trace.ms_draft + trace.ms_verify + trace.ms_rest)
 
     def _hear(self, index: int, chains: Sequence[Sequence[int]], trace: StepTrace) -> None:
         """Count what would have become of chains that were not drafted."""

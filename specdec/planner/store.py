@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
+from specdec.planner.refine import Kind, refined
 from specdec.verify.folders import cache_folder
 from specdec.verify.strict_native import serves
 
@@ -72,10 +73,29 @@ class CostStore:
     """Tables by key. A key is any JSON-ready description; equal descriptions share a table.
 
     A table stays the same as long as the process lives: the same call that knows as much is planned the same way again.
+    What calls have shown since is kept beside it, for those in whose texts plans leave no trace, and for later
+    processes.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, Costs] = {}
+        self._latest: dict[str, tuple[Costs | None, int]] = {}
+
+    def latest(self, key: Mapping[str, Any]) -> Costs | None:
+        """The table with what calls have shown since; None where they have shown nothing."""
+        return self._latest.get(_name(key), (None, 0))[0]
+
+    def refine(self, key: Mapping[str, Any], took: Mapping[Kind, Sequence[float]]) -> None:
+        """Correct the latest table by the steps of one call, and write it every time their number has doubled."""
+        name = _name(key)
+        old, count = self._latest.get(name, (self._known.get(name), 0))
+        new = None if old is None else refined(old, took)
+        if new is None or new is old:
+            return
+        count += 1
+        self._latest[name] = new, count
+        if count & (count - 1) == 0:
+            self._write(key, new)
 
     def get(self, key: Mapping[str, Any]) -> tuple[Costs | None, str | None]:
         """The table and, if its file was no good, a sentence about it."""
@@ -101,6 +121,10 @@ class CostStore:
         """Keep a table; a sentence when it could not be written (it is then known to this process only)."""
         name = _name(key)
         self._known[name] = costs
+        self._latest.pop(name, None)
+        return self._write(key, costs)
+
+    def _write(self, key: Mapping[str, Any], costs: Costs) -> str | None:
         folder = cache_folder()
         if folder is None:
             return None
@@ -110,7 +134,7 @@ class CostStore:
             # Another process may be writing the same table: each writes its own file, the last rename stands.
             with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
                 file.write(text + "\n")
-            os.replace(file.name, folder / name)
+            os.replace(file.name, folder / _name(key))
         except OSError as error:
             return f"cost table not written to {folder}: {error.strerror or error}"
         return None

@@ -1,0 +1,130 @@
+"""Cost tables are corrected by what steps really took, relative to each other, and only where no text shows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exact_law import noisy_copy, tiny_llama
+
+from specdec import Speculator
+from specdec.planner import calls
+from specdec.planner.costs import Costs
+from specdec.planner.refine import FEWEST, PLAIN, refined
+from specdec.planner.store import CostStore
+
+TRUE = Costs(1, 5.0, {"model": {1: 6.5, 2: 7.5, 4: 9.0, 8: 12.5}, "ngram": {4: 6.0}})
+
+
+def took(costs: Costs, times: float = 1.0, count: int = 20, **depths: list[int]) -> dict[tuple[str, int], list[float]]:
+    """Steps as `costs` say, on a machine that takes `times` as long: plain ones, and those of some depths."""
+    kinds = [(name, depth) for name, wanted in depths.items() for depth in wanted]
+    return {PLAIN: [times * costs.plain] * count, **{kind: [times * costs.step(*kind)] * count for kind in kinds}}
+
+
+def against_plain(costs: Costs, depth: int, option: str = "model") -> float:
+    return costs.step(option, depth) / costs.plain
+
+
+def dear(factor: float) -> Costs:
+    """The table as a busy neighbour may make it look while it is measured."""
+    return replace(TRUE, steps={**TRUE.steps, "model": {d: factor * ms for d, ms in TRUE.steps["model"].items()}})
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.25])
+@pytest.mark.parametrize("speed", [0.7, 1.0, 1.6])
+def test_a_table_measured_in_a_bad_moment_is_right_after_some_calls(factor: float, speed: float) -> None:
+    table = dear(factor)
+    for _ in range(8):
+        table = refined(table, took(TRUE, speed, model=[4]))
+    assert against_plain(table, 4) == pytest.approx(against_plain(TRUE, 4), rel=0.01)
+    for depth in (1, 2, 8):  # never seen: nearer to the truth than before
+        wrong, left = (abs(against_plain(one, depth) / against_plain(TRUE, depth) - 1) for one in (dear(factor), table))
+        assert left < 0.85 * wrong
+    assert table.steps["ngram"] == TRUE.steps["ngram"]
+
+
+def test_no_choice_changes_with_the_speed_of_the_whole_machine() -> None:
+    table = refined(TRUE, took(TRUE, 1.7, model=[1, 2, 4, 8], ngram=[4]))
+    for depth in (1, 2, 4, 8):
+        assert table.step("model", depth) == pytest.approx(TRUE.step("model", depth))
+    assert table.plain == pytest.approx(TRUE.plain)
+
+
+def test_nothing_is_learned_where_there_is_nothing_to_compare() -> None:
+    slow = took(dear(2.0), model=[4])
+    assert refined(TRUE, {("model", 4): slow["model", 4]}) is TRUE
+    assert refined(TRUE, {**slow, PLAIN: slow[PLAIN][: FEWEST - 1]}) is TRUE
+    assert refined(TRUE, slow) is not TRUE
+
+
+def test_one_call_is_not_believed_at_once_and_few_steps_less() -> None:
+    told = [against_plain(refined(TRUE, took(dear(1.5), count=count, model=[4])), 4) for count in (FEWEST, 40)]
+    assert against_plain(TRUE, 4) < told[0] < told[1] < 1.5 * against_plain(TRUE, 4)
+
+
+def test_odd_steps_do_not_count() -> None:
+    steps = took(TRUE, model=[4])
+    steps["model", 4][:5] = [500.0] * 5
+    assert against_plain(refined(TRUE, steps), 4) == pytest.approx(against_plain(TRUE, 4))
+
+
+def test_this_process_plans_by_the_table_it_has_and_later_ones_by_the_better_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    key, store = {"some": "key"}, CostStore()
+    store.refine(key, took(TRUE, model=[4]))  # nobody has measured it yet
+    assert store.latest(key) is None
+    store.put(key, dear(1.5))
+    assert store.latest(key) is None
+    written = []
+    for _ in range(5):
+        store.refine(key, took(TRUE, model=[4]))
+        now, _ = CostStore().get(key)
+        assert now is not None
+        written.append(against_plain(now, 4))
+    assert written[0] > written[1] == written[2] > written[3] == written[4]  # after 1, 2 and 4 calls
+    own, latest = store.get(key)[0], store.latest(key)
+    assert own == dear(1.5)
+    assert latest is not None
+    assert against_plain(latest, 4) < written[-1]
+    store.put(key, TRUE)
+    assert store.latest(key) is None
+
+
+def test_calls_correct_their_table_and_only_traceless_ones_plan_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that says twelve drafted tokens cost a fifth of a step: a call finds out. Sampled ones stay what they
+    were."""
+    target = tiny_llama(0)
+    lie = Costs(1, 100.0, {"model": dict.fromkeys((1, 2, 4, 12), 120.0)})
+    monkeypatch.setattr(calls, "STORE", CostStore())
+    monkeypatch.setattr(calls, "measure", lambda *_, **__: lie)
+    spec = Speculator(target, noisy_copy(target, 1, 1.0))
+    planned: list[Costs] = []
+    own = calls.CallPlanner.__init__
+
+    def init(self: Any, costs: dict[int, Costs], *args: Any) -> None:
+        planned.append(costs[1])
+        own(self, costs, *args)
+
+    monkeypatch.setattr(calls.CallPlanner, "__init__", init)
+
+    def generate(**sampling: Any) -> torch.Tensor:
+        prompt = torch.tensor([[3, 5, 2, 6, 3, 5]])
+        out: Any = spec.generate(prompt, max_new_tokens=60, eos_token_id=None, pad_token_id=0, **sampling)
+        return out
+
+    torch.manual_seed(3)
+    first = generate(do_sample=True)
+    greedy = [generate(do_sample=False) for _ in range(3)]
+    torch.manual_seed(3)
+    assert torch.equal(generate(do_sample=True), first)
+    assert torch.equal(greedy[0], greedy[2])
+    sampled, after = planned[0], planned[-1]
+    assert sampled == after == lie
+    assert planned[1] == lie
+    assert against_plain(planned[2], 12) > 1.3 > against_plain(lie, 12)
