@@ -11,16 +11,16 @@ import torch
 from planner_world import World
 
 import specdec
-from specdec.planner.calls import Plans
+from specdec.planner import calls
 from specdec.planner.costs import Costs
-from specdec.request import Request
+from specdec.planner.store import CostStore
 
 FAMILY = "llama-gqa"
 LENGTHS = (7, 3, 5)
 SEEDS = range(6)
 
 
-def table(self: Plans, request: Request, rows: int, notes: list[str]) -> Costs:
+def table(request: object, target: object, options: object, rule: str, rows: int, strict: object) -> Costs:
     """Drafts are dear, so that what a row has accepted so far decides how deep it drafts; dearer in a batch."""
     costs = World(draft=0.12 if rows == 1 else 0.3, verify=0.05, rows=rows).costs
     return replace(costs, steps={name: costs.steps["model"] for name in ("model", "ngram")})
@@ -50,7 +50,9 @@ def depends_on_companions(draft: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plans, "_table", table)
+    monkeypatch.setattr(calls, "STORE", CostStore())
+    monkeypatch.setattr(calls, "measure", table)
+    monkeypatch.setenv("SPECDEC_CACHE", "off")
 
 
 @pytest.mark.parametrize("kind", ["model", "ngram"])
@@ -59,8 +61,8 @@ def test_a_seeded_row_is_the_same_alone_and_in_company(kind: str) -> None:
 
 
 def test_plans_for_the_whole_batch_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Plans.call
-    monkeypatch.setattr(Plans, "call", lambda self, request: original(self, replace(request, seeded=False)))
+    original = calls.Plans.call
+    monkeypatch.setattr(calls.Plans, "call", lambda self, request: original(self, replace(request, seeded=False)))
     assert depends_on_companions(models.draft("near", FAMILY))
 
 

@@ -42,7 +42,7 @@ class CallPlanner(Planner):
         prompt_tokens: int,
         notes: list[str],
         known: Known,
-        keep: Callable[[CallPlanner], None],
+        keep: Callable[[CallPlanner], None] | None,
     ):
         self.notes, self._keep = notes, keep
         self._tables = costs
@@ -66,7 +66,8 @@ class CallPlanner(Planner):
         """Put what there is to say into a call's report."""
         report.plan = self.report
         report.notes += self.notes
-        self._keep(self)
+        if self._keep is not None:
+            self._keep(self)
         return report
 
 
@@ -115,24 +116,21 @@ class Plans:
         for size in [1] if alone else sorted({1, _size(rows)}, reverse=True):
             try:
                 tables[size] = self._table(request, size, notes)
-                if traceless:
-                    tables[size] = STORE.latest(self._key(request, size)) or tables[size]
             except (RuntimeError, TargetFaultError) as fault:
                 return Unplanned(self.options, [*notes, f"costs could not be measured ({fault}): not planned"])
         if alone:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
             return RowwisePlanner(tables[1], self.options, counts, notes)
-        known = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found)
-        kind = (bool(request.config.do_sample), request.config.temperature)
+        known, keep = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found), None
         if traceless:
+            kind = (bool(request.config.do_sample), request.config.temperature)
             known = self._learned.get(kind, known)
 
-        def keep(planner: CallPlanner) -> None:
-            if traceless:
+            def keep(planner: CallPlanner) -> None:
                 self._learned[kind] = planner.known
-            if rows in tables:
-                STORE.refine(self._key(request, rows), planner.took)
+                if rows in tables:
+                    STORE.refine(self._key(request, rows), planner.took)
 
         return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes, known, keep)
 

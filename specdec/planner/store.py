@@ -72,30 +72,24 @@ def machine() -> dict[str, Any]:
 class CostStore:
     """Tables by key. A key is any JSON-ready description; equal descriptions share a table.
 
-    A table stays the same as long as the process lives: the same call that knows as much is planned the same way again.
-    What calls have shown since is kept beside it, for those in whose texts plans leave no trace, and for later
-    processes.
+    A table stays the same, file and all, unless `refine` is called: the same call that knows as much is planned the
+    same way again.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, Costs] = {}
-        self._latest: dict[str, tuple[Costs | None, int]] = {}
-
-    def latest(self, key: Mapping[str, Any]) -> Costs | None:
-        """The table with what calls have shown since; None where they have shown nothing."""
-        return self._latest.get(_name(key), (None, 0))[0]
+        self._refined: dict[str, int] = {}
 
     def refine(self, key: Mapping[str, Any], took: Mapping[Kind, Sequence[float]]) -> None:
-        """Correct the latest table by the steps of one call, and write it every time their number has doubled."""
+        """Correct a known table by the steps of one call, and write it every time their number has doubled."""
         name = _name(key)
-        old, count = self._latest.get(name, (self._known.get(name), 0))
-        new = None if old is None else refined(old, took)
-        if new is None or new is old:
+        old = self._known[name]
+        self._known[name] = refined(old, took)
+        if self._known[name] is old:
             return
-        count += 1
-        self._latest[name] = new, count
+        count = self._refined[name] = self._refined.get(name, 0) + 1
         if count & (count - 1) == 0:
-            self._write(key, new)
+            self._write(key, self._known[name])
 
     def get(self, key: Mapping[str, Any]) -> tuple[Costs | None, str | None]:
         """The table and, if its file was no good, a sentence about it."""
@@ -119,9 +113,7 @@ class CostStore:
 
     def put(self, key: Mapping[str, Any], costs: Costs) -> str | None:
         """Keep a table; a sentence when it could not be written (it is then known to this process only)."""
-        name = _name(key)
-        self._known[name] = costs
-        self._latest.pop(name, None)
+        self._known[_name(key)] = costs
         return self._write(key, costs)
 
     def _write(self, key: Mapping[str, Any], costs: Costs) -> str | None:
