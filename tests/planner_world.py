@@ -101,12 +101,18 @@ class World:
         """What the whole call takes without drafts."""
         return self.prefill * self.prompt + self.tokens * self.step
 
-    def planner(self, known: Known | None = None) -> tuple[Planner, Any]:
-        """A planner of one call in this world, and the stand-in for its `Options`."""
+    def planner(
+        self, known: Known | None = None, believed: Costs | None = None, explores: bool = False
+    ) -> tuple[Planner, Any]:
+        """A planner of one call in this world, and the stand-in for its `Options`.
+
+        Args:
+            believed: the cost table it plans by, if not the true one.
+        """
         chosen = tuple(one.option() for one in self.all)
         options: Any = SimpleNamespace(options=chosen, max_depth=DEPTH, used=None, asked=[], heard=None)
-        costs = self.costs
-        return Planner(options, lambda rows: costs, self.rows, self.prompt, known), options
+        costs = self.costs if believed is None else believed
+        return Planner(options, lambda rows: costs, self.rows, self.prompt, known, explores), options
 
     def run(
         self,
@@ -114,13 +120,15 @@ class World:
         fixed: int | Fixed | None = None,
         clock: Callable[[], float] = lambda: 1.0,
         known: Known | None = None,
+        believed: Costs | None = None,
+        explores: bool = False,
     ) -> Outcome:
         """One call: planned, or with chains of one drafter (the model where only a length is given) and length.
 
         Args:
             clock: what the steps take on the wall, as a multiple of what the table says.
         """
-        luck, (planner, options) = Luck(seed, self), self.planner(known)
+        luck, (planner, options) = Luck(seed, self), self.planner(known, believed, explores)
         left = [self.tokens] * self.rows
         spent, behind = self.prefill * self.prompt, self.prompt
         costs, drafters = self.costs, self.all
@@ -165,7 +173,7 @@ class World:
             plans.append((name, max(drafted)))
             for row, kept in zip(live, accepted, strict=True):
                 left[row] = max(0, left[row] - kept - 1)
-        return Outcome(spent, plans, planner.report, planner.known, seen)
+        return Outcome(spent, plans, planner.report, planner.known, seen, planner.explorer.took)
 
     def mean(self, fixed: int | Fixed | None = None, calls: int = 12) -> float:
         """What a call takes on average."""
@@ -204,6 +212,7 @@ class Outcome:
     report: PlanReport
     known: Known
     seen: list[Seen]
+    took: dict[tuple[str, int], list[float]]
 
     @property
     def depths(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exact_law import noisy_copy, tiny_llama
+from planner_world import Outcome, World
 
 from specdec import Speculator
 from specdec.planner import calls
@@ -122,3 +124,42 @@ def test_calls_correct_their_table_only_where_no_text_shows_it(monkeypatch: pyte
     assert torch.equal(greedy[0], greedy[2])
     assert planned[0] == planned[1] == planned[4] == lie
     assert against_plain(planned[2], 12) > 1.3 > against_plain(lie, 12)
+
+
+HERE = World(draft=0.05, verify=0.05, tokens=128, acceptance=lambda row, position: 0.75)
+"""Drafts of four or five are best here."""
+
+
+def series(explores: bool, calls: int = 10) -> list[Outcome]:
+    """Calls that hand on what they learned and the table, which at first says that deep drafts are dear."""
+    model = {depth: ms * (1.0 if depth == 1 else 1.42) for depth, ms in HERE.costs.steps["model"].items()}
+    believed, known = replace(HERE.costs, steps={"model": model}), None
+    done = []
+    for seed in range(calls):
+        done.append(HERE.run(seed, known=known, believed=believed, explores=explores))
+        believed, known = refined(believed, done[-1].took), done[-1].known
+    return done
+
+
+def spent(calls: list[Outcome]) -> float:
+    return sum(call.spent for call in calls)
+
+
+def test_a_call_that_tries_near_rivals_finds_a_table_wrong() -> None:
+    found, never = series(True), series(False)
+    best = [HERE.run(seed, known=found[seed - 1].known if seed else None) for seed in range(10)]
+    assert spent(found[5:]) < 1.03 * spent(best[5:])
+    assert spent(never[5:]) > 1.05 * spent(best[5:])
+
+
+def test_trying_costs_next_to_nothing_where_the_table_is_right() -> None:
+    runs = [[HERE.run(seed, explores=explores) for seed in range(20)] for explores in (False, True)]
+    kinds = [sum(len(run.took) for run in some) for some in runs]
+    assert kinds[1] > kinds[0]
+    assert spent(runs[1]) < 1.01 * spent(runs[0])
+
+
+def test_what_is_tried_does_not_depend_on_the_clock() -> None:
+    moody = random.Random(0)
+    calm, wild = HERE.run(0, explores=True), HERE.run(0, explores=True, clock=lambda: moody.uniform(0.2, 5.0))
+    assert calm.plans == wild.plans

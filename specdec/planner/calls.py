@@ -43,11 +43,12 @@ class CallPlanner(Planner):
         notes: list[str],
         known: Known,
         keep: Callable[[CallPlanner], None] | None,
+        explores: bool,
     ):
         self.notes, self._keep = notes, keep
         self._tables = costs
         self._between: dict[int, Costs] = {}
-        super().__init__(options, self._at, rows, prompt_tokens, known)
+        super().__init__(options, self._at, rows, prompt_tokens, known, explores)
         self.report.ms_measuring = 1e3 * sum(table.seconds for table in costs.values())
 
     def _at(self, rows: int) -> Costs:
@@ -122,17 +123,18 @@ class Plans:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
             return RowwisePlanner(tables[1], self.options, counts, notes)
-        known, keep = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found), None
+        known, keep, explores = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found), None, False
         if traceless:
             kind = (bool(request.config.do_sample), request.config.temperature)
             known = self._learned.get(kind, known)
+            explores = rows in tables and STORE.is_young(self._key(request, rows))
 
             def keep(planner: CallPlanner) -> None:
                 self._learned[kind] = planner.known
                 if rows in tables:
-                    STORE.refine(self._key(request, rows), planner.took)
+                    STORE.refine(self._key(request, rows), planner.explorer.took)
 
-        return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes, known, keep)
+        return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes, known, keep, explores)
 
     def _key(self, request: Request, rows: int) -> dict[str, Any]:
         """What the table of such calls is kept under."""

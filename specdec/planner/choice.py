@@ -27,7 +27,8 @@ _LATER = 1.02
 class Situation:
     """What the next step starts from.
 
-    live: batch index of every live row. left: tokens each may still emit, at most HORIZON.
+    live: batch index of every live row. left: tokens each may still emit, at most HORIZON. longest: tokens of the row
+    that may get the most, None for no end.
     limits: (row, deepest useful draft) of every live row. times_of: live rows -> their table.
     """
 
@@ -36,6 +37,8 @@ class Situation:
     ):
         self.live = list(live)
         self.left = [HORIZON if tokens is None else min(HORIZON, tokens) for tokens in left]
+        limits = [tokens for tokens in left if tokens is not None]
+        self.longest = max(limits) if len(limits) == len(left) else None
         self.limits = list(zip(live, depth_limits(deepest, left), strict=True))
         self.rows = len(self.live)
         self.times_of, self.times = times_of, times_of(self.rows)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf
 
 from specdec.planner.base import Planning
 from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest, why_plain
 from specdec.planner.costs import Costs, StepTimes
+from specdec.planner.explore import ENOUGH, Explorer
 from specdec.planner.finds import Finds
 from specdec.planner.history import History, Known, fates
 from specdec.planner.options import Options, PlannedBudget
@@ -37,21 +38,27 @@ class Planner(Planning):
     same call with the same table and knowledge is planned the same way again, and nothing a plan looks at was drawn in
     the step it is for (algorithms B.5).
 
-    A plan holds for 1, 2, 4 and then 8 steps as long as a new look at all candidates confirms it, and ends at once
-    where drafts have lost time since it was made: planning should cost less than what it can gain.
+    A plan holds for 1, 2, 4 and then 8 steps as long as a new look confirms it, and ends at once where drafts have lost
+    time since: planning should cost less than it can gain.
 
     Args:
         options: what can be drafted with.
         costs: live rows -> their table.
         rows, prompt_tokens: of the call.
-        known: what earlier drafts tell, if any.
+        known: what earlier drafts tell, if any. explores: whether near rivals of the best plan are tried as well.
 
     Attributes:
-        took: milliseconds of this call's steps of all rows, by kind. Nothing in it looks at them.
+        explorer: times of the steps of all rows. No plan looks at them.
     """
 
     def __init__(
-        self, options: Options, costs: Callable[[int], Costs], rows: int, prompt_tokens: int, known: Known | None = None
+        self,
+        options: Options,
+        costs: Callable[[int], Costs],
+        rows: int,
+        prompt_tokens: int,
+        known: Known | None = None,
+        explores: bool = False,
     ):
         known = Known() if known is None else known
         self._options, self._costs, self._prompt_tokens = options, costs, prompt_tokens
@@ -72,7 +79,7 @@ class Planner(Planning):
         self._now: Situation | None = None
         self._fresh, self._hold, self._debt = 0, 1, 0.0
         self._whole = rows
-        self.took: dict[Kind, list[float]] = {}
+        self.explorer = Explorer(list(self._levels), explores)
         self.report = PlanReport()
 
     def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
@@ -88,7 +95,7 @@ class Planner(Planning):
         if self._trials is None:
             prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
             self._trials = Trials(self._choices, Risk(max(now.left), prefill), self._prompt_tokens)
-        ending = max(now.left) < 2 or self._pause.too_late(_longest(left))
+        ending = max(now.left) < 2 or self._pause.too_late(now.longest)
         return self._plainly(now.rows) if ending else self._choose(now, self._trials)
 
     def _times_of(self, rows: int) -> StepTimes:
@@ -128,6 +135,12 @@ class Planner(Planning):
         self._plans = {}
         plan: PlannedBudget | None = None
         best = self._best(now, trials)
+        if best is not None and not self._pause.probing and self.explorer.due(best):
+            other = self.explorer.other(best, self._good(now, trials), self.report.table_ms)
+            if other is not None:
+                self._plans, self._fresh, self._debt = {other.option: other}, ENOUGH - 1, inf
+                self._last = self._planned(other, now)
+                return self._last
         if best is not None:
             self._plans[best.option] = best
             plan = self._planned(best, now)
@@ -154,14 +167,7 @@ class Planner(Planning):
     def _best(self, now: Situation, trials: Trials) -> Candidate | None:
         """The fastest affordable plan that beats plain decoding; a probe's is the fastest small one."""
         probing = self._pause.probing
-        least = 0.0 if probing else MARGIN * now.plain_rate
-        good = [
-            plan
-            for i, option in enumerate(self._choices)
-            if not option.may_be_empty
-            for plan in candidates(i, option, self._history[i], now, least=least)
-            if not probing or self._small(plan)
-        ]
+        good = self._good(now)
         for tries in (1,) if probing else range(TRIES, 0, -1):
 
             def allowed(plan: Candidate, tries: int = tries) -> bool:
@@ -171,6 +177,23 @@ class Planner(Planning):
             if best is not None or not good:
                 return best
         return None
+
+    def _good(self, now: Situation, trials: Trials | None = None) -> list[Candidate]:
+        """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones.
+
+        Args:
+            trials: None for all there are, else only those that are affordable and in time.
+        """
+        probing = self._pause.probing
+        least = 0.0 if probing else MARGIN * now.plain_rate
+        return [
+            plan
+            for i, option in enumerate(self._choices)
+            if not option.may_be_empty
+            for plan in candidates(i, option, self._history[i], now, least=least)
+            if (not probing or self._small(plan))
+            and (trials is None or (self._affordable(plan, now, trials) and self._in_time(plan, now)))
+        ]
 
     def _small(self, plan: Candidate) -> bool:
         return plan.depth <= PROBE_DEPTH or not self._choices[plan.option].any_depth
@@ -265,7 +288,7 @@ class Planner(Planning):
     def _time(self, kind: Kind, trace: StepTrace) -> None:
         """Note what a step of all rows took; the first one may read the prompt as well."""
         if self.report.steps and len(trace.rows) == self._whole:
-            self.took.setdefault(kind, []).append(trace.ms_draft + trace.ms_verify + trace.ms_rest)
+            self.explorer.add(kind, trace.ms_draft + trace.ms_verify + trace.ms_rest)
 
     def _hear(self, index: int, chains: Sequence[Sequence[int]], trace: StepTrace) -> None:
         """Count what would have become of chains that were not drafted."""
@@ -275,9 +298,3 @@ class Planner(Planning):
             self._history[index].add(self._choices[index].widths, *heard)
             if sum(heard.kept) > sum(trace.accepted):  # it would have been the better draft
                 self._fresh, self._hold = 0, 1
-
-
-def _longest(left: Sequence[int | None]) -> int | None:
-    """Tokens of the row that may get the most, None for no end."""
-    limits = [tokens for tokens in left if tokens is not None]
-    return max(limits) if len(limits) == len(left) else None

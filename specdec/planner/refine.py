@@ -15,7 +15,7 @@ PLAIN: Kind = ("", 0)
 
 FEWEST = 2
 """Steps of a kind that one call must have taken to say what it takes."""
-_FULL = 8
+_FULL = 4
 """Steps of a kind from which a call counts fully."""
 _RATE = 0.4
 """Share of what a call that counts fully says differently that is believed: it may have met a bad moment itself."""

@@ -25,6 +25,9 @@ SCHEMA = 3
 _VALUES = 32
 """Values of each weight that its fingerprint looks at."""
 
+_YOUNG = 8
+"""Calls of a process that may try what else there is, to correct a table; and of later ones, every so many."""
+
 _PASSING = ("_name_or_path", "transformers_version", "architectures")
 """Configuration entries that do not change what a pass costs."""
 
@@ -79,6 +82,11 @@ class CostStore:
     def __init__(self) -> None:
         self._known: dict[str, Costs] = {}
         self._refined: dict[str, int] = {}
+
+    def is_young(self, key: Mapping[str, Any]) -> bool:
+        """Have only few calls corrected the table in this process? Later every eighth call is one that still may."""
+        count = self._refined.get(_name(key), 0)
+        return count < _YOUNG or count % _YOUNG == 0
 
     def refine(self, key: Mapping[str, Any], took: Mapping[Kind, Sequence[float]]) -> None:
         """Correct a known table by the steps of one call, and write it every time their number has doubled."""
