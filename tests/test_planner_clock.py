@@ -61,6 +61,12 @@ def test_the_best_of_other_prompts_is_not_the_luckiest_here() -> None:
     assert clock.ratio_to_others_best(calls[:1], "own", ["own"]) is None
 
 
+def test_the_time_that_counts_is_the_one_of_the_process_that_measured() -> None:
+    """Whoever computes the findings may have other threads."""
+    alone, shared = (clock.Call("a", 1, cpu=2.0, wall=5.0, tokens_per_step=1.0, plan=None, threads=n) for n in (1, 2))
+    assert (clock.seconds([alone], "a"), clock.seconds([shared], "a")) == ([2.0], [5.0])
+
+
 def test_ratios_by_steps_ignore_bad_moments() -> None:
     """Ten tokens each: one way in ten steps of 2 ms, the other with a draft that takes 3 ms and saves a step."""
     plain, bad = (2.0, False), (90.0, False)
@@ -122,4 +128,10 @@ def test_every_process_is_measured_and_a_failed_one_is_said(tmp_path: Path) -> N
     ]
     assert written["forecasts"]["of"] == 2
     with pytest.raises(RuntimeError, match="measuring process 1 of 2 ended with 1"):
-        main([*asked, "--workloads", "untrained drafter", "--threads", "0"])
+        main([*asked, "--workloads", "untrained drafter", "--temperatures", "-1"])
+
+
+def test_counts_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "--processes", "0"])
+    assert "--processes: expected 1 or more, got 0" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from specdec import Speculator
 from specdec.planner import calls
 from specdec.planner.costs import Costs
 from specdec.planner.refine import FEWEST, PLAIN, refined
+from specdec.planner.risk import RISK, RISK_STEPS
 from specdec.planner.store import CostStore
 
 TRUE = Costs(1, 5.0, {"model": {1: 6.5, 2: 7.5, 4: 9.0, 8: 12.5}, "ngram": {4: 6.0}})
@@ -47,6 +48,7 @@ def test_a_table_measured_in_a_bad_moment_is_right_after_some_calls(factor: floa
         wrong, left = (abs(against_plain(one, depth) / against_plain(TRUE, depth) - 1) for one in (dear(factor), table))
         assert left < 0.85 * wrong
     assert table.steps["ngram"] == TRUE.steps["ngram"]
+    assert table.plain == TRUE.plain
 
 
 def test_no_choice_changes_with_the_speed_of_the_whole_machine() -> None:
@@ -163,3 +165,53 @@ def test_what_is_tried_does_not_depend_on_the_clock() -> None:
     moody = random.Random(0)
     calm, wild = HERE.run(0, explores=True), HERE.run(0, explores=True, clock=lambda: moody.uniform(0.2, 5.0))
     assert calm.plans == wild.plans
+
+
+def test_what_another_drafter_costs_stays_true_while_one_is_corrected() -> None:
+    table = dear(1.25)
+    for _ in range(10):
+        table = refined(table, took(TRUE, model=[1, 2, 4, 8]))
+    for option, depth in (("model", 8), ("ngram", 4)):
+        assert against_plain(table, depth, option) == pytest.approx(against_plain(TRUE, depth, option), rel=0.01)
+
+
+def test_no_draft_becomes_cheaper_than_none() -> None:
+    steps = took(TRUE, model=[1])
+    steps[PLAIN] = [3 * TRUE.plain] * 20  # whatever kept those
+    table = TRUE
+    for _ in range(20):
+        table = refined(table, steps)
+    assert min(table.steps["model"].values()) >= table.plain == TRUE.plain
+
+
+def test_the_first_calls_of_a_process_explore_and_then_every_eighth() -> None:
+    store = CostStore()
+    assert [i for i in range(1, 30) if store.explores({"one": "key"})] == [*range(1, 9), 16, 24]
+    assert store.explores({"another": "key"})
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rivals_are_tried_a_few_times_each_and_only_with_all_rows(rows: int) -> None:
+    """Rows end one after the other: what few rows take is another table's."""
+    here = replace(HERE, rows=rows, acceptance=lambda row, position: (0.75, 0.6, 0.85)[row])
+    for seed in range(5):
+        run = here.run(seed, explores=True)
+        assert len(run.took) > 2
+        assert sum(map(len, run.took.values())) < sum(len(one.live) == rows for one in run.seen)
+        assert run.spent < 1.03 * here.run(seed).spent
+
+
+def test_n_grams_that_pay_are_not_left_out_for_a_try() -> None:
+    here = replace(
+        HERE, tokens=256, acceptance=lambda row, position: 0.6, ngram=lambda row, position: 0.95, ngram_found=0.9
+    )
+    with_, without = (spent([here.run(seed, explores=explores) for seed in range(10)]) for explores in (True, False))
+    assert with_ < 1.01 * without
+
+
+@pytest.mark.parametrize(("draft", "verify"), [(0.3, 0.15), (0.17, 0.1), (0.05, 0.05)])
+def test_exploring_calls_lose_no_more_than_was_risked(draft: float, verify: float) -> None:
+    useless = World(draft=draft, verify=verify, tokens=200)
+    for seed in range(10):
+        lost = useless.run(seed, explores=True).spent - useless.plain
+        assert lost <= max(RISK * useless.plain, RISK_STEPS) + 1e-9

@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
+    for name in ("prompts", "repeats", "processes", "prompt_tokens", "tokens", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
     options = {name: value for name, value in vars(args).items() if name != "out"}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"planner-{args.what}-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"

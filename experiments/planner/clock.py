@@ -21,9 +21,11 @@ from specdec.report import StepTrace
 
 @dataclass(frozen=True)
 class Call:
-    """One call: CPU and wall seconds; `plan` is the report's `PlanReport`, with its two speeds. steps: milliseconds
-    from the end of a step to that of the next, and whether that one drafted; the last row's in batches of one length.
-    process: where memory happens to lie makes one process a few percent faster than another, for all its calls.
+    """One call. `plan` is the report's `PlanReport`, with its two speeds.
+
+    cpu, wall: seconds. steps: milliseconds from the end of a step to that of the next, and whether that one drafted;
+    the last row's in batches of one length. process: where memory happens to lie makes one process a few percent faster
+    than another, for all its calls.
     """
 
     way: str
@@ -34,6 +36,12 @@ class Call:
     plan: dict[str, Any] | None
     steps: tuple[tuple[float, bool], ...] = ()
     process: int = 0
+    threads: int = 1
+
+    @property
+    def seconds(self) -> float:
+        """What one thread itself spent; wall time where several threads share the work."""
+        return self.cpu if self.threads == 1 else self.wall
 
 
 def time_calls(
@@ -72,19 +80,30 @@ def time_calls(
             took = tuple(
                 (round(1e3 * (end - start), 4), drafted) for (start, _), (end, drafted) in pairwise(stamps)
             )  # fmt: skip
-            calls.append(Call(way, number, round(cpu, 4), round(wall, 4), round(steps, 3), plan, took, process))
+            calls.append(
+                Call(
+                    way,
+                    number,
+                    round(cpu, 4),
+                    round(wall, 4),
+                    round(steps, 3),
+                    plan,
+                    took,
+                    process,
+                    torch.get_num_threads(),
+                )
+            )
         if number:
             yield calls
 
 
 def seconds(calls: Sequence[Call], way: str) -> list[float]:
-    """What one thread itself spent (wall time where several threads share the work), by process and prompt: the median
-    of its calls. (Not the fastest: a virtual machine has lucky moments, too.)"""
-    alone = torch.get_num_threads() == 1
+    """What calls took, by process and prompt: their median. (Not the fastest: a virtual machine has lucky moments,
+    too.)"""
     spent: dict[tuple[int, int], list[float]] = {}
     for call in calls:
         if call.way == way:
-            spent.setdefault((call.process, call.prompt), []).append(call.cpu if alone else call.wall)
+            spent.setdefault((call.process, call.prompt), []).append(call.seconds)
     return [statistics.median(times) for times in spent.values()]
 
 

@@ -26,33 +26,38 @@ class Batch(NamedTuple):
 
 
 def measured(args: Namespace) -> Iterator[Batch]:
-    """All batches of `args.processes` processes, as they come.
+    """All batches of `args.processes` processes, as they come; nothing is measured until the next one is asked for.
+
+    Later processes find the cost tables of earlier ones, as those of a user do.
 
     Raises:
         RuntimeError: a process failed; what it was is on standard error.
     """
     context = get_context("spawn")
     for number in range(args.processes):
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_send, args=(args, number, sender))
+        here, there = context.Pipe()
+        child = context.Process(target=_send, args=(args, number, there))
         child.start()
-        sender.close()
+        there.close()
         try:
             while True:
-                yield receiver.recv()
-        except EOFError:
+                yield here.recv()
+                here.send(None)
+        except (EOFError, OSError):  # it is done, or it died
             child.join()
         finally:
             child.kill()
+            child.join()
         if child.exitcode:
             raise RuntimeError(f"measuring process {number + 1} of {args.processes} ended with {child.exitcode}")
 
 
-def _send(args: Namespace, number: int, sender: Connection) -> None:
+def _send(args: Namespace, number: int, parent: Connection) -> None:
     torch.set_num_threads(args.threads)
     for batch in _batches(args, number):
-        sender.send(batch)
-    sender.close()
+        parent.send(batch)
+        parent.recv()  # the parent computes meanwhile
+    parent.close()
 
 
 def _batches(args: Namespace, number: int) -> Iterator[Batch]:

@@ -127,7 +127,7 @@ class Plans:
         if traceless:
             kind = (bool(request.config.do_sample), request.config.temperature)
             known = self._learned.get(kind, known)
-            explores = rows in tables and STORE.is_young(self._key(request, rows))
+            explores = rows in tables and STORE.explores(self._key(request, rows))
 
             def keep(planner: CallPlanner) -> None:
                 self._learned[kind] = planner.known

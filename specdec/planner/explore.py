@@ -14,7 +14,7 @@ _FIRST = 8
 _NEAR = 0.88
 """A plan that promises this share of the best one's speed may really be the better one: tables err by as much."""
 _SHARE = 0.005
-"""Share of a call that trying others may be expected to lose."""
+"""Share of a call so far that trying others may be expected to lose."""
 
 
 class Explorer:
@@ -32,6 +32,7 @@ class Explorer:
     def __init__(self, names: Sequence[str], tries: bool):
         self.took: dict[Kind, list[float]] = {}
         self._names, self._tries = names, tries
+        self._tried: dict[Kind, int] = {}
         self._lost = 0.0
 
     def add(self, kind: Kind, ms: float) -> None:
@@ -43,20 +44,24 @@ class Explorer:
         return self._tries and len(self.took.get(self._kind(best), ())) >= _FIRST
 
     def other(self, best: Candidate, plans: Iterable[Candidate], spent: float) -> Candidate | None:
-        """The plan to take for the next ENOUGH steps in place of the best one.
+        """The plan to take for the coming step in place of the best one; the same again until it was ENOUGH.
 
         Args:
             spent: milliseconds of the call so far, by the table.
         """
-        near = [plan for plan in plans if plan.rate > _NEAR * best.rate and self._kind(plan) not in self.took]
-        chosen = max(near, key=lambda plan: plan.rate, default=None)
+        near = [plan for plan in plans if plan.rate > _NEAR * best.rate and self._is_new(self._kind(plan))]
+        chosen = max(near, key=lambda plan: (self._kind(plan) in self._tried, plan.rate), default=None)
         if chosen is None:
             return None
-        loss = ENOUGH * chosen.ms * max(0.0, 1 - chosen.rate / best.rate)
-        if self._lost + loss > _SHARE * spent:
+        kind, loss = self._kind(chosen), chosen.ms * max(0.0, 1 - chosen.rate / best.rate)
+        if self._lost + loss * (1 if kind in self._tried else ENOUGH) > _SHARE * spent:
             return None
         self._lost += loss
+        self._tried[kind] = self._tried.get(kind, 0) + 1
         return chosen
+
+    def _is_new(self, kind: Kind) -> bool:
+        return self._tried.get(kind, 0) < ENOUGH if kind in self._tried else kind not in self.took
 
     def _kind(self, plan: Candidate) -> Kind:
         return self._names[plan.option], plan.depth

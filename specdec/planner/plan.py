@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil, inf
+from math import ceil
 
 from specdec.planner.base import Planning
-from specdec.planner.choice import MARGIN, Candidate, Situation, candidates, ends_sooner, fastest, why_plain
+from specdec.planner.choice import HORIZON, MARGIN, Candidate, Situation, candidates, ends_sooner, fastest, why_plain
 from specdec.planner.costs import Costs, StepTimes
-from specdec.planner.explore import ENOUGH, Explorer
+from specdec.planner.explore import Explorer
 from specdec.planner.finds import Finds
 from specdec.planner.history import History, Known, fates
 from specdec.planner.options import Options, PlannedBudget
@@ -135,12 +135,6 @@ class Planner(Planning):
         self._plans = {}
         plan: PlannedBudget | None = None
         best = self._best(now, trials)
-        if best is not None and not self._pause.probing and self.explorer.due(best):
-            other = self.explorer.other(best, self._good(now, trials), self.report.table_ms)
-            if other is not None:
-                self._plans, self._fresh, self._debt = {other.option: other}, ENOUGH - 1, inf
-                self._last = self._planned(other, now)
-                return self._last
         if best is not None:
             self._plans[best.option] = best
             plan = self._planned(best, now)
@@ -152,6 +146,12 @@ class Planner(Planning):
                 plan = ahead
         if plan is None:
             return self._stop(now)
+        if best is not None and plan.option == best.option and now.rows == self._whole and not self._pause.probing:
+            due = self.explorer.due(best)
+            other = self.explorer.other(best, self._good(now, trials), self.report.table_ms) if due else None
+            if other is not None:
+                self._plans, self._fresh = {other.option: other}, 0
+                return self._planned(other, now)
         if self._pause.begins:
             for history in self._families.values():
                 history.fade(PROBE_FADE)
@@ -179,11 +179,8 @@ class Planner(Planning):
         return None
 
     def _good(self, now: Situation, trials: Trials | None = None) -> list[Candidate]:
-        """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones.
-
-        Args:
-            trials: None for all there are, else only those that are affordable and in time.
-        """
+        """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones. With
+        `trials` only those that are affordable and in time."""
         probing = self._pause.probing
         least = 0.0 if probing else MARGIN * now.plain_rate
         return [
@@ -257,7 +254,8 @@ class Planner(Planning):
         if self._pause.probing:
             self._current = None
             self._pause.found_nothing()
-        self._time(PLAIN, trace)
+        if not plans:  # no time went into asking for a draft
+            self._time(PLAIN, trace)
         self.report.add("plain", self._times_of(rows).plain, rows, trace, emitted)
 
     def _learn_drafts(self, plan: Candidate, trace: StepTrace, reached: Sequence[int], emitted: int) -> None:
@@ -275,10 +273,9 @@ class Planner(Planning):
             ms = now.times.by_depth[index][depth]
             tokens = rows + history.reach(option.widths)[depth] * len(drafting)
             reached, accepted = [reached[i] for i in places], [accepted[i] for i in places]
-        catching_up = trials.catching_up(index, now)
-        if not catching_up:
+        if not trials.behind(index):
             self._time((option.name, depth), trace)
-        ms += catching_up
+        ms += trials.catching_up(index, now)
         history.add(option.widths, drafting, reached, accepted)
         trials.drafted(index, ms - emitted * now.plain_ms / rows, ceil(emitted / rows))
         self.report.num_probes += self._pause.probing
@@ -286,8 +283,8 @@ class Planner(Planning):
         self.report.add(name, ms, tokens, trace, emitted)
 
     def _time(self, kind: Kind, trace: StepTrace) -> None:
-        """Note what a step of all rows took; the first one may read the prompt as well."""
-        if self.report.steps and len(trace.rows) == self._whole:
+        """Note what a step of all rows took; the first one may read the prompt as well, late ones read longer texts."""
+        if 0 < trace.step <= HORIZON and len(trace.rows) == self._whole:
             self.explorer.add(kind, trace.ms_draft + trace.ms_verify + trace.ms_rest)
 
     def _hear(self, index: int, chains: Sequence[Sequence[int]], trace: StepTrace) -> None:

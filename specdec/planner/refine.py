@@ -27,7 +27,8 @@ def refined(costs: Costs, took: Mapping[Kind, Sequence[float]]) -> Costs:
 
     A table is measured in less than a second, and a busy neighbour meanwhile makes drafts look dearer than they are for
     good. A correction of one depth counts for the others as well, the less the further they are away: what was wrong is
-    mostly the drafter's share, which all of them have.
+    mostly the drafter's share, which all of them have. Plain steps are what the others are compared with wherever a
+    call took some, and stay as they are; no draft becomes cheaper than none.
 
     Args:
         took: milliseconds of whole steps by kind, of all rows that the table is for.
@@ -39,11 +40,15 @@ def refined(costs: Costs, took: Mapping[Kind, Sequence[float]]) -> Costs:
     gaps = {kind: log(median(times) / _told(costs, kind)) for kind, times in seen.items()}
     speed = sum(weights[kind] * gaps[kind] for kind in seen) / sum(weights.values())
     shifts = {kind: _RATE * weights[kind] * (gap - speed) for kind, gap in gaps.items()}
+    base = shifts.get(PLAIN, 0.0)
     steps = {
-        option: {depth: ms * exp(_near(depth, dict(_of(shifts, option)))) for depth, ms in table.items()}
+        option: {
+            depth: max(costs.plain, ms * exp(_near(depth, {d: shift - base for d, shift in _of(shifts, option)})))
+            for depth, ms in table.items()
+        }
         for option, table in costs.steps.items()
     }
-    return replace(costs, plain=costs.plain * exp(shifts.get(PLAIN, 0.0)), steps=steps)
+    return replace(costs, steps=steps)
 
 
 def _told(costs: Costs, kind: Kind) -> float:
@@ -56,7 +61,5 @@ def _of(shifts: Mapping[Kind, float], option: str) -> Iterator[tuple[int, float]
 
 def _near(depth: int, shifts: Mapping[int, float]) -> float:
     """The correction of the nearest depth that was seen, by its share: 3 says three quarters of what 4 would."""
-    share, shift = max(
-        ((min(depth, seen) / max(depth, seen), shift) for seen, shift in shifts.items()), default=(0.0, 0.0)
-    )
-    return share * shift
+    near = max(shifts, key=lambda seen: min(depth, seen) / max(depth, seen), default=None)
+    return 0.0 if near is None else shifts[near] * min(depth, near) / max(depth, near)

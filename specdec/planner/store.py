@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ SCHEMA = 3
 _VALUES = 32
 """Values of each weight that its fingerprint looks at."""
 
-_YOUNG = 8
+_EXPLORING = 8
 """Calls of a process that may try what else there is, to correct a table; and of later ones, every so many."""
 
 _PASSING = ("_name_or_path", "transformers_version", "architectures")
@@ -82,22 +83,28 @@ class CostStore:
     def __init__(self) -> None:
         self._known: dict[str, Costs] = {}
         self._refined: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        self._lock = Lock()
 
-    def is_young(self, key: Mapping[str, Any]) -> bool:
-        """Have only few calls corrected the table in this process? Later every eighth call is one that still may."""
-        count = self._refined.get(_name(key), 0)
-        return count < _YOUNG or count % _YOUNG == 0
+    def explores(self, key: Mapping[str, Any]) -> bool:
+        """May the call that asks try other plans than the best? The first eight of a process, then every eighth."""
+        name = _name(key)
+        with self._lock:
+            count = self._asked[name] = self._asked.get(name, 0) + 1
+        return count <= _EXPLORING or count % _EXPLORING == 0
 
     def refine(self, key: Mapping[str, Any], took: Mapping[Kind, Sequence[float]]) -> None:
         """Correct a known table by the steps of one call, and write it every time their number has doubled."""
         name = _name(key)
-        old = self._known[name]
-        self._known[name] = refined(old, took)
-        if self._known[name] is old:
-            return
-        count = self._refined[name] = self._refined.get(name, 0) + 1
+        with self._lock:  # calls of several Speculators may end at once
+            old = self._known[name]
+            new = refined(old, took)
+            if new is old:
+                return
+            self._known[name] = new
+            count = self._refined[name] = self._refined.get(name, 0) + 1
         if count & (count - 1) == 0:
-            self._write(key, self._known[name])
+            self._write(key, new)
 
     def get(self, key: Mapping[str, Any]) -> tuple[Costs | None, str | None]:
         """The table and, if its file was no good, a sentence about it."""

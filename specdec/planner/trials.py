@@ -36,9 +36,13 @@ class Trials:
         self._debts = [0.0] * len(options)
         self._behind = prompt_tokens
 
+    def behind(self, index: int) -> int:
+        """Tokens that an option's K/V has to catch up with; one or two ride along with its next pass."""
+        return self._behind if self._keeps[index] and self._behind > 2 else 0
+
     def catching_up(self, index: int, now: Situation) -> float:
-        """Milliseconds to bring an option's K/V up to date; a token or two ride along with its next pass."""
-        return now.times.draft_token * self._behind if self._keeps[index] and self._behind > 2 else 0.0
+        """Milliseconds that takes."""
+        return now.times.draft_token * self.behind(index)
 
     def affordable(
         self, plan: Candidate, history: History, now: Situation, in_use: bool, waited: int | None, tries: int = 1
@@ -52,8 +56,10 @@ class Trials:
         catching_up = self.catching_up(plan.option, now)
         probing = waited is not None
         if waited is not None:
-            # Answers that are most likely the same as before should cost next to nothing.
-            lost = plan.ms + catching_up - plan.tokens / now.plain_rate
+            # Answers that are most likely the same as before should cost next to nothing. What was missed since is left
+            # out: it grows with the wait itself.
+            missed = now.times.draft_token * min(waited, self.behind(plan.option))
+            lost = plan.ms + catching_up - missed - plan.tokens / now.plain_rate
             if waited < LONGEST_WAIT and lost > PROBE_SHARE * waited * now.plain_ms:
                 return False
         else:
