@@ -175,6 +175,15 @@ def test_what_another_drafter_costs_stays_true_while_one_is_corrected() -> None:
         assert against_plain(table, depth, option) == pytest.approx(against_plain(TRUE, depth, option), rel=0.01)
 
 
+def test_a_jump_between_two_measured_depths_is_found_by_those_who_went_there() -> None:
+    truth = replace(TRUE, steps={"model": {**TRUE.steps["model"], 6: 9.6}, "ngram": {4: 6.0}})
+    table = TRUE
+    for _ in range(10):
+        table = refined(table, took(truth, model=[4, 6, 8]))
+    assert against_plain(table, 6) == pytest.approx(against_plain(truth, 6), rel=0.01)
+    assert against_plain(table, 8) == pytest.approx(against_plain(truth, 8), rel=0.01)
+
+
 def test_no_draft_becomes_cheaper_than_none() -> None:
     steps = took(TRUE, model=[1])
     steps[PLAIN] = [3 * TRUE.plain] * 20  # whatever kept those

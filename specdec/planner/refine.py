@@ -41,13 +41,13 @@ def refined(costs: Costs, took: Mapping[Kind, Sequence[float]]) -> Costs:
     speed = sum(weights[kind] * gaps[kind] for kind in seen) / sum(weights.values())
     shifts = {kind: _RATE * weights[kind] * (gap - speed) for kind, gap in gaps.items()}
     base = shifts.get(PLAIN, 0.0)
-    steps = {
-        option: {
-            depth: max(costs.plain, ms * exp(_near(depth, {d: shift - base for d, shift in _of(shifts, option)})))
-            for depth, ms in table.items()
+    steps = {}
+    for option, table in costs.steps.items():
+        own = {depth: shift - base for depth, shift in _of(shifts, option)}
+        depths = sorted({*table, *own})  # depths that were never measured get a place of their own
+        steps[option] = {
+            depth: max(costs.plain, costs.step(option, depth) * exp(_near(depth, own))) for depth in depths
         }
-        for option, table in costs.steps.items()
-    }
     return replace(costs, steps=steps)
 
 
