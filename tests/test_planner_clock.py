@@ -105,12 +105,16 @@ def test_a_sweep_names_the_best_setting_a_planned_drafter_could_have_taken() -> 
 
 
 def test_what_never_slower_finds() -> None:
-    calls = [_call("none", 1, 2.0), _call("planned", 1, 2.5, foretold=130.0), _call("hf plain", 1, 5.0)]
+    calls = [
+        _call("none", 1, 2.0), _call("planned", 1, 2.5, foretold=130.0), _call("none again", 1, 2.1),
+        _call("hf plain", 1, 5.0),
+    ]  # fmt: skip
     found = never_slower(calls)
+    assert found["none_against_itself"]["total"] == pytest.approx(2 / 2.1, abs=1e-3)
     assert (found["against_none"]["total"], found["against_hf_plain"]["total"]) == (0.8, 2.0)
     assert found["against_none_by_steps"] == 0.8
     assert right_forecasts([found]) == (0, 1)
-    assert "against_hf_plain" not in never_slower(calls[:2])
+    assert "against_hf_plain" not in never_slower(calls[:3])
 
 
 @pytest.mark.slow
@@ -124,7 +128,7 @@ def test_every_process_is_measured_and_a_failed_one_is_said(tmp_path: Path) -> N
     run = written["runs"]["T=0.0 batch 1"]
     calls = run["calls"]["untrained drafter"]
     assert sorted((call["way"], call["process"]) for call in calls) == [
-        (way, process) for way in ("none", "planned") for process in (0, 1)
+        (way, process) for way in ("none", "none again", "planned") for process in (0, 1)
     ]
     assert written["forecasts"]["of"] == 2
     with pytest.raises(RuntimeError, match="measuring process 1 of 2 ended with 1"):

@@ -127,13 +127,14 @@ class Workload:
     draft: str
 
     def ways(self, models: Models, temperature: float, seeded: bool = False) -> dict[str, Generate]:
-        """Plain generation, specdec without a drafter, and the planned drafter."""
+        """Plain generation, specdec without a drafter (twice: how far equal ways differ), and the planned drafter."""
         draft: Any = {
             "model": models.pair.draft, "junk": models.junk, "ngram": "ngram", "both": [models.pair.draft, "ngram"]
         }[self.draft]  # fmt: skip
         return {
             "hf plain": hugging_face(models, temperature, self.tokens),
             "none": speculating(models, temperature, self.tokens),
+            "none again": speculating(models, temperature, self.tokens),
             "planned": speculating(models, temperature, self.tokens, draft, seeded),
         }
 

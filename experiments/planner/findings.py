@@ -33,11 +33,13 @@ def sweep(calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def never_slower(calls: Sequence[Call]) -> dict[str, Any]:
-    """One adversarial workload, planned, against plain generation and against no drafter."""
+    """One adversarial workload, planned, against plain generation and against no drafter; and no drafter against
+    itself, which is what the clock can tell apart."""
     ways = {call.way for call in calls}
     rivals = (("hf_plain", "hf plain"), ("none", "none"))
     return {
         **{f"against_{name}": ratio(calls, "planned", way) for name, way in rivals if way in ways},
+        "none_against_itself": ratio(calls, "none again", "none"),
         "against_none_by_steps": ratio_by_steps(calls, "planned", "none"),
         **forecasts(calls, "planned"),
     }
