@@ -203,3 +203,13 @@ def test_the_structure_page_names_every_module() -> None:
     named = set(re.findall(r"^- `([\w/]+\.py)`: \S", page, flags=re.MULTILINE))
     here = {str(path.relative_to(ROOT)) for path in _sources() if path.name != "__init__.py"}
     assert named == here, "docs/structure.md has one sentence per module"
+
+
+def test_every_result_file_that_is_named_is_there() -> None:
+    """Results are ignored by git unless they are added by name, which is easily forgotten."""
+    pages = [ROOT / "README.md", ROOT / "experiments" / "LOG.md", *(ROOT / "docs").rglob("*.md")]
+    pattern = r"results/([a-z]+(?:-[a-z]+)*-\d{8}-\d{6}[a-z-]*\.(?:jsonl?|png))"
+    named = {name for page in pages for name in re.findall(pattern, page.read_text())}
+    here = {path.name for path in (ROOT / "experiments" / "results").iterdir()}
+    assert len(named) > 20
+    assert not named - here
