@@ -25,7 +25,7 @@ MOST_ROUNDS = 10
 _DEPTHS = (1, 2, 3, 5, 6, 8, 11, 16)
 """Depths measured, others are interpolated: both sides of where passes get dearer at once, with the root seven and
 thirteen tokens, because native ones take six at a time."""
-_COARSE = (1, 5)
+_COARSE = (1, 4, 5)
 """Depths measured where steps are so slow that few are affordable; the rest is interpolated."""
 
 PLAIN, _FORGET = (-1, 0), (-2, 0)
