@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from specdec.planner.choice import Candidate
 from specdec.planner.refine import Kind
 
-ENOUGH = 4
+_ENOUGH = 4
 """Steps of a kind that tell what it takes."""
 _FIRST = 8
 """Steps by the best plan before another one is tried."""
@@ -43,25 +43,28 @@ class Explorer:
         """Is it time to try another plan than the best one?"""
         return self._tries and len(self.took.get(self._kind(best), ())) >= _FIRST
 
-    def other(self, best: Candidate, plans: Iterable[Candidate], spent: float) -> Candidate | None:
-        """The plan to take for the coming step in place of the best one; the same again until it was ENOUGH.
+    def other(
+        self, best: Candidate, plans: Iterable[Candidate], allowed: Callable[[Candidate], bool], spent: float
+    ) -> Candidate | None:
+        """The allowed plan to take for the coming step in place of the best one; the same again until it was _ENOUGH.
 
         Args:
             spent: milliseconds of the call so far, by the table.
         """
         near = [plan for plan in plans if plan.rate > _NEAR * best.rate and self._is_new(self._kind(plan))]
-        chosen = max(near, key=lambda plan: (self._kind(plan) in self._tried, plan.rate), default=None)
+        near.sort(key=lambda plan: (self._kind(plan) in self._tried, plan.rate), reverse=True)
+        chosen = next(filter(allowed, near), None)
         if chosen is None:
             return None
         kind, loss = self._kind(chosen), chosen.ms * max(0.0, 1 - chosen.rate / best.rate)
-        if self._lost + loss * (1 if kind in self._tried else ENOUGH) > _SHARE * spent:
+        if self._lost + loss * (1 if kind in self._tried else _ENOUGH) > _SHARE * spent:
             return None
         self._lost += loss
         self._tried[kind] = self._tried.get(kind, 0) + 1
         return chosen
 
     def _is_new(self, kind: Kind) -> bool:
-        return self._tried.get(kind, 0) < ENOUGH if kind in self._tried else kind not in self.took
+        return self._tried[kind] < _ENOUGH if kind in self._tried else kind not in self.took
 
     def _kind(self, plan: Candidate) -> Kind:
         return self._names[plan.option], plan.depth

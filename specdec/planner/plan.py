@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil
 
 from specdec.planner.base import Planning
@@ -147,8 +148,8 @@ class Planner(Planning):
         if plan is None:
             return self._stop(now)
         if best is not None and plan.option == best.option and now.rows == self._whole and not self._pause.probing:
-            due = self.explorer.due(best)
-            other = self.explorer.other(best, self._good(now, trials), self.report.table_ms) if due else None
+            due, allowed = self.explorer.due(best), partial(self._allowed, now=now, trials=trials)
+            other = self.explorer.other(best, self._good(now), allowed, self.report.table_ms) if due else None
             if other is not None:
                 self._plans, self._fresh = {other.option: other}, 0
                 return self._planned(other, now)
@@ -166,21 +167,15 @@ class Planner(Planning):
 
     def _best(self, now: Situation, trials: Trials) -> Candidate | None:
         """The fastest affordable plan that beats plain decoding; a probe's is the fastest small one."""
-        probing = self._pause.probing
         good = self._good(now)
-        for tries in (1,) if probing else range(TRIES, 0, -1):
-
-            def allowed(plan: Candidate, tries: int = tries) -> bool:
-                return self._affordable(plan, now, trials, tries) and (probing or self._in_time(plan, now))
-
-            best = fastest(good, self._current, allowed)
+        for tries in (1,) if self._pause.probing else range(TRIES, 0, -1):
+            best = fastest(good, self._current, partial(self._allowed, now=now, trials=trials, tries=tries))
             if best is not None or not good:
                 return best
         return None
 
-    def _good(self, now: Situation, trials: Trials | None = None) -> list[Candidate]:
-        """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones. With
-        `trials` only those that are affordable and in time."""
+    def _good(self, now: Situation) -> list[Candidate]:
+        """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones."""
         probing = self._pause.probing
         least = 0.0 if probing else MARGIN * now.plain_rate
         return [
@@ -188,9 +183,12 @@ class Planner(Planning):
             for i, option in enumerate(self._choices)
             if not option.may_be_empty
             for plan in candidates(i, option, self._history[i], now, least=least)
-            if (not probing or self._small(plan))
-            and (trials is None or (self._affordable(plan, now, trials) and self._in_time(plan, now)))
+            if not probing or self._small(plan)
         ]
+
+    def _allowed(self, plan: Candidate, now: Situation, trials: Trials, tries: int = 1) -> bool:
+        """Is it affordable, and does the batch not end later by it? (A probe may.)"""
+        return self._affordable(plan, now, trials, tries) and (self._pause.probing or self._in_time(plan, now))
 
     def _small(self, plan: Candidate) -> bool:
         return plan.depth <= PROBE_DEPTH or not self._choices[plan.option].any_depth

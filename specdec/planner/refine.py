@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import exp, log
 from statistics import median
@@ -43,7 +43,7 @@ def refined(costs: Costs, took: Mapping[Kind, Sequence[float]]) -> Costs:
     base = shifts.get(PLAIN, 0.0)
     steps = {}
     for option, table in costs.steps.items():
-        own = {depth: shift - base for depth, shift in _of(shifts, option)}
+        own = {depth: shift - base for (name, depth), shift in shifts.items() if name == option}
         depths = sorted({*table, *own})  # depths that were never measured get a place of their own
         steps[option] = {
             depth: max(costs.plain, costs.step(option, depth) * exp(_near(depth, own))) for depth in depths
@@ -53,10 +53,6 @@ def refined(costs: Costs, took: Mapping[Kind, Sequence[float]]) -> Costs:
 
 def _told(costs: Costs, kind: Kind) -> float:
     return costs.plain if kind == PLAIN else costs.step(*kind)
-
-
-def _of(shifts: Mapping[Kind, float], option: str) -> Iterator[tuple[int, float]]:
-    return ((depth, shift) for (name, depth), shift in shifts.items() if name == option)
 
 
 def _near(depth: int, shifts: Mapping[int, float]) -> float:

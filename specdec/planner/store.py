@@ -104,7 +104,7 @@ class CostStore:
             self._known[name] = new
             count = self._refined[name] = self._refined.get(name, 0) + 1
         if count & (count - 1) == 0:
-            self._write(key, new)
+            self._write(name, key, new)
 
     def get(self, key: Mapping[str, Any]) -> tuple[Costs | None, str | None]:
         """The table and, if its file was no good, a sentence about it."""
@@ -128,10 +128,11 @@ class CostStore:
 
     def put(self, key: Mapping[str, Any], costs: Costs) -> str | None:
         """Keep a table; a sentence when it could not be written (it is then known to this process only)."""
-        self._known[_name(key)] = costs
-        return self._write(key, costs)
+        name = _name(key)
+        self._known[name] = costs
+        return self._write(name, key, costs)
 
-    def _write(self, key: Mapping[str, Any], costs: Costs) -> str | None:
+    def _write(self, name: str, key: Mapping[str, Any], costs: Costs) -> str | None:
         folder = cache_folder()
         if folder is None:
             return None
@@ -141,7 +142,7 @@ class CostStore:
             # Another process may be writing the same table: each writes its own file, the last rename stands.
             with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
                 file.write(text + "\n")
-            os.replace(file.name, folder / _name(key))
+            os.replace(file.name, folder / name)
         except OSError as error:
             return f"cost table not written to {folder}: {error.strerror or error}"
         return None

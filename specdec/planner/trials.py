@@ -54,26 +54,24 @@ class Trials:
             tries: even if that happens so often in a row.
         """
         catching_up = self.catching_up(plan.option, now)
-        probing = waited is not None
-        if waited is not None:
-            # Answers that are most likely the same as before should cost next to nothing. What was missed since is left
-            # out: it grows with the wait itself.
-            missed = now.times.draft_token * min(waited, self.behind(plan.option))
-            lost = plan.ms + catching_up - missed - plan.tokens / now.plain_rate
-            if waited < LONGEST_WAIT and lost > PROBE_SHARE * waited * now.plain_ms:
-                return False
-        else:
+        if waited is None:
             if in_use and self._proven(plan, history, now):
                 return True
             saved = max(now.left) * now.rows * (1 / now.plain_rate - 1 / plan.rate)
             if saved < catching_up:
+                return False
+        elif waited < LONGEST_WAIT:
+            # Answers that are most likely the same as before should cost next to nothing. What was missed since is left
+            # out: it grows with the wait itself.
+            unread = now.times.draft_token * max(0, self.behind(plan.option) - waited)
+            if plan.ms + unread - plan.tokens / now.plain_rate > PROBE_SHARE * waited * now.plain_ms:
                 return False
         loss = catching_up + tries * (plan.ms - now.plain_ms)
         if self._options[plan.option].may_be_empty and self._families > 1:
             # Or trying it would leave nothing to try the others with.
             if not self.risk.affords(loss, now.plain_ms, _SIDE_SHARE, self._debts[plan.option]):
                 return False
-        trusted = history.believes and plan.rate > _PROMISING * now.plain_rate and not probing
+        trusted = history.believes and plan.rate > _PROMISING * now.plain_rate and waited is None
         return self.risk.affords(loss, now.plain_ms, _TRUSTED if trusted else 1.0)
 
     def _proven(self, plan: Candidate, history: History, now: Situation) -> bool:
