@@ -22,6 +22,7 @@ _EXPORTS = {
     "UnsupportedArgumentError": "specdec.kv.errors",
     "TargetFaultError": "specdec.kv.errors",
     "check": "specdec.lab.check",
+    "pure": "specdec.verify.purity",
     "CheckReport": "specdec.lab.findings",
     "Drafter": "specdec.drafters",
     "ModelDrafter": "specdec.drafters",
@@ -45,6 +46,7 @@ __all__ = [
     "check",
     "generate",
     "patch",
+    "pure",
 ]
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from specdec.patching import patch
     from specdec.report import SpecReport, StepTrace
     from specdec.speculator import Speculator, generate
+    from specdec.verify.purity import pure
 
 
 def __getattr__(name: str) -> Any:

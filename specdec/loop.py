@@ -17,12 +17,14 @@ from specdec.kv.shared import INITIAL_SLOTS
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
+from specdec.plain_order import PlainBatch, PlainOrder
 from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
 from specdec.stopping import StopRules
 from specdec.target import TARGET, TargetPasses
 from specdec.verify import DraftTree, NoiseStream, Rows, SamplingLaw
 from specdec.verify.kinds import NO_DRAFTS
+from specdec.verify.purity import in_plain_order
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import choose_rule
 from specdec.verify.strict_mode import StrictMode
@@ -61,10 +63,12 @@ class DecodeLoop:
         self.stop = StopRules(request.criteria, self.rows)
         self.collector = Collector(request, self.rows)
         self.law = SamplingLaw(request.processors, self.stop.ends)
+        self.plain = self._plain_batch()
         self.watch = Stopwatch()
         self.report = SpecReport(num_rows=self.rows.batch_size, num_prompt_tokens=sum(self.rows.num_tokens))
         self.report.drafter = "none" if drafter is None else drafter.name
-        self.rule = choose_rule(rule, self.sampling, NO_DRAFTS if drafter is None else drafter.kind)
+        kind = NO_DRAFTS if drafter is None else drafter.kind
+        self.rule = choose_rule(rule, self.sampling, kind, top_down=self.plain is not None)
         self.report.rule = rule if self.rule is None else self.rule.name
         self.report.lossless = self.rule is None or self.rule.lossless
         self.final: dict[int, int] = {}
@@ -78,7 +82,11 @@ class DecodeLoop:
         noise = NoiseStream(request.seeds, request.requests, self.rows.device)
         races = self.rule is not None and self.rule.uses_race
         race = RaceStream(request.seeds, request.requests, vocab, self.rows.device) if races else None
-        self.decider = Decider(self.rows, self.law, drafter, self.rule, self.sampling, noise, race)
+        order = None
+        if self.plain is not None:
+            order = PlainOrder(self.rows, self.sampling, isolates=False)
+            order.join(self.plain)
+        self.decider = Decider(self.rows, self.law, drafter, self.rule, self.sampling, noise, race, order)
         most = None if limit is None else limit + tail
         slots = max(self.rows.num_tokens) + max(INITIAL_SLOTS, tail)  # room to speak before the first growth
         slots = slots if most is None else min(slots, most)
@@ -89,6 +97,21 @@ class DecodeLoop:
             else PagedKVCache.fresh(layers, leaders, page_size)
         )
         self.passes = TargetPasses(request, target, self.rows, self.cache, self.report, strict)
+
+    def _plain_batch(self) -> PlainBatch | None:
+        """What must be called in plain order, if anything must."""
+        request, rows = self.request, self.rows.batch_size
+        if not in_plain_order(request.processors, request.criteria, rows):
+            return None
+        pad = request.config._pad_token_tensor
+        return PlainBatch(
+            request.processors,
+            self.stop,
+            range(rows),
+            request.input_ids,
+            0 if pad is None else int(pad),
+            request.keeps_scores,
+        )
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
         drafting = nullcontext() if self.drafter is None else self.drafter.running()
@@ -110,6 +133,8 @@ class DecodeLoop:
         self.report.ms_prefill = self.watch.take("prefill")
         self.report.ms_total = self.watch.take("total")
         self.report.kv_bytes = self.cache.num_bytes()
+        if self.plain is not None:
+            self.report.processor_calls, self.report.processor_ms = self.plain.num_calls, self.plain.ms
         if self.drafter is not None:
             self.report.num_drafter_faults = self.drafter.num_faults
             self.report.last_drafter_fault = self.drafter.last_fault
@@ -125,10 +150,10 @@ class DecodeLoop:
             decided = self.decider.decide(tree, logits, self.report.num_steps)
             if any(decided.decision.sick):
                 tree, logits = self.passes.healthy_part(tree)
-                decided = self.decider.decide(tree, logits, self.report.num_steps)
+                decided = self.decider.decide(tree, logits, self.report.num_steps, again=True)
                 if any(decided.decision.sick_path):
                     raise self.passes.fault("NaN in its logits")
-            if self.monitor is not None and self.sampling:
+            if self.monitor is not None and self.sampling and not decided.in_order:
                 self.monitor.decided(decided.rule, tree, decided.law, decided.verdict)
             self.cache.commit(decided.decision.paths)
             trace, reached = self._emit(decided, tree, logits)
@@ -160,7 +185,8 @@ class DecodeLoop:
         for i, row in enumerate(live):
             path = decision.paths[i]
             kept = self.collector.record(row, scores[i, path], logits[i, path]) if self.collector.keeps else None
-            self.stop.scan(row, runs[i], kept)
+            if not decided.in_order:
+                self.stop.scan(row, runs[i], kept)
         for i in reversed(range(len(live))):
             row = live[i]
             columns = self.stop.final_columns(row)

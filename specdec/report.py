@@ -59,6 +59,8 @@ class SpecReport(DraftTotals):
     took when the mode was probed: the price of strictness.
     `rule` is the rule that decided; `lossless` is False when it changes the law.
     `plan` says what the planner chose, foretold and gave up; None where `k` or `tree` was given.
+    `processor_calls`, `processor_ms`: processors that were called in plain order, once per emitted token, and what each
+    took; drafts are then judged token by token. Empty where all are known, or declared (`specdec.pure`), to be pure.
     `acceptance_z`: accepted tokens minus what theory expects of the very drafts, in standard errors (only with
     `Speculator(monitor=True)` and when sampling). Beyond +-5 something is wrong: run `specdec check`.
     """
@@ -91,6 +93,8 @@ class SpecReport(DraftTotals):
     ms_rest: float = 0.0
     ms_total: float = 0.0
     kv_bytes: int = 0
+    processor_calls: dict[str, int] = field(default_factory=dict)
+    processor_ms: dict[str, float] = field(default_factory=dict)
     plan: PlanReport | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -175,6 +179,12 @@ class SpecReport(DraftTotals):
         if self.strict_width is not None:
             cost = f"{self.ms_strict_pass:.2f} ms a row and pass, an ordinary one-token pass {self.ms_plain_pass:.2f}"
             lines.append(("exactness", f"{self.exactness}, {self.strict_width} nodes wide: {cost}"))
+        if self.processor_calls:
+            each = (
+                f"{name} {count} calls, {self.processor_ms[name]:.1f} ms"
+                for name, count in self.processor_calls.items()
+            )
+            lines.append(("in plain order", "; ".join(each)))
         if self.plan is not None:
             lines += self.plan.lines()
         if self.num_drafter_faults:

@@ -31,7 +31,8 @@ from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
 from specdec.stopping import FROM_CONFIG, own_stop_strings
 from specdec.turns import Turn
-from specdec.verify.rules import check_choice
+from specdec.verify.purity import in_plain_order
+from specdec.verify.rules import check_choice, check_order
 
 
 class Speculator:
@@ -230,6 +231,8 @@ class Speculator:
                 "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
             )
         request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
+        ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
+        check_order(self.rule, bool(config.do_sample), ordered)
         with self._alone():
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None

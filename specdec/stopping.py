@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,11 @@ FROM_CONFIG = object()
 
 
 class StopRules:
-    """Applies the caller's criteria after each single token of an accepted run.
+    """Applies the caller's criteria after each single token.
 
-    End-of-sequence and length are decided on host integers; every other criterion is called with the row's own
-    prefix `[1, columns]`, as plain decoding of that row would.
+    End-of-sequence and length are decided on host integers. Every other criterion is called once per token, also on
+    one that ends the text anyway: with the row's own prefix `[1, columns]` where a run is looked through (`scan`), with
+    the batch as plain decoding shows it where that is kept (`column`).
 
     Without an end-of-sequence rule plain `generate` keeps extending finished rows until the last row stops; so do
     we (`finish_line`), because those tokens are part of its output.
@@ -42,6 +43,7 @@ class StopRules:
                 self._others.append(criterion)
         self.pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._stopped_at: dict[int, int] = {}
+        self._by_length: set[int] = set()
 
     def scan(self, row: int, tokens: list[int], scores: list[tuple[torch.Tensor, ...]] | None) -> None:
         """Look for the first stop among the last `len(tokens)` tokens of `row`, which are already appended.
@@ -53,9 +55,30 @@ class StopRules:
             return
         first = self._rows.ends[row] - len(tokens)
         for j, token in enumerate(tokens):
-            if self._stops(row, token, first + j + 1, None if scores is None else scores[j]):
-                self._stopped_at[row] = first + j + 1
+            columns = first + j + 1
+            told = False
+            if self._others:
+                prefix = self._rows.ids[row : row + 1, :columns]
+                told = bool(self._others(prefix, None if scores is None else scores[j]).all())
+            if self._stops(row, token, columns, told):
                 return
+
+    def column(self, ids: torch.Tensor, rows: Sequence[int], scores: tuple[torch.Tensor, ...] | None) -> list[bool]:
+        """Look at the token that every row has just got, as plain decoding does: all rows at once, the finished, too.
+
+        Args:
+            ids: int64 `[len(rows), columns]`; rows: which rows of `Rows` these are.
+            scores: per token so far, the `[len(rows), vocab]` scores that criteria are given; None if not kept.
+
+        Returns:
+            per row, whether it has stopped, now or earlier.
+        """
+        told = self._others(ids, scores).tolist() if self._others else [False] * len(rows)
+        columns = ids.shape[1]
+        for row, token, stop in zip(rows, ids[:, -1].tolist(), told, strict=True):
+            if row not in self._stopped_at:
+                self._stops(row, token, columns, stop)
+        return [row in self._stopped_at for row in rows]
 
     def final_columns(self, row: int) -> int | None:
         """Columns of `ids` that plain decoding keeps of a row, or None while the row must go on."""
@@ -82,13 +105,19 @@ class StopRules:
         """Tokens the row may still emit before its length limit."""
         return None if self.max_columns is None else max(0, self.max_columns - self._rows.ends[row])
 
-    def _stops(self, row: int, token: int, columns: int, scores: tuple[torch.Tensor, ...] | None) -> bool:
-        if token in self._eos or (self.max_columns is not None and columns >= self.max_columns):
-            return True
-        if not self._others:
-            return False
-        prefix = self._rows.ids[row : row + 1, :columns]
-        return bool(self._others(prefix, scores).all())
+    def by_length_alone(self, row: int) -> bool:
+        """Whether nothing but the length limit stopped a row."""
+        return row in self._by_length
+
+    def _stops(self, row: int, token: int, columns: int, told: bool) -> bool:
+        """Notes the row's stop, if this is one. `told`: what the criteria say that are not decided here."""
+        own = told or token in self._eos
+        full = self.max_columns is not None and columns >= self.max_columns
+        if own or full:
+            self._stopped_at[row] = columns
+            if not own:
+                self._by_length.add(row)
+        return own or full
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,78 +12,30 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.purity import PREFIX_FREE, ROW_FREE, is_pure
 from specdec.verify.rows import Rows
-
-
-def _named(*names: str) -> frozenset[type]:
-    return frozenset(kind for name in names if (kind := getattr(hf, name, None)) is not None)
-
-
-PREFIX_FREE = _named(
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "TopHLogitsWarper",
-    "MinPLogitsWarper",
-    "TypicalLogitsWarper",
-    "EpsilonLogitsWarper",
-    "EtaLogitsWarper",
-    "LogitNormalization",
-    "InfNanRemoveLogitsProcessor",
-    "SuppressTokensLogitsProcessor",
-)
-"""Processors that never look at `input_ids`: one call serves all nodes of all rows. Exact types, not subclasses."""
-
-ROW_FREE = PREFIX_FREE | _named(
-    "RepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor",
-    "NoBadWordsLogitsProcessor",
-    "SequenceBiasLogitsProcessor",
-    "MinLengthLogitsProcessor",
-    "MinNewTokensLengthLogitsProcessor",
-    "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor",
-    "ExponentialDecayLengthPenalty",
-    "SuppressTokensAtBeginLogitsProcessor",
-)
-"""Processors that read a prefix but not its place in the batch: nodes of one prefix length share a call."""
-
-STATEFUL = _named(
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-    "SynthIDTextWatermarkLogitsProcessor",
-    "DiaClassifierFreeGuidanceLogitsProcessor",
-    "WhisperTimeStampLogitsProcessor",
-)
-"""Processors that must be called exactly once per emitted token; a draft's rejected nodes would corrupt them."""
 
 
 class SamplingLaw:
     """Logits of tree nodes -> processed scores, exactly as plain `generate` computes them token by token.
 
     Three routes, all the same law: one vectorised call when no processor reads the prefix; one call per prefix
-    length when processors read only the prefix; else (the caller's own processors, per-row constraints) one call
-    per prefix length with the *original* batch, so that processors that know rows by position still work.
+    length when processors read only the prefix; else (the caller's own, declared pure) one call per prefix length with
+    the *original* batch, so that processors that know rows by position still work.
 
     Args:
+        processors: those that are not pure (see `purity.is_pure`) are left out: nobody may ask them about drafts.
+            Where there are some, this law is one to draft by; what is emitted is decided in plain order.
         ends: end-of-sequence ids; nothing below a drafted one is shown to processors.
-
-    Raises:
-        UnsupportedArgumentError: a processor known to keep state between calls.
     """
 
-    def __init__(self, processors: LogitsProcessorList, ends: Collection[int] = ()):
+    def __init__(self, processors: Iterable[Any], ends: Collection[int] = ()):
         self._ends = frozenset(ends)
+        asked = [processor for processor in processors if is_pure(processor)]
+        kinds = {type(processor) for processor in asked}
         self.processors: Any  # a LogitsProcessorList; its stubs insist on LongTensor
-        for processor in processors:
-            if type(processor) in STATEFUL:
-                raise UnsupportedArgumentError(
-                    f"logits processor {type(processor).__name__} keeps state between calls and must see each emitted "
-                    "token once; it cannot be applied to a draft tree. Use plain generate for it."
-                )
-        kinds = {type(processor) for processor in processors}
         self.processors = LogitsProcessorList(
-            [_PerRowConstraint(p) if isinstance(p, hf.PrefixConstrainedLogitsProcessor) else p for p in processors]
+            [_PerRowConstraint(p) if isinstance(p, hf.PrefixConstrainedLogitsProcessor) else p for p in asked]
         )
         self.prefix_free = kinds <= PREFIX_FREE
         self.row_free = kinds <= ROW_FREE
@@ -157,7 +110,10 @@ class SamplingLaw:
         row = [i for i, _ in places]
         parent = [parents[i][node] - nodes.start for i, node in places]
         token = [tokens[i][node] for i, node in places]
-        excluded = scores[row, parent, token].isneginf().tolist()
+        above = scores[row, parent]
+        # Where nothing is possible, plain greedy decoding takes token 0 and goes on.
+        ruled_out = above.gather(1, torch.tensor(token, device=scores.device)[:, None])[:, 0].isneginf()
+        excluded = (ruled_out & ~above.amax(1).isneginf()).tolist()
         for (i, node), gone in zip(places, excluded, strict=True):
             dead[i][node] = dead[i][node] or dead[i][parents[i][node]] or gone
 
@@ -203,14 +159,9 @@ class _PerRowConstraint(hf.LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         out = scores.clone()
         for row in self.wanted:
-            allowed = self.inner._prefix_allowed_tokens_fn(row // self.inner._num_beams, input_ids[row])
-            if len(allowed) == 0:
-                raise UnsupportedArgumentError(
-                    f"prefix_allowed_tokens_fn returned no token for batch row {row}; it must allow at least one."
-                )
-            mask = torch.full_like(out[row], float("-inf"))
-            mask[allowed] = 0
-            out[row] = scores[row] + mask
+            ask = partial(self.inner._prefix_allowed_tokens_fn, row // self.inner._num_beams)
+            one: Any = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, ask=ask: ask(ids), num_beams=1)
+            out[row] = one(input_ids[row : row + 1], scores[row : row + 1])[0]
         return out
 
 

@@ -27,7 +27,8 @@ from specdec.engine.task import LaneKey, State, Task
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
 from specdec.parts import Draft
-from specdec.verify.rules import check_choice
+from specdec.verify.purity import in_plain_order
+from specdec.verify.rules import check_choice, check_order
 
 
 class Engine:
@@ -146,6 +147,8 @@ class Engine:
                 raise UnsupportedArgumentError(
                     "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for"
                 )
+            ordered = in_plain_order(request.processors, request.criteria, 1)
+            check_order(asked.rule, sampling, ordered)
             if len(self._stepping.scheduler.waiting) >= self.limits.max_waiting:
                 raise QueueFullError(
                     f"expected fewer than {self.limits.max_waiting} waiting requests: wait for some to finish and "
@@ -156,7 +159,7 @@ class Engine:
                 handle=handle,
                 params=asked,
                 request=request,
-                lane=LaneKey(draft, asked.rule, sampling),
+                lane=LaneKey(draft, asked.rule, sampling, bool(ordered)),
                 seed=request.seeds[0],
                 tail=1 if drafter is None else drafter.tail_slots,
                 nodes=1 if drafter is None else drafter.max_nodes + 1,

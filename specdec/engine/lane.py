@@ -15,6 +15,7 @@ from specdec.engine.budget import Acceptance
 from specdec.engine.law import LaneLaw
 from specdec.engine.task import LaneKey, State, Task
 from specdec.kv.paged import PagedKVCache
+from specdec.plain_order import PlainBatch, PlainOrder
 from specdec.stopping import StopRules
 from specdec.verify import DraftTree, NoiseStream, Rows
 from specdec.verify.kinds import NO_DRAFTS
@@ -35,7 +36,8 @@ class Emitted(NamedTuple):
 class Lane:
     """Rows, law, noise, rule and drafter session of the requests with one `LaneKey`.
 
-    A row's text, noise, law and K/V are its request's own: whoever else is in the lane leaves no trace in it.
+    A row's text, noise, law and K/V are its request's own: whoever else is in the lane leaves no trace in it. What a
+    request's own processors and criteria raise is reported with the decision and ends nobody else's step.
 
     Args:
         drafter: a clone of its own, None for plain decoding.
@@ -50,10 +52,12 @@ class Lane:
         self.cache = cache
         self.rows = Rows.empty(device)
         self.law = LaneLaw()
-        rule = choose_rule(key.rule, key.do_sample, NO_DRAFTS if drafter is None else drafter.kind)
+        kind = NO_DRAFTS if drafter is None else drafter.kind
+        rule = choose_rule(key.rule, key.do_sample, kind, top_down=key.in_order)
         race = RaceStream([], [], vocab, device) if rule is not None and rule.uses_race else None
         noise = NoiseStream([], [], device)
-        self.decider = Decider(self.rows, self.law, drafter, rule, key.do_sample, noise, race)
+        self._order = PlainOrder(self.rows, key.do_sample, isolates=True) if key.in_order else None
+        self.decider = Decider(self.rows, self.law, drafter, rule, key.do_sample, noise, race, self._order)
         self.tasks: dict[int, Task] = {}
         self.acceptance = Acceptance(0 if drafter is None else drafter.max_depth)
         self._stops: dict[int, StopRules] = {}
@@ -74,6 +78,9 @@ class Lane:
         stop = self._stops[row] = StopRules(task.request.criteria, self.rows)
         stop.pads_finished = True  # nobody waits for other rows' ends
         self.law.join(row, task.request.processors, stop.ends)
+        if self._order is not None:
+            ids = self.rows.prefix(row).clone()[None]
+            self._order.join(PlainBatch(task.request.processors, stop, [row], ids))
         self.decider.join(row, task.seed)
         self.tasks[row] = task
         task.state = State.RUNNING
@@ -88,6 +95,8 @@ class Lane:
         self.cache.leave(place)
         self.rows.leave(place)
         self.law.leave(row)
+        if self._order is not None:
+            self._order.leave(row)
         del self._stops[row], self.tasks[row]
         task.row = -1
         if self.drafter is not None:
@@ -105,25 +114,45 @@ class Lane:
         nodes = 0 if self.drafter is None else self.drafter.max_nodes
         return self.decider.propose(Budget(tuple(task.depth for task in tasks), nodes), [t.steps for t in tasks])
 
-    def decide(self, tree: DraftTree, logits: Tensor) -> Decided:
-        return self.decider.decide(tree, logits, [task.steps for task in self.live])
+    def decide(self, tree: DraftTree, logits: Tensor, again: bool = False) -> Decided:
+        """See `Decider.decide`; nothing that a row's own code raises comes out of it."""
+        decided = self.decider.decide(tree, logits, [task.steps for task in self.live], again)
+        of_row = self.law.take_failed()
+        if decided.in_order or not of_row:  # in plain order the law only drafts
+            return decided
+        return decided._replace(failed={i: of_row[row] for i, row in enumerate(self.rows.live) if row in of_row})
 
     def nodes(self, depth: int) -> int:
         """Drafted tokens of one row under a budget of so many levels, at most."""
         return 0 if self.drafter is None or not depth else min(self.drafter.max_nodes, self.drafter.nodes_within(depth))
 
-    def advance(self, decided: Decided, logits: Tensor, failed: Collection[Task]) -> list[Emitted]:
+    def advance(
+        self, decided: Decided, logits: Tensor, failed: Collection[Task]
+    ) -> tuple[list[Emitted], dict[Task, BaseException]]:
         """Commit, append, cut where plain decoding stops. Everyone stays in the lane, the finished and the failed
-        included; the latter get nothing."""
+        included; the latter get nothing.
+
+        Returns:
+            what everybody else got, and the requests whose stop rules failed, with what they raised.
+        """
         decision, tasks = decided.decision, self.live
         for i, task in enumerate(tasks):
             if task in failed:
                 decision.paths[i], decision.runs[i] = [], []
         self.cache.commit(decision.paths)
         self.rows.extend(decision.runs)
-        out = []
+        out: list[Emitted] = []
+        raised: dict[Task, BaseException] = {}
         for i, task in enumerate(tasks):
             if task in failed:
+                continue
+            try:
+                if not decided.in_order:
+                    self._stops[task.row].scan(task.row, decision.runs[i], None)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as fault:
+                raised[task] = fault
                 continue
             run, reason = self._cut(i, task, decision.runs[i])
             task.text.extend(run)
@@ -132,20 +161,18 @@ class Lane:
             out.append(Emitted(task, run, decision.drafted[i], decision.accepted[i], reason))
         if self.drafter is not None:
             self.drafter.observe(decided.verdict, logits)
-        return out
+        return out, raised
 
     def _cut(self, place: int, task: Task, run: list[int]) -> tuple[list[int], str | None]:
-        """What the stop rules leave of a run that is appended already, and why the request ends, if it does."""
+        """What the stop rules left of a run that is appended already, and why the request ends, if it does."""
         stop = self._stops[task.row]
-        stop.scan(task.row, run, None)
         columns = stop.final_columns(task.row)
         if columns is None:
             return run, None
         run = run[: len(run) - (self.rows.ends[task.row] - columns)]
         if self.cache.lengths[place] > columns - 1:
             self.cache.truncate(place, columns - 1)
-        limit = stop.max_columns is not None and columns >= stop.max_columns
-        return run, "length" if limit and not (run and run[-1] in stop.ends) else "stop"
+        return run, "length" if stop.by_length_alone(task.row) else "stop"
 
     def take_faults(self) -> int:
         """Drafter faults since the last call."""

@@ -52,10 +52,12 @@ class LaneLaw:
     """Called like a `SamplingLaw`; every row gets the law of its own request, equal laws are applied at once.
 
     A processor sees the rows that share its law and no others: with processors of its own, a request is row 0 of a
-    batch of one, as it would be alone.
+    batch of one, as it would be alone. Where a row's processors fail, its scores stay raw, for drafter and decision
+    alike, and `take_failed` tells: the others' scores, and so their drafts, are what they would be without it.
     """
 
     def __init__(self) -> None:
+        self._failed: dict[int, BaseException] = {}
         self._of_row: dict[int, SamplingLaw] = {}
         self._shared: dict[Any, SamplingLaw] = {}
 
@@ -69,7 +71,13 @@ class LaneLaw:
                 self._shared[key] = law
         self._of_row[row] = law
 
+    def take_failed(self) -> dict[int, BaseException]:
+        """By row, what its processors raised since the last call."""
+        failed, self._failed = self._failed, {}
+        return failed
+
     def leave(self, row: int) -> None:
+        self._failed.pop(row, None)
         law = self._of_row.pop(row)
         if law not in self._of_row.values():
             self._shared = {key: other for key, other in self._shared.items() if other is not law}
@@ -92,16 +100,39 @@ class LaneLaw:
         for place, row in enumerate(rows.live):
             groups.setdefault(id(self._of_row[row]), []).append(place)
         if len(groups) == 1:
-            law = self._of_row[rows.live[0]]
-            return law(logits, _view(rows, range(len(rows.live))), tokens, parents, nodes, impossible)
+            return self._own(logits, rows, range(len(rows.live)), tokens, parents, nodes, impossible)
         scores = torch.empty_like(logits, dtype=torch.float32)
         for places in groups.values():
-            law = self._of_row[rows.live[places[0]]]
             at = torch.tensor(places, device=logits.device)
             dead = None if impossible is None else impossible[at]
-            scores[at] = law(logits[at], _view(rows, places), tokens[at], parents[at], nodes, dead)
+            scores[at] = self._own(logits[at], rows, places, tokens[at], parents[at], nodes, dead)
         return scores
 
-
-def _view(rows: Rows, places: Sequence[int]) -> Any:
-    return RowView(rows, [rows.live[place] for place in places])
+    def _own(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        places: Sequence[int],
+        tokens: Tensor,
+        parents: Tensor,
+        nodes: range,
+        impossible: Tensor | None,
+    ) -> Tensor:
+        """Scores of rows that share a law (all arguments are theirs alone); raw where it fails."""
+        law = self._of_row[rows.live[places[0]]]
+        view: Any = RowView(rows, [rows.live[place] for place in places])
+        try:
+            return law(logits, view, tokens, parents, nodes, impossible)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as fault:
+            # Rows that share a law have equal processors: what they raise for one row may still be that row's alone.
+            if len(places) == 1:
+                self._failed[rows.live[places[0]]] = fault
+                return logits.to(torch.float32)
+        alone = []
+        for i, place in enumerate(places):
+            at = slice(i, i + 1)
+            dead = None if impossible is None else impossible[at]
+            alone.append(self._own(logits[at], rows, [place], tokens[at], parents[at], nodes, dead))
+        return torch.cat(alone)

@@ -172,8 +172,14 @@ class Stepping:
                 trees[i], logits[i] = self._apart(lane, trees[i], logits[i], range(len(lane.live)), errors)
         for lane, tree, scores in zip(lanes, trees, logits, strict=True):
             decided, whole = self._decided(lane, tree, scores, errors)
-            for emitted in lane.advance(decided, whole, set(errors)):
+            live = lane.live
+            for i, raised in decided.failed.items():
+                errors.setdefault(live[i], self._passes.fault(live[i], f"{type(raised).__name__} of its own: {raised}"))
+            out, stopped = lane.advance(decided, whole, set(errors))
+            for emitted in out:
                 self._emit(lane, emitted)
+            for task, raised in stopped.items():
+                errors[task] = self._passes.fault(task, f"{type(raised).__name__} of its own: {raised}")
             self._counters.add("num_drafter_faults", lane.take_faults())
         for task, error in errors.items():
             self.fail(task, error)
@@ -204,7 +210,7 @@ class Stepping:
         sick = [i for i, flag in enumerate(decided.decision.sick) if flag and live[i] not in errors]
         if sick:
             tree, logits = self._apart(lane, tree, logits, sick, errors)
-            decided = lane.decide(tree, logits)
+            decided = lane.decide(tree, logits, again=True)
             for i in sick:
                 if decided.decision.sick_path[i] and live[i] not in errors:
                     errors[live[i]] = self._passes.fault(live[i], "NaN in its logits")

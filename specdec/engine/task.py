@@ -23,11 +23,12 @@ class State(Enum):
 
 
 class LaneKey(NamedTuple):
-    """Requests that agree in these decode in one lane."""
+    """Requests that agree in these decode in one lane. in_order: their processors are called in plain order."""
 
     draft: str
     rule: str
     do_sample: bool
+    in_order: bool = False
 
 
 @dataclass(eq=False)

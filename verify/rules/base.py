@@ -38,12 +38,15 @@ class AcceptanceRule(ABC):
         lossless: True when the emitted tokens follow the target's law exactly, whatever the drafter.
         changes: of lossy rules, what they do to the text.
         uses_race: True when the rule decides by `noise.race`.
+        top_down: True when what is kept down to a node depends on the laws of its ancestors alone: such a rule can walk
+            with laws that become known one by one (`specdec.plain_order`).
     """
 
     name: str
     lossless: bool = True
     changes: str = ""
     uses_race: bool = False
+    top_down: bool = False
 
     def refusal(self, kind: DraftKind) -> str | None:
         """Why this rule cannot judge drafts of that kind and which rule can; None when it can."""

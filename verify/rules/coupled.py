@@ -30,6 +30,7 @@ class Coupled(AcceptanceRule):
     """
 
     name = "coupled"
+    top_down = True
     uses_race = True
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:

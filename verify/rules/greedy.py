@@ -18,6 +18,7 @@ class Greedy(AcceptanceRule):
     """
 
     name = "greedy"
+    top_down = True
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         choice = argmax(p)

@@ -22,6 +22,7 @@ class Naive(AcceptanceRule):
     """
 
     name = "naive"
+    top_down = True
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         mass, earlier, is_child = _masses(tree, p)

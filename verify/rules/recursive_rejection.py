@@ -27,6 +27,7 @@ class RecursiveRejection(AcceptanceRule):
     """
 
     name = "recursive_rejection"
+    top_down = True
 
     def __call__(self, tree: DraftTree, p: Tensor, noise: Noise) -> Verdict:
         rows = tree.tokens.shape[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.kinds import DraftKind
 from specdec.verify.rules.base import AcceptanceRule
@@ -32,23 +34,25 @@ def make_rule(name: str) -> AcceptanceRule:
     return RULES[name]()
 
 
-def auto_rule(kind: DraftKind) -> AcceptanceRule:
+def auto_rule(kind: DraftKind, top_down: bool = False) -> AcceptanceRule:
     """The best lossless rule for drafts of a kind: naive without q, block for chains, budget_flow for trees that mix
-    both, traversal where siblings are sampled.
+    both, traversal where siblings are sampled; with `top_down` rejection for chains and recursive_rejection for trees.
 
     Ask with the drafter's own kind, not with that of the trees a batch happens to hold: a row's rule, and so its text,
     must not depend on the rows around it.
     """
     if kind.nodes == "deterministic":
         return make_rule("naive")
+    if top_down:
+        return make_rule("rejection" if kind.shape == "chain" else "recursive_rejection")
     if kind.shape == "chain":
         return make_rule("block")
     return make_rule("budget_flow" if kind.nodes == "mixed" else "traversal")
 
 
-def choose_rule(name: str, do_sample: bool, kind: DraftKind | None) -> AcceptanceRule | None:
+def choose_rule(name: str, do_sample: bool, kind: DraftKind | None, top_down: bool = False) -> AcceptanceRule | None:
     """The rule that decides a whole call; None when "auto" must look at each tree, because the drafter does not say
-    what it proposes (`kind` None).
+    what it proposes (`kind` None). `top_down`: see `auto_rule`.
 
     At temperature 0 every rule is greedy matching: `greedy`, which reads scores where the others need probabilities.
     """
@@ -56,7 +60,7 @@ def choose_rule(name: str, do_sample: bool, kind: DraftKind | None) -> Acceptanc
         return make_rule("greedy")
     if name != "auto":
         return make_rule(name)
-    return None if kind is None else auto_rule(kind)
+    return None if kind is None else auto_rule(kind, top_down)
 
 
 def check_choice(name: str, lossy: bool, drafter: str | None = None, kind: DraftKind | None = None) -> None:
@@ -83,3 +87,22 @@ def check_choice(name: str, lossy: bool, drafter: str | None = None, kind: Draft
     why = None if name == "auto" or kind is None else make_rule(name).refusal(kind)
     if why is not None:
         raise UnsupportedArgumentError(f"{why} (the drafter {drafter!r} proposes {kind})")
+
+
+def check_order(name: str, do_sample: bool, ordered: Sequence[str]) -> None:
+    """Refuse a rule that would have to ask processors about whole drafts which only plain order may ask.
+
+    Args:
+        ordered: names of the processors and criteria that are called once per emitted token.
+
+    Raises:
+        UnsupportedArgumentError
+    """
+    if not ordered or not do_sample or name == "auto" or make_rule(name).top_down:
+        return
+    able = [rule.name for rule in RULES.values() if rule.top_down and rule is not Greedy]
+    raise UnsupportedArgumentError(
+        f"rule={name!r} needs the laws of a whole draft at once, but {', '.join(sorted(set(ordered)))} may keep state "
+        f"and is called once per emitted token, as plain generate calls it: expected rule 'auto' or one of {able}. If "
+        "it is a pure function of a row's text, declare that with specdec.pure(...)"
+    )

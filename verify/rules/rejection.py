@@ -22,6 +22,7 @@ class Rejection(AcceptanceRule):
     """
 
     name = "rejection"
+    top_down = True
 
     def refusal(self, kind: DraftKind) -> str | None:
         return chains_only(self.name, kind)

@@ -1,0 +1,228 @@
+"""Decisions in the order of plain decoding, for processors that must be called once per emitted token.
+
+A draft tree is walked from its root along what is really kept. At each node the processors are shown the very batch
+that plain `generate` would show them, then the rule decides about the node's children, then the stop rules are asked;
+nothing is asked about text that is not emitted. The rows of one batch keep step: it ends where its first row leaves its
+draft, and what the others had drafted beyond is not looked at (which depends on that row alone, so laws are untouched).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from specdec.kv import UnsupportedArgumentError
+from specdec.stopping import StopRules
+from specdec.verify import DraftTree, Rows, Verdict
+from specdec.verify.host import on_host
+
+
+class PlainBatch:
+    """The rows of one `generate` call as plain decoding sees them after every token.
+
+    Args:
+        rows: which rows of `Rows` these are. ids: int64 `[len(rows), columns]`, their text, pads included.
+        pad: id shown in the place of a finished row's further tokens, where such rows are padded.
+        keeps_scores: whether criteria are given scores.
+
+    Attributes:
+        num_calls, ms: per processor class, how often it was called and what that took.
+    """
+
+    def __init__(
+        self,
+        processors: Sequence[Any],
+        stop: StopRules,
+        rows: Sequence[int],
+        ids: Tensor,
+        pad: int = 0,
+        keeps_scores: bool = False,
+    ):
+        self.rows = list(rows)
+        self.ids = ids
+        self.ended = [False] * len(self.rows)
+        self.num_calls: dict[str, int] = {}
+        self.ms: dict[str, float] = {}
+        self._processors = [(type(one).__name__, LogitsProcessorList([one])) for one in processors]
+        self._stop = stop
+        self._pad = pad
+        self._shown: list[Tensor] | None = [] if keeps_scores else None
+
+    def process(self, logits: Mapping[int, Tensor]) -> Tensor:
+        """Scores of the next token, `[len(rows), vocab]`; zeros stand in for the logits of rows that have ended.
+
+        Args:
+            logits: `[vocab]` by place in the batch.
+
+        Raises:
+            UnsupportedArgumentError: a processor returned something else than scores of this shape. Whatever a
+            processor raises.
+        """
+        first = next(iter(logits.values()))
+        scores = first.new_zeros(len(self.rows), first.shape[0], dtype=torch.float32)
+        for place, own in logits.items():
+            scores[place] = own
+        shape = scores.shape
+        for name, one in self._processors:
+            start = perf_counter()
+            processed: Any = one(self.ids, scores)  # type: ignore[arg-type]
+            self.num_calls[name] = self.num_calls.get(name, 0) + 1
+            self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (perf_counter() - start)
+            if not isinstance(processed, Tensor) or processed.shape != shape or not processed.is_floating_point():
+                got = f"{processed.dtype} {tuple(processed.shape)}" if isinstance(processed, Tensor) else processed
+                raise UnsupportedArgumentError(
+                    f"logits processor {name}: expected it to return scores, a float tensor {tuple(shape)}, got {got!r}"
+                )
+            scores = processed
+        if self._shown is not None:
+            self._shown.append(scores)
+        return scores.to(torch.float32)
+
+    def append(self, tokens: Mapping[int, int]) -> None:
+        """One token more for every row that runs, and the stop rules' opinion of it (see `ended`).
+
+        Args:
+            tokens: by place in the batch.
+        """
+        column = [tokens.get(place, self._pad) for place in range(len(self.rows))]
+        self.ids = torch.cat([self.ids, self.ids.new_tensor(column)[:, None]], dim=1)
+        stopped = self._stop.column(self.ids, self.rows, None if self._shown is None else tuple(self._shown))
+        if self._stop.pads_finished or all(stopped):  # else the finished go on until the last one stops
+            self.ended = stopped
+
+
+class Walk(NamedTuple):
+    """How far each live row came. Lists are per live row.
+
+    scores, law: float32 `[live, nodes, vocab]`, processed where a row came by, elsewhere raw and zero.
+    kept_end: whether the last token is a draft token, too (its node is not on the path: no pass has followed it).
+    sick: whether it came to a node with NaN in its logits. failed: what its own processors or criteria raised.
+    """
+
+    scores: Tensor
+    law: Tensor
+    verdict: Verdict
+    kept_end: list[bool]
+    sick: list[bool]
+    failed: dict[int, BaseException]
+
+
+class PlainOrder:
+    """Walks trees for rows that belong to batches of plain decoding.
+
+    Args:
+        isolates: what a batch's own code raises ends this batch's walk and is reported in `Walk.failed`. Otherwise it
+            is raised, as plain `generate` would.
+    """
+
+    def __init__(self, rows: Rows, sampling: bool, isolates: bool):
+        self._rows, self._sampling, self._isolates = rows, sampling, isolates
+        self.batches: list[PlainBatch] = []
+
+    def join(self, batch: PlainBatch) -> None:
+        self.batches.append(batch)
+
+    def leave(self, row: int) -> None:
+        """A row that was a batch of its own takes no more part."""
+        self.batches = [batch for batch in self.batches if batch.rows != [row]]
+
+    def walk(self, tree: DraftTree, logits: Tensor, sick: Tensor, judge: Callable[[Tensor], Verdict]) -> Walk:
+        """Every row's path, as far as its batch comes together.
+
+        Args:
+            logits: raw, `[live, nodes, vocab]`; never mutated. sick: bool `[live, nodes]`, nodes with NaN in them.
+            judge: a top-down rule's verdict for a law `[live, nodes, vocab]` of which deeper nodes are still zero.
+        """
+        scores = logits.to(torch.float32, copy=True)
+        law = torch.zeros_like(scores)
+        (drafted, unfit) = on_host(tree.tokens, sick)
+        live = len(self._rows.live)
+        state = Walk(scores, law, judge(law), [False] * live, [False] * live, {})
+        paths, ends = [[0] for _ in range(live)], [0] * live
+        place_of = {row: place for place, row in enumerate(self._rows.live)}
+        walking = [(batch, self._running(batch, place_of)) for batch in self.batches]
+        walking = [(batch, places) for batch, places in walking if places]
+        while walking:
+            asked = [one for one in walking if self._ask(*one, state, logits, paths, unfit)]
+            accepted, following, kept = on_host(*_host_order(judge(law)))
+            walking = []
+            for batch, places in asked:
+                tokens = {}
+                for index, place in places.items():
+                    depth = len(paths[place])
+                    state.kept_end[place] = accepted[place] >= depth
+                    ends[place] = drafted[place][kept[place][depth]] if state.kept_end[place] else following[place]
+                    tokens[index] = ends[place]
+                if not self._attempt(batch, places, state, lambda b=batch, t=tokens: b.append(t)):
+                    continue
+                running = {index: place for index, place in places.items() if not batch.ended[index]}
+                if running and all(state.kept_end[place] for place in running.values()):
+                    for place in running.values():
+                        paths[place].append(kept[place][len(paths[place])])
+                    walking.append((batch, running))
+        return state._replace(verdict=_verdict(paths, ends, tree))
+
+    def _running(self, batch: PlainBatch, place_of: Mapping[int, int]) -> dict[int, int]:
+        """Place in the batch -> place among the live rows."""
+        return {index: place_of[row] for index, row in enumerate(batch.rows) if row in place_of}
+
+    def _ask(
+        self,
+        batch: PlainBatch,
+        places: Mapping[int, int],
+        state: Walk,
+        logits: Tensor,
+        paths: Sequence[Sequence[int]],
+        unfit: Sequence[Sequence[bool]],
+    ) -> bool:
+        """Scores and laws of the nodes its rows stand at; False where this batch comes no further."""
+        for place in places.values():
+            state.sick[place] = unfit[place][paths[place][-1]]
+        if any(state.sick[place] for place in places.values()):
+            return False
+
+        def process() -> None:
+            raw = {index: logits[place, paths[place][-1]].to(torch.float32) for index, place in places.items()}
+            processed = batch.process(raw)
+            own = F.softmax(processed, dim=-1) if self._sampling else processed
+            for index, place in places.items():
+                node = paths[place][-1]
+                state.scores[place, node], state.law[place, node] = processed[index], own[index]
+            if self._sampling and bool(own[list(places)].isnan().any()):
+                raise UnsupportedArgumentError(
+                    "the logits processors leave nothing to sample from: expected at least one finite score per row, "
+                    f"got only -inf or NaN after {' '.join(batch.num_calls)}"
+                )
+
+        return self._attempt(batch, places, state, process)
+
+    def _attempt(self, batch: PlainBatch, places: Mapping[int, int], state: Walk, call: Callable[[], None]) -> bool:
+        """Run a batch's own code; False where that failed (and is nobody else's loss)."""
+        try:
+            call()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as fault:  # an exit asked for by one request's code is that request's end
+            if not self._isolates:
+                raise
+            state.failed.update(dict.fromkeys(places.values(), fault))
+            return False
+        return True
+
+
+def _host_order(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
+    return verdict.num_accepted, verdict.next_token, verdict.path
+
+
+def _verdict(paths: Sequence[Sequence[int]], ends: Sequence[int], tree: DraftTree) -> Verdict:
+    width = tree.max_depth + 1
+    device = tree.tokens.device
+    padded = [[*path, *[-1] * (width - len(path))] for path in paths]
+    kept = torch.tensor([len(path) - 1 for path in paths], device=device)
+    return Verdict(torch.tensor(padded, device=device), kept, torch.tensor(list(ends), device=device))
