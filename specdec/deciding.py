@@ -181,6 +181,8 @@ class Decider:
             sick = law[..., 0].isnan()  # NaN anywhere in a row is NaN in its sum, hence everywhere
         else:
             law, sick = scores, scores.amax(-1).isnan()
+            if scores is not logits:  # NaN that processors make is taken as it comes, as plain greedy decoding does
+                sick = sick & logits.amax(-1).isnan()
         verdict = judge(law)
         return Decided(scores, law, verdict, rule, read_verdict(tree, sick, verdict))
 

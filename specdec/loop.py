@@ -12,12 +12,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from specdec.deciding import Decided, Decider
 from specdec.drafters import Budget, FallbackGuard, Session
 from specdec.drafters.base import CACHE_NAME, depth_limits
-from specdec.kv import KVCache, PagedKVCache, SharedKVCache
+from specdec.kv import KVCache, PagedKVCache, SharedKVCache, UnsupportedArgumentError
 from specdec.kv.shared import INITIAL_SLOTS
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
-from specdec.plain_order import PlainBatch, PlainOrder
+from specdec.plain_order import NOTHING_LEFT, PlainBatch, PlainOrder
 from specdec.report import SpecReport, StepTrace, Stopwatch
 from specdec.request import Request
 from specdec.stopping import StopRules
@@ -152,6 +152,8 @@ class DecodeLoop:
                 tree, logits = self.passes.healthy_part(tree)
                 decided = self.decider.decide(tree, logits, self.report.num_steps, again=True)
                 if any(decided.decision.sick_path):
+                    if not bool(logits.isnan().any()):
+                        raise UnsupportedArgumentError(NOTHING_LEFT)
                     raise self.passes.fault("NaN in its logits")
             if self.monitor is not None and self.sampling and not decided.in_order:
                 self.monitor.decided(decided.rule, tree, decided.law, decided.verdict)

@@ -22,6 +22,11 @@ from specdec.stopping import StopRules
 from specdec.verify import DraftTree, Rows, Verdict
 from specdec.verify.host import on_host
 
+NOTHING_LEFT = (
+    "the logits processors leave nothing to sample from: expected a finite score for some token of every row, got only "
+    "-inf, or NaN. Loosen their arguments, or see what your own processors return"
+)
+
 
 class PlainBatch:
     """The rows of one `generate` call as plain decoding sees them after every token.
@@ -195,10 +200,7 @@ class PlainOrder:
                 node = paths[place][-1]
                 state.scores[place, node], state.law[place, node] = processed[index], own[index]
             if self._sampling and bool(own[list(places)].isnan().any()):
-                raise UnsupportedArgumentError(
-                    "the logits processors leave nothing to sample from: expected at least one finite score per row, "
-                    f"got only -inf or NaN after {' '.join(batch.num_calls)}"
-                )
+                raise UnsupportedArgumentError(NOTHING_LEFT)
 
         return self._attempt(batch, places, state, process)
 
