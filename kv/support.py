@@ -118,8 +118,8 @@ def check_model(model: object, role: str) -> PreTrainedModel:
     parameters = inspect.signature(model.forward).parameters
     if cache_argument(model) is None:
         raise UnsupportedModelError(
-            f"{role}: {name}.forward takes no K/V cache (no {' and no '.join(CACHE_KEYWORDS)}); use plain generate "
-            f"({tested_range()})."
+            f"{role}: {name}.forward takes neither {' nor '.join(f'`{word}`' for word in CACHE_KEYWORDS)}; use plain "
+            f"generate ({tested_range()})."
         )
     for needed in ("position_ids", "attention_mask"):
         if needed not in parameters:
