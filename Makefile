@@ -3,6 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 VENV_MIN := .venv-min
+VENV_NEWEST := .venv-newest
 STAMP := $(VENV)/.specdec-installed
 STAMP_MIN := $(VENV_MIN)/.specdec-installed
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min lint format bench docs clean
+.PHONY: help demo test test-min smoke lint format bench docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -45,6 +46,23 @@ test: $(STAMP) lint  ## format check, lint, types, every test
 
 test-min: $(STAMP_MIN)  ## every test with the oldest supported transformers
 	$(ONE_THREAD) $(OFFLINE) $(VENV_MIN)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# What a newcomer gets today: the wheel, and the newest of everything it allows. Only torch is held where `make test` has it: it is
+# transformers that renames things, while another torch would be gigabytes for CUDA that pip does not have in its cache yet.
+NEWEST := $(VENV_NEWEST)/bin/python -m pip
+UNREACHED := { echo "make smoke: pip got no current packages (above: what failed). Is the package index reachable?" >&2; exit 1; }
+
+smoke:  ## build the wheel, install it with the newest of everything it allows, try the basics
+	@test -x $(VENV_NEWEST)/bin/python || $(PYTHON) -m venv $(VENV_NEWEST)
+	@rm -rf build $(VENV_NEWEST)/wheel
+	@grep '^torch==' constraints.txt > $(VENV_NEWEST)/torch.txt
+	$(NEWEST) wheel --quiet $(PIP_ARGS) --no-deps --wheel-dir $(VENV_NEWEST)/wheel . || $(UNREACHED)
+	$(NEWEST) install --quiet $(PIP_ARGS) --upgrade --upgrade-strategy eager --constraint $(VENV_NEWEST)/torch.txt \
+		pytest $(VENV_NEWEST)/wheel/*.whl || $(UNREACHED)
+	@# The line above keeps a wheel of the same version that an earlier run has installed.
+	$(NEWEST) install --quiet --no-deps --no-index --force-reinstall $(VENV_NEWEST)/wheel/*.whl
+	$(NEWEST) check
+	$(ONE_THREAD) $(OFFLINE) SPECDEC_SMOKE_WHEEL=1 $(VENV_NEWEST)/bin/pytest -c tests/smoke/pytest.ini tests/smoke
 
 lint: $(STAMP)  ## format check, lint, types
 	$(BIN)/ruff format --check .

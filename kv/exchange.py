@@ -1,4 +1,4 @@
-"""Exchange with `transformers` caches: adopt a caller's `past_key_values`, hand one back that it understands."""
+"""Exchange with `transformers` caches: adopt a caller's cache, hand one back that it understands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache
 
 from specdec.kv.base import KVCache
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.versions import CACHE_KEYWORD
 
 
 def cached_tokens(cache: Cache) -> int:
@@ -18,27 +19,27 @@ def cached_tokens(cache: Cache) -> int:
 
 
 def check_adoptable(cache: object, rows: int) -> DynamicCache:
-    """Refuse a `past_key_values` that cannot be read completely and extended in place.
+    """Refuse a caller's cache that cannot be read completely and extended in place.
 
     Raises:
         UnsupportedArgumentError: not a `DynamicCache`, not `rows` rows, or its sliding layers already dropped tokens.
     """
     if not isinstance(cache, DynamicCache):
         raise UnsupportedArgumentError(
-            f"past_key_values: expected a transformers DynamicCache, got {type(cache).__name__}. Pass a DynamicCache "
-            "(it is what `generate` returns), or leave past_key_values out."
+            f"{CACHE_KEYWORD}: expected a transformers DynamicCache, got {type(cache).__name__}. Pass a DynamicCache "
+            f"(it is what `generate` returns), or leave {CACHE_KEYWORD} out."
         )
     layers: list[Any] = cache.layers  # a union of layer kinds, told apart by what they hold
     for i, layer in enumerate(layers):
         batch = layer.keys.shape[0] if layer.is_initialized and layer.keys is not None and layer.keys.numel() else rows
         if batch != rows:
-            raise UnsupportedArgumentError(f"past_key_values holds {batch} rows but input_ids has {rows}.")
+            raise UnsupportedArgumentError(f"{CACHE_KEYWORD} holds {batch} rows but input_ids has {rows}.")
         held = layer.keys.shape[-2] if layer.is_initialized and layer.keys is not None and layer.keys.numel() else 0
         if held != int(layer.get_seq_length()):
             raise UnsupportedArgumentError(
-                f"past_key_values: layer {i} ({type(layer).__name__}) holds only the last {held} of "
+                f"{CACHE_KEYWORD}: layer {i} ({type(layer).__name__}) holds only the last {held} of "
                 f"{int(layer.get_seq_length())} tokens; a cache that dropped tokens cannot be rolled back. "
-                "Generate without past_key_values, or build the cache as a plain DynamicCache()."
+                f"Generate without {CACHE_KEYWORD}, or build the cache as a plain DynamicCache()."
             )
     return cache
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.versions import CACHE_KEYWORDS, cache_argument, cached, naming_the_tested_range, tested_range
 
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
 """`config.layer_types` entries whose K/V are kept per token. Windowed layers are kept whole and masked."""
@@ -52,10 +53,11 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     with torch.no_grad():
         # Offloaded weights are on "meta" between passes.
         token = torch.zeros(1, 1, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, **cached(model, cache))
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+@naming_the_tested_range
 def check_model(model: object, role: str) -> PreTrainedModel:
     """Return `model` if it can be decoded on a rollback cache, else say by name why not.
 
@@ -114,10 +116,15 @@ def check_model(model: object, role: str) -> PreTrainedModel:
             f"{role}: {name} shares K/V between layers, which the shared cache does not support."
         )
     parameters = inspect.signature(model.forward).parameters
-    for needed in ("position_ids", "past_key_values", "attention_mask"):
+    if cache_argument(model) is None:
+        raise UnsupportedModelError(
+            f"{role}: {name}.forward takes neither {' nor '.join(f'`{word}`' for word in CACHE_KEYWORDS)}; use plain "
+            f"generate ({tested_range()})."
+        )
+    for needed in ("position_ids", "attention_mask"):
         if needed not in parameters:
             raise UnsupportedModelError(
                 f"{role}: {name}.forward takes no `{needed}`; sibling draft tokens share a position, so a tree cannot "
-                "be verified with this model."
+                f"be verified with this model ({tested_range()})."
             )
     return model

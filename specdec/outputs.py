@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.kv import KVCache
 from specdec.kv.exchange import export
+from specdec.kv.versions import decoder_output
 from specdec.request import Request
 from specdec.verify.rows import Rows
 
@@ -82,13 +83,13 @@ class Collector:
         if not request.wants_dict:
             return sequences
         tokens = width - rows.prompt_length
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,  # type: ignore[arg-type]
+        return decoder_output(
+            past,
+            sequences,
             scores=_per_token(self.scores, tokens) if request.keeps_scores else None,
             logits=_per_token(self.logits, tokens) if request.keeps_logits else None,
             attentions=None,
             hidden_states=None,
-            past_key_values=past,
         )
 
     def _export(self, cache: KVCache, storage: dict[int, int], width: int) -> DynamicCache:

@@ -13,9 +13,10 @@ from transformers.generation import GenerationMode
 
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.exchange import cached_tokens, check_adoptable
+from specdec.kv.versions import CACHE_KEYWORD, cache_in
 from specdec.report import StepTrace
 
-_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_MODEL_KWARGS = {"attention_mask", "position_ids", CACHE_KEYWORD, "use_cache", "logits_to_keep"}
 """Model inputs that are understood; anything else would have to reach every forward and is refused."""
 
 
@@ -113,12 +114,12 @@ def build_request(
     input_ids = input_ids.to(device)
     rows = input_ids.shape[0]
     real = _real_columns(input_ids, model_kwargs.get("attention_mask"))
-    cache, cached = _caller_cache(model_kwargs.get("past_key_values"), input_ids)
+    cache, cached = _caller_cache(cache_in(model_kwargs), input_ids)
     _check_positions(model_kwargs.get("position_ids"), real, input_ids)
     repeats = max(1, config.num_return_sequences or 1)
     if cached and repeats > 1:
         raise UnsupportedArgumentError(
-            "past_key_values with num_return_sequences > 1: repeat the prompt and cache first"
+            f"{CACHE_KEYWORD} with num_return_sequences > 1: repeat the prompt and cache first"
         )
     seeds, requests = _noise_keys(seed, generator, rows, bool(config.do_sample))
     return Request(
@@ -150,7 +151,7 @@ def _real_columns(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask.shape != input_ids.shape:
         raise UnsupportedArgumentError(
             f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}. "
-            "input_ids must hold the whole text, the part already in past_key_values included."
+            f"input_ids must hold the whole text, the part already in {CACHE_KEYWORD} included."
         )
     real = mask.to(device=input_ids.device).bool()
     if not bool(real[:, -1].all()):
@@ -168,7 +169,7 @@ def _caller_cache(cache: Any, input_ids: Tensor) -> tuple[DynamicCache | None, i
         return (cache if isinstance(cache, DynamicCache) else None), 0
     if columns >= input_ids.shape[1]:
         raise UnsupportedArgumentError(
-            f"past_key_values holds {columns} tokens but input_ids only {input_ids.shape[1]}: pass the whole text, the "
+            f"{CACHE_KEYWORD} holds {columns} tokens but input_ids only {input_ids.shape[1]}: pass the whole text, the "
             "cached part included, and at least one token that is not cached."
         )
     return check_adoptable(cache, input_ids.shape[0]), columns  # an empty cache of the caller's is filled for them

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import specdec
 from specdec.cli import app
+from specdec.kv.versions import CACHE_KEYWORD
 
 NUM_TOKENS = 12
 
@@ -59,8 +60,8 @@ def test_text_mode_continues_one_growing_text(tiny_pair: Path, calls: list[dict[
     assert result.stdout == f"{first_text}\n{second_text}\n"
     assert len(calls) == 2, "an empty line asks nothing"
     assert calls[1]["input_ids"].tolist() == [ids]
-    assert "past_key_values" not in calls[0]
-    assert calls[1]["past_key_values"] is not None, "the K/V of the first turn is used again"
+    assert CACHE_KEYWORD not in calls[0]
+    assert calls[1][CACHE_KEYWORD] is not None, "the K/V of the first turn is used again"
 
 
 def test_template_mode_sends_the_whole_conversation(tmp_path: Path, calls: list[dict[str, Any]]) -> None:
@@ -74,7 +75,7 @@ def test_template_mode_sends_the_whole_conversation(tmp_path: Path, calls: list[
     assert result.stdout == f"{first}\n{second}\n"
     assert calls[1]["input_ids"].tolist() == [ids]
     # The template writes the role of an old answer differently from its prompt: stale K/V must not be used.
-    assert "past_key_values" not in calls[1]
+    assert CACHE_KEYWORD not in calls[1]
 
 
 def test_commands(tiny_pair: Path, calls: list[dict[str, Any]]) -> None:
@@ -83,7 +84,7 @@ def test_commands(tiny_pair: Path, calls: list[dict[str, Any]]) -> None:
     assert "nothing was generated yet" in result.stdout
     assert result.stdout.count("mean acceptance length") == 1
     assert [call["input_ids"].tolist() for call in calls] == [calls[0]["input_ids"].tolist()] * 2
-    assert "past_key_values" not in calls[1], "/reset forgets the K/V too"
+    assert CACHE_KEYWORD not in calls[1], "/reset forgets the K/V too"
     assert "unknown command /sing" in result.stderr
     assert "/quit" in result.stdout
 
@@ -110,4 +111,4 @@ def test_an_interrupted_answer_stays_in_the_conversation(tiny_pair: Path, monkey
     first, second = (call["input_ids"][0].tolist() for call in seen)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_pair / "target")
     assert second == [*first, 40, 41, *tokenizer("go on\n").input_ids]
-    assert "past_key_values" not in seen[1]
+    assert CACHE_KEYWORD not in seen[1]

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.stopping import StopRules
 from specdec.verify import law
 
@@ -116,9 +117,9 @@ def chat(case: Case, generate: Callable[..., Any]) -> list[Any]:
     inputs = case.inputs()
     extra = models.prompts((4,) * len(case.lengths), case.vocab, case.prompt_seed + 1)[0]
     cache = DynamicCache()
-    first = generate(**inputs, past_key_values=cache, return_dict_in_generate=True)
+    first = generate(**inputs, **{CACHE_KEYWORD: cache}, return_dict_in_generate=True)
     turn = {**inputs, **second_turn(first.sequences, inputs["attention_mask"], extra)}
-    second = generate(**turn, past_key_values=first.past_key_values, return_dict_in_generate=True)
+    second = generate(**turn, **{CACHE_KEYWORD: cache_of(first)}, return_dict_in_generate=True)
     return [first, second]
 
 
@@ -132,7 +133,7 @@ def test_a_chat_on_one_cache(part: int, ties: NearTies, data: st.DataObject) -> 
     target: Any = case.target
     plain, ours = chat(case, target.generate), chat(case, case.speculator().generate)
     ties.check(case, lambda **more: plain[1] if more else plain[1].sequences, lambda: ours[1].sequences)
-    assert type(ours[1].past_key_values) is type(plain[1].past_key_values)
+    assert type(cache_of(ours[1])) is type(cache_of(plain[1]))
     if not torch.equal(plain[1].sequences, ours[1].sequences):
         return  # an allowed near-tie: the two texts go their own ways
     extra = models.prompts((2,) * len(case.lengths), case.vocab, case.prompt_seed + 2)[0]
@@ -140,9 +141,11 @@ def test_a_chat_on_one_cache(part: int, ties: NearTies, data: st.DataObject) -> 
     ends = []
     for turn in (plain[1], ours[1]):
         inputs = {**case.inputs(), **second_turn(turn.sequences, mask, extra)}
-        assert turn.past_key_values.get_seq_length() == turn.sequences.shape[1] - 1
-        cache = copy.deepcopy(turn.past_key_values)
-        ends.append(target.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, output_scores=True))
+        assert cache_of(turn).get_seq_length() == turn.sequences.shape[1] - 1
+        cache = copy.deepcopy(cache_of(turn))
+        ends.append(
+            target.generate(**inputs, **{CACHE_KEYWORD: cache}, return_dict_in_generate=True, output_scores=True)
+        )
     ties.check(case, lambda **more: ends[0] if more else ends[0].sequences, lambda: ends[1].sequences)
 
 
@@ -157,7 +160,7 @@ def test_our_cache_of_a_windowed_model_is_usable_by_plain_decoding() -> None:
     texts = []
     for turn in turns:
         more = {**inputs, **second_turn(turn.sequences, inputs["attention_mask"], extra)}
-        texts.append(target.generate(**more, past_key_values=turn.past_key_values))
+        texts.append(target.generate(**more, **{CACHE_KEYWORD: cache_of(turn)}))
     assert torch.equal(texts[0], texts[1])
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from specdec import ModelDrafter, NgramDrafter, Speculator, StepTrace
 from specdec.drafters import DrafterFaultWarning, Session
 from specdec.drafters.guard import normalised
+from specdec.kv.versions import cache_of
 from specdec.verify import DraftTree, Topology, Verdict
 
 
@@ -115,7 +116,7 @@ def test_the_drafter_recovers_and_the_targets_cache_is_intact(shape: dict[str, A
         )
     assert not isinstance(ours, Tensor)
     theirs = plain_greedy(single, attention_mask=REAL[:1], return_dict_in_generate=True)
-    assert_same_cache(ours.past_key_values, theirs.past_key_values)
+    assert_same_cache(cache_of(ours), cache_of(theirs))
 
 
 def test_a_fault_in_observe_only() -> None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from specdec.drafters.base import CACHE_NAME
 from specdec.kv.shared import SharedKVCache
+from specdec.kv.versions import cache_of, cached
 from specdec.loop import DecodeLoop
 from specdec.target import TARGET
 
@@ -26,7 +27,7 @@ def fresh_cache(model: Any, text: torch.Tensor) -> list[tuple[torch.Tensor, torc
     inside, config._attn_implementation = config._attn_implementation, "sdpa"  # a decode loop may be running
     try:
         with torch.no_grad():
-            model(input_ids=text[None], past_key_values=cache, use_cache=True)
+            model(input_ids=text[None], **cached(model, cache))
     finally:
         config._attn_implementation = inside
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
@@ -134,7 +135,7 @@ def test_the_first_pass_is_bitwise_that_of_plain_decoding(in_torch: None) -> Non
     case = Case("llama-gqa", "fp32", (9,), Drafting("none"), new_tokens=2)
     out = case.speculator().generate(**case.inputs(), return_dict_in_generate=True)
     expected = fresh_cache(case.target, out.sequences[0, :9])
-    for ours, (keys, values) in zip(out.past_key_values.layers, expected, strict=True):
+    for ours, (keys, values) in zip(cache_of(out).layers, expected, strict=True):
         assert torch.equal(ours.keys[0, :, :9], keys)
         assert torch.equal(ours.values[0, :, :9], values)
 
@@ -152,12 +153,12 @@ def test_a_chain_of_accepted_drafts_is_bitwise_the_same_passes_on_a_plain_cache(
     cache: Any = DynamicCache()
     start = 5 + widths[0]  # the prompt is read along with the first draft
     with torch.no_grad():
-        target(input_ids=out.sequences[:, :start], past_key_values=cache, use_cache=True)
+        target(input_ids=out.sequences[:, :start], **cached(target, cache))
         for width in widths[1:]:
-            target(input_ids=out.sequences[:, start : start + width], past_key_values=cache, use_cache=True)
+            target(input_ids=out.sequences[:, start : start + width], **cached(target, cache))
             start += width
     assert start >= out.sequences.shape[1] - 1
-    for ours, plain in zip(out.past_key_values.layers, cache.layers, strict=True):
+    for ours, plain in zip(cache_of(out).layers, cache.layers, strict=True):
         held = ours.keys.shape[2]
         assert torch.equal(ours.keys, plain.keys[:, :, :held])
         assert torch.equal(ours.values, plain.values[:, :, :held])

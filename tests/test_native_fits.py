@@ -12,6 +12,7 @@ from test_native import caches, forward_of, native, pytestmark  # noqa: F401  (t
 
 import specdec
 from specdec.kv import CacheStateError, TargetFaultError
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.verify.direct import direct_pass
 from specdec.verify.native import NativePass, run
 
@@ -32,9 +33,11 @@ def test_storage_of_another_kind_is_refused(which: int) -> None:
 def test_a_callers_cache_in_another_dtype_is_an_error() -> None:
     model: Any = models.target("llama-gqa", "fp32")
     ids = models.prompts((6,), models.VOCAB, 3)[0]
-    past = models.target("llama-gqa", "fp64")(ids[:, :5], use_cache=True).past_key_values
+    past = cache_of(models.target("llama-gqa", "fp64")(ids[:, :5], use_cache=True))
     with pytest.raises(TargetFaultError, match="K/V of shape"):
-        specdec.Speculator(model, "ngram", k=2).generate(ids, past_key_values=past, max_new_tokens=4, do_sample=False)
+        specdec.Speculator(model, "ngram", k=2).generate(
+            ids, max_new_tokens=4, do_sample=False, **{CACHE_KEYWORD: past}
+        )
 
 
 def test_a_model_of_which_layers_were_removed_decodes() -> None:

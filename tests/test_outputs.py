@@ -10,6 +10,8 @@ import torch
 from checker import Case, Drafting
 from transformers import DynamicCache
 
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
+
 FAMILIES = ("llama-gqa", "qwen2", "mistral-window", "gpt2", "gemma")
 DRAFTINGS = [
     Drafting("none"),
@@ -76,7 +78,7 @@ def test_the_returned_cache_has_plains_type_length_and_content(family: str, draf
     for eos in (None, [5, 9, 17]):
         plain, ours = both(case, return_dict_in_generate=True, eos_token_id=eos)
         assert torch.equal(ours.sequences, plain.sequences)
-        mine, theirs = ours.past_key_values, plain.past_key_values
+        mine, theirs = cache_of(ours), cache_of(plain)
         assert type(mine) is type(theirs) is DynamicCache
         width = plain.sequences.shape[1] - 1
         assert mine.get_seq_length() == theirs.get_seq_length() == width
@@ -99,8 +101,8 @@ def test_a_callers_cache_is_extended_in_place_as_plain_does() -> None:
     lengths = []
     for generate in (target.generate, case.speculator().generate):
         cache = DynamicCache()
-        out = generate(**case.inputs(), past_key_values=cache, return_dict_in_generate=True)
-        assert out.past_key_values is cache
+        out = generate(**case.inputs(), **{CACHE_KEYWORD: cache}, return_dict_in_generate=True)
+        assert cache_of(out) is cache
         lengths.append(cache.get_seq_length())
     assert lengths[0] == lengths[1]
 
@@ -121,7 +123,7 @@ def test_only_what_was_asked_for_is_there(arguments: dict[str, Any]) -> None:
     plain, ours = both(case, **arguments)
     assert type(ours) is type(plain)
     if arguments.get("return_dict_in_generate"):
-        for name in ("sequences", "scores", "logits", "attentions", "hidden_states", "past_key_values"):
+        for name in ("sequences", "scores", "logits", "attentions", "hidden_states", CACHE_KEYWORD):
             assert (ours[name] if name in ours else None) is None or name in plain
             assert type(getattr(ours, name)) is type(getattr(plain, name))
 

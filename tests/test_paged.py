@@ -16,6 +16,7 @@ import specdec
 from specdec.drafters import BestFirst, DySpec, ModelDrafter, NgramDrafter
 from specdec.kv import PagedKVCache, UnsupportedArgumentError
 from specdec.kv.paged_store import PagedStore
+from specdec.kv.versions import CACHE_KEYWORD, cache_of, cached
 from specdec.loop import DecodeLoop
 
 PAGE_SIZES = (1, 7, 16, 256)
@@ -73,7 +74,7 @@ def assert_same(contiguous: Any, paged: Any) -> None:
     assert torch.equal(contiguous.sequences, paged.sequences)
     for one, other in zip(contiguous.logits, paged.logits, strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(contiguous.past_key_values.layers, paged.past_key_values.layers, strict=True):
+    for one, other in zip(cache_of(contiguous).layers, cache_of(paged).layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
 
@@ -123,9 +124,9 @@ def test_a_callers_cache_is_continued(page_size: int) -> None:
     for layout in (dict(cache="contiguous"), dict(cache="paged", page_size=page_size)):
         past = DynamicCache()
         with torch.no_grad():
-            target(input_ids=ids[:, :5], past_key_values=past, use_cache=True)
+            target(input_ids=ids[:, :5], **cached(target, past))
         spec = specdec.Speculator(target, models.draft("near", "llama-gqa", "fp64", 0), k=3, **layout)
-        options: dict[str, Any] = dict(past_key_values=past, max_new_tokens=10, do_sample=False, eos_token_id=None)
+        options: dict[str, Any] = {CACHE_KEYWORD: past, "max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
         outs.append(spec.generate(ids, return_dict_in_generate=True, output_logits=True, **options))
     assert_same(*outs)
 

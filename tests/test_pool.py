@@ -8,6 +8,7 @@ import torch
 from pool_calls import LAYERS, keys_of, prefill, write
 
 from specdec.kv import CacheStateError, KVPool, OutOfPagesError, PagedKVCache, UnsupportedArgumentError
+from specdec.kv.versions import cached
 
 
 def test_pages_follow_the_text() -> None:
@@ -114,7 +115,7 @@ def test_a_pool_keeps_to_its_bytes() -> None:
     for name, model in (("target", target), ("draft", draft)):
         with cache.writing(name, [0], 5), torch.no_grad():
             ids = torch.ones(1, 5, dtype=torch.int64)
-            model(input_ids=ids, past_key_values=cache.view(name), use_cache=True)
+            model(input_ids=ids, **cached(model, cache.view(name)))
     assert pool.num_pages is not None
     assert 200_000 - pool.page_bytes < pool.num_bytes() <= 200_000
     assert pool.num_bytes() == (pool.num_pages + 1) * pool.page_bytes

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import NgramDrafter
 from specdec.kv import CacheStateError, SharedKVCache
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
 LENGTHS = (7, 30, 3, 58)
 """With 12 tokens each: texts that end before, at and after a border of blocks."""
@@ -52,7 +53,7 @@ def apart(one: Any, other: Any) -> tuple[int, int, int]:
     rows = int((one.sequences != other.sequences).any(1).sum())
     logits = int((torch.stack(one.logits) != torch.stack(other.logits)).any(-1).sum())
     layers = 0
-    for a, b in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+    for a, b in zip(cache_of(one).layers, cache_of(other).layers, strict=True):
         layers += not (torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values))
     return rows, logits, layers
 
@@ -167,7 +168,7 @@ def test_a_reused_cache_changes_no_bit() -> None:
         )  # fmt: skip
         first: Any = spec.generate(input_ids=ids, **options)
         longer = torch.cat([first.sequences, ids], 1)
-        turns.append(spec.generate(input_ids=longer, past_key_values=first.past_key_values, **options))
+        turns.append(spec.generate(input_ids=longer, **{CACHE_KEYWORD: cache_of(first)}, **options))
     for turn in turns[1:]:
         assert apart(turns[0], turn) == (0, 0, 0)
 

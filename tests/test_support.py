@@ -13,6 +13,7 @@ from checker import Case, Drafting
 
 import specdec
 from specdec import UnsupportedArgumentError, UnsupportedModelError
+from specdec.kv.versions import CACHE_KEYWORD
 
 SMALL: dict[str, Any] = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
 
@@ -52,9 +53,9 @@ REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     "output_attentions": lambda: {"output_attentions": True, "return_dict_in_generate": True},
     "output_hidden_states": lambda: {"output_hidden_states": True, "return_dict_in_generate": True},
     "synced_gpus": lambda: {"synced_gpus": True},
-    "DynamicCache, got StaticCache": lambda: {"past_key_values": static_cache(2)},
-    "past_key_values: expected a transformers DynamicCache": lambda: {"past_key_values": static_cache(0)},
-    "holds 3 tokens but input_ids only 3": lambda: {"past_key_values": filled(tf.DynamicCache(), 3)},
+    "DynamicCache, got StaticCache": lambda: {CACHE_KEYWORD: static_cache(2)},
+    f"{CACHE_KEYWORD}: expected a transformers DynamicCache": lambda: {CACHE_KEYWORD: static_cache(0)},
+    "holds 3 tokens but input_ids only 3": lambda: {CACHE_KEYWORD: filled(tf.DynamicCache(), 3)},
     "Pad on the left": lambda: {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])},
     "seed or generator": lambda: {"seed": 1, "generator": torch.Generator()},
     "one seed per row": lambda: {"seed": [1, 2, 3], "do_sample": True},

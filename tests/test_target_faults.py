@@ -12,6 +12,7 @@ from fault_cases import DRAFT, GREEDY, MODEL, PROMPT, SAMPLED, plain_greedy
 from torch import Tensor
 
 from specdec import Speculator, TargetFaultError
+from specdec.kv.versions import cache_of
 from specdec.loop import DecodeLoop
 from specdec.target import TARGET
 
@@ -80,7 +81,7 @@ def test_a_target_fault_is_typed_and_loses_nothing(
     assert loop.cache.lengths == [count - 1 for count in loop.rows.lengths()]
     assert loop.cache.filled(TARGET) == loop.cache.lengths
     for row, length in enumerate(loop.cache.lengths):
-        fresh = MODEL(loop.rows.text[row : row + 1, :length]).past_key_values
+        fresh = cache_of(MODEL(loop.rows.text[row : row + 1, :length]))
         for (keys, values), layer in zip(loop.cache.layers(TARGET, row), fresh.layers, strict=True):
             torch.testing.assert_close(keys, layer.keys[0], rtol=0, atol=1e-10)
             torch.testing.assert_close(values, layer.values[0], rtol=0, atol=1e-10)

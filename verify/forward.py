@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from specdec.kv.base import PassCache
 from specdec.kv.support import text_config
+from specdec.kv.versions import CACHE_KEYWORD, cache_argument
 from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.linear import few_row_linears
@@ -57,6 +58,7 @@ class TreeForward:
         self._windows = windows_of(config)
         parameters = inspect.signature(model.forward).parameters
         self._keep_argument = "logits_to_keep" in parameters
+        self._cache_argument = cache_argument(model) or CACHE_KEYWORD
         self.num_positions = usable_positions(config)
 
     @contextmanager
@@ -249,12 +251,13 @@ class TreeForward:
         if part.positions is None:
             raise RuntimeError(f"{type(self.model).__name__} was changed (a hook?) while a pass of it was prepared")
         keep = part.keep
-        extra = {"logits_to_keep": keep} if keep and self._keep_argument else {}
+        extra: dict[str, Any] = {self._cache_argument: part.view}
+        if keep and self._keep_argument:
+            extra["logits_to_keep"] = keep
         out = self.model(
             input_ids=part.tokens,
             position_ids=part.positions,
             attention_mask=part.mask,
-            past_key_values=part.view,
             use_cache=True,
             return_dict=True,
             **extra,

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kv.store import ModelStore, StoreView
+from specdec.kv.versions import cached
 from specdec.verify.backends.dispatch import planned_pass
 from specdec.verify.backends.plan import TreePlan
 
@@ -87,9 +88,8 @@ class StaticPass:
                 input_ids=self.tokens,
                 position_ids=self.positions,
                 attention_mask=mask,
-                past_key_values=self._view,
-                use_cache=True,
                 return_dict=True,
+                **cached(self._model, self._view),
             )
         logits: Tensor = out.logits
         return logits

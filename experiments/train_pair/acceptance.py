@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from specdec.kv.versions import cached
+
 
 @torch.inference_mode()
 def continue_text(
@@ -16,7 +18,7 @@ def continue_text(
     """ids[rows, prompt + num_new]: greedy continuations, or sampled at temperature 1 when a generator is given."""
     ids, cache, fed = prompts, DynamicCache(config=model.config), prompts
     for _ in range(num_new):
-        logits = model(fed, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = model(fed, **cached(model, cache)).logits[:, -1].float()
         if generator is None:
             fed = logits.argmax(-1, keepdim=True)
         else:

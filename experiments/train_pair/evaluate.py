@@ -21,6 +21,7 @@ from specdec.experiments.train_pair.acceptance import (
     walk_chains,
 )
 from specdec.experiments.train_pair.tokenizer import load_tokenizer
+from specdec.kv.versions import cached
 
 WINDOWS_PER_FILE = 8  # long files count no more than this, so that no single one decides the number
 
@@ -94,13 +95,13 @@ def step_costs(
     caches = []
     for model in models:
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **cached(model, cache))
         caches.append(cache)
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds + warmup):
         for model, cache, spent in zip(models, caches, times, strict=True):
             start = time.perf_counter()
-            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            model(ids[:, :1], **cached(model, cache))
             spent.append((time.perf_counter() - start) * 1e3)
     return [sorted(spent[warmup:]) for spent in times]
 

@@ -19,6 +19,7 @@ from specdec.experiments.train_pair.data import WindowStream
 from specdec.experiments.train_pair.losses import top_law, top_law_loss
 from specdec.experiments.train_pair.session import Session
 from specdec.experiments.train_pair.state import DONE, TrainingState
+from specdec.kv.versions import cached
 
 
 def batch_path(state: TrainingState, index: int) -> Path:
@@ -42,7 +43,7 @@ def continue_prompts(
     greedy_row = torch.arange(len(prompts), device=prompts.device) % 2 == 0
     fed = prompts
     while True:
-        logits = model(fed, past_key_values=cache, use_cache=True).logits
+        logits = model(fed, **cached(model, cache)).logits
         laws.append(top_law(logits, num_top))
         sampled = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)[:, 0]
         fed = torch.where(greedy_row, logits[:, -1].argmax(-1), sampled)[:, None]

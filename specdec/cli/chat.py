@@ -97,11 +97,13 @@ class Conversation:
 
 
 def _answer(line: str, conversation: Conversation, loaded: Any, decoding: cli.Decoding, show_draft: bool) -> None:
+    from specdec.kv.versions import CACHE_KEYWORD, cache_of
+
     ids, cache = conversation.ask(line)
     writer = Writer(loaded.tokenizer, Screen(sys.stdout, kinds=show_draft))
     held: Any = None
     try:
-        reused = {} if cache is None else {"past_key_values": cache}
+        reused = {} if cache is None else {CACHE_KEYWORD: cache}
         out = loaded.speculator.generate(
             **loaded.batch(ids),
             **decoding.arguments(conversation.num_turns),
@@ -109,7 +111,7 @@ def _answer(line: str, conversation: Conversation, loaded: Any, decoding: cli.De
             return_dict_in_generate=True,
             on_step=writer,
         )
-        held = out.past_key_values
+        held = cache_of(out)
     except KeyboardInterrupt:
         typer.echo("", err=True)  # what was said so far stays in the conversation
     writer.finish()

@@ -57,6 +57,7 @@ def run_checks(pair: str, device: str, threads: int | None) -> Iterator[Check]:
     yield Check("specdec", "info", specdec.__version__)
     yield Check("python", "info", f"{platform.python_version()} on {platform.platform()}")
     yield from check_dependencies(metadata.version, _requirements())
+    yield from _guarded("tested versions", _tested)
     for name in _OPTIONAL:
         yield Check(name, "info", _version(name) or "not installed (optional)")
     yield from _guarded("hardware", lambda: _hardware(threads))
@@ -141,6 +142,12 @@ def _native() -> Iterator[Check]:
         warnings.simplefilter("ignore")  # said below
         reason = why_not()
     yield Check("native passes", "info", reason or "compiled for this processor")
+
+
+def _tested() -> Iterator[Check]:
+    from specdec.kv.versions import tested_range
+
+    yield Check("tested versions", "info", tested_range())
 
 
 def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check]:

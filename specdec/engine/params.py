@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kv import UnsupportedArgumentError
+from specdec.kv.versions import CACHE_KEYWORDS
 from specdec.request import Request, build_request
 from specdec.speculator import Speculator
 
@@ -23,7 +24,7 @@ _NOT_HERE = {
     "num_return_sequences": "submit the prompt once for each text: equal prompts are prefilled once",
     "return_dict_in_generate": "the engine returns tokens and counts; use Speculator.generate for scores and caches",
     "streamer": "iterate over the handle instead",
-    "past_key_values": "the engine keeps K/V itself and finds equal prefixes on its own",
+    **dict.fromkeys(CACHE_KEYWORDS, "the engine keeps K/V itself and finds equal prefixes on its own"),
     "attention_mask": "prompts are given without pads",
     "generator": "pass seed=",
     "on_step": "read engine.metrics() or the handle's result",

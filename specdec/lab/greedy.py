@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.kv.versions import cache_of, cached
 from specdec.lab.findings import Finding
 from specdec.lab.reference import processors_of
 from specdec.speculator import Speculator
@@ -42,8 +43,8 @@ def last_logits(target: PreTrainedModel, ids: Tensor, width: int) -> Tensor:
     width = min(width, ids.shape[1])
     past = None
     if width < ids.shape[1]:
-        past = model(input_ids=ids[:, :-width], use_cache=True).past_key_values
-    logits: Tensor = model(input_ids=ids[:, -width:], past_key_values=past, use_cache=True).logits[0, -1]
+        past = cache_of(model(input_ids=ids[:, :-width], use_cache=True))
+    logits: Tensor = model(input_ids=ids[:, -width:], **cached(model, past)).logits[0, -1]
     return logits
 
 

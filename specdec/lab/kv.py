@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from specdec.drafters.base import CACHE_NAME
+from specdec.kv.versions import cached
 from specdec.lab.findings import Finding, Status
 from specdec.loop import DecodeLoop
 from specdec.monitor import Monitor
@@ -76,7 +77,7 @@ class KVAudit(Monitor):
             if not len(text):
                 continue
             cache: Any = DynamicCache()  # without a config no layer drops tokens, windowed ones included
-            model(input_ids=text[None], past_key_values=cache, use_cache=True)
+            model(input_ids=text[None], **cached(model, cache))
             for (keys, values), plain in zip(layers, cache.layers, strict=True):
                 for got, wanted in ((keys, plain.keys[0]), (values, plain.values[0])):
                     error = float(_relative(got, wanted).max())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.lab.findings import Finding
 from specdec.lab.reference import MAX_ENTRIES, Position, Reference, places
 from specdec.lab.stats import GTest, detectable_tv, g_test_strata, g_test_two_samples, uniform_bins
@@ -136,9 +137,9 @@ class LawTests:
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": True, "max_new_tokens": 2}
         if prompt.shape[1] > 1:
             with torch.no_grad():
-                cache = self.target(input_ids=prompt[:, :-1], use_cache=True).past_key_values
+                cache = cache_of(self.target(input_ids=prompt[:, :-1], use_cache=True))
             cache.batch_repeat_interleave(rows)
-            arguments["past_key_values"] = cache
+            arguments[CACHE_KEYWORD] = cache
         devices = [prompt.device] if prompt.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from specdec.kv.versions import cache_of, cached
+
 MAX_ENTRIES = 1 << 25
 """Logits held at once: rows times positions times vocabulary."""
 
@@ -60,7 +62,7 @@ class Reference:
         self.sampling = dict(sampling)
         with torch.no_grad():
             out = self.target(input_ids=prompt, use_cache=True)
-        self._cache = out.past_key_values
+        self._cache = cache_of(out)
         self._logits = out.logits[:, -1]
         self.vocab = int(self._logits.shape[-1])
         self._processors: dict[int, LogitsProcessorList] = {}
@@ -99,7 +101,7 @@ class Reference:
             return first
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(len(tails))
-        out = self.target(input_ids=tails[:, :-1], past_key_values=cache, use_cache=True)
+        out = self.target(input_ids=tails[:, :-1], **cached(self.target, cache))
         return torch.cat([first, out.logits], dim=1)
 
 
