@@ -68,7 +68,7 @@ def load_pair(
     pair: Pair, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel | str, Any]:
     """Load `(target, draft, tokenizer)`; the draft of an n-gram pair is the word "ngram"."""
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    where = default_device() if device is None else torch.device(device)
     width = pair_dtype(pair, where) if dtype is None else dtype
     name, revision = pair.location(pair.target), pair.target.revision
     tokenizer = load_tokenizer(name, revision)
@@ -78,6 +78,11 @@ def load_pair(
     target = load_model("target", name, width, where, revision)
     draft = load_model("draft", pair.location(pair.draft), width, where, pair.draft.revision)
     return target, draft, tokenizer
+
+
+def default_device() -> torch.device:
+    """Where models are loaded to: the first CUDA device, a CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pair_dtype(pair: Pair, device: torch.device) -> torch.dtype | str:
