@@ -26,7 +26,7 @@ def check_adoptable(cache: object, rows: int) -> DynamicCache:
             are not), not `rows` rows, or its sliding layers already dropped tokens.
     """
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        kind = "one that offloads" if isinstance(cache, DynamicCache) else type(cache).__name__
+        kind = "one that offloads" if type(cache) is DynamicCache else type(cache).__name__
         raise UnsupportedArgumentError(
             f"past_key_values: expected a transformers DynamicCache, got {kind}. Pass a DynamicCache "
             "(it is what `generate` returns), or leave past_key_values out."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.kv.errors import UnsupportedModelError
@@ -43,13 +47,36 @@ def unwrapped(model: object, role: str) -> object:
 
 
 def carry_settings(given: Any, model: PreTrainedModel) -> None:
-    """A generation config that was set on a wrapper becomes the model's, as a PeftModel's own `generate` has it."""
+    """A generation config that was set on a wrapper becomes the model's, as a PeftModel's own `generate` has it.
+
+    Raises:
+        UnsupportedModelError: adapters were added since that need their wrapper.
+    """
     while given is not model:
+        if hasattr(given, "peft_config"):
+            _check_adapters(given, "target")
         own = vars(given).get("generation_config") if hasattr(given, "__dict__") else None
         if own is not None:
             model.generation_config = own
             return
         given = getattr(given, "_orig_mod", model)
+
+
+@contextmanager
+def uncompiled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block whatever `torch.compile` made of the model or of its modules runs as it was written: passes over
+    drafts come in many shapes, each of which would be compiled."""
+    if any(_is_compiled(part) for part in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    own = vars(part)
+    call, forward = own.get("_compiled_call_impl"), own.get("forward")
+    return call is not None or "_orig_mod" in own or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _check_adapters(wrapper: Any, role: str) -> None:

@@ -31,6 +31,9 @@ def check_call(inputs: Any, config: Any, kwargs: Mapping[str, Any], **others: An
             raise UnsupportedArgumentError("synced_gpus=True (ZeRO-3, FSDP) is not supported")
         if name != "synced_gpus" and value is not None:
             raise UnsupportedArgumentError(f"{name}: the drafter is given to Speculator(target, draft), not here")
+    for name in ("adapter_names", "alora_offsets"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedArgumentError(f"{name}: adapters cannot differ between rows; set_adapter(...) for all")
     if kwargs.get("cache_implementation") == "paged":
         raise UnsupportedArgumentError("cache_implementation='paged' selects continuous batching; leave it out")
     for name, value in (("inputs", inputs), ("input_ids", kwargs.get("input_ids"))):

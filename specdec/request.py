@@ -98,9 +98,15 @@ def refuse_config(config: GenerationConfig) -> str | None:
     if kind in (None, "dynamic"):
         return None
     if kind not in SAME_TEXT_CACHES:
-        refuse(f"cache_implementation={kind!r}", "the text would be that of exact K/V. Leave it out.")
+        refuse(
+            f"cache_implementation={kind!r}",
+            "drafts are verified on exact K/V, whose text may be another. Leave it out.",
+        )
     if config.return_dict_in_generate:
-        refuse(f"cache_implementation={kind!r}", "a DynamicCache would be returned. Leave it or the dict out.")
+        refuse(
+            f"cache_implementation={kind!r} with return_dict_in_generate=True",
+            "past_key_values would not be of that kind. Leave one of them out.",
+        )
     return f"cache_implementation={kind!r} made no difference: drafts are verified on a cache of the library's own"
 
 

@@ -149,9 +149,19 @@ def check_vocabularies(pair: Pair, tokenizer: Any) -> None:
 
 
 def _check_folder(role: str, name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise SpecdecError(f"{role}: could not load a causal language model from {name!r}: no config.json in it")
+    """What is certainly neither a model's folder nor an id of the hub."""
+    try:
+        folder = Path(name)
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except OSError as error:  # a name no file can have
+        raise SpecdecError(f"{role}: expected a folder or a hub id, got {name[:40]!r}...: {error.strerror}") from None
+    what = f"{role}: could not load a causal language model from {name!r}"
+    if is_folder and not (folder / "config.json").is_file():
+        raise SpecdecError(f"{what}: no config.json in it")
+    if is_file:
+        raise SpecdecError(f"{what}: it is a file; give the folder that holds it and config.json")
+    if not is_folder and (folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
+        raise SpecdecError(f"{what}: no such folder")
 
 
 def _explained(what: str, name: str, error: BaseException) -> str:
