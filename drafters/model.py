@@ -70,7 +70,7 @@ class ModelDrafter(Drafter):
         temperature: float = 1.0,
         children: str | None = None,
     ):
-        self.model = check_model(model, "draft")
+        self.model = model = check_model(model, "draft")
         if k is not None and tree is not None:
             raise UnsupportedArgumentError(f"expected k or tree, got both k={k} and tree={tree}; k=3 is tree=(1, 1, 1)")
         if tree is None and k is not None and k < 1:

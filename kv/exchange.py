@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.kv.base import KVCache
 from specdec.kv.errors import UnsupportedArgumentError
@@ -22,15 +23,22 @@ def check_adoptable(cache: object, rows: int) -> DynamicCache:
     """Refuse a caller's cache that cannot be read completely and extended in place.
 
     Raises:
-        UnsupportedArgumentError: not a `DynamicCache`, not `rows` rows, or its sliding layers already dropped tokens.
+        UnsupportedArgumentError: not a `DynamicCache` itself (quantised, static, offloading ones and users' own kinds
+            are not), not `rows` rows, or its sliding layers already dropped tokens.
     """
-    if not isinstance(cache, DynamicCache):
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        kind = "one that offloads" if type(cache) is DynamicCache else type(cache).__name__
         raise UnsupportedArgumentError(
-            f"{CACHE_KEYWORD}: expected a transformers DynamicCache, got {type(cache).__name__}. Pass a DynamicCache "
+            f"{CACHE_KEYWORD}: expected a transformers DynamicCache, got {kind}. Pass a DynamicCache "
             f"(it is what `generate` returns), or leave {CACHE_KEYWORD} out."
         )
     layers: list[Any] = cache.layers  # a union of layer kinds, told apart by what they hold
     for i, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedArgumentError(
+                f"{CACHE_KEYWORD}: expected layers that hold plain K/V, layer {i} is a {type(layer).__name__}. Build "
+                "the cache as a plain DynamicCache()."
+            )
         batch = layer.keys.shape[0] if layer.is_initialized and layer.keys is not None and layer.keys.numel() else rows
         if batch != rows:
             raise UnsupportedArgumentError(f"{CACHE_KEYWORD} holds {batch} rows but input_ids has {rows}.")
@@ -86,29 +94,51 @@ def export(
         width: columns of the result, `sequences.shape[1] - 1` as plain `generate` leaves it.
         into: a caller's cache to extend in place; a new one is made when None.
 
-    Columns that no real token owns (pads) are zero; every attention mask hides them.
+    What a caller's cache held already stays as it is, pads included; new columns that no real token owns (pads) are
+    zero, and every attention mask hides them. Nothing of `into` is changed before all layers are assembled.
     """
     out = DynamicCache() if into is None else into
     held = [list(shared.layers(name, source)) for source in storage_rows]
-    for i, layers in enumerate(zip(*held, strict=True)):
-        padded = []
-        for tensors in zip(*layers, strict=True):  # the keys of all rows, then the values
-            first = tensors[0]
-            fresh = first.new_zeros(len(tensors), first.shape[0], width, first.shape[2])
-            for row, tensor in enumerate(tensors):
-                target = columns[row, : tensor.shape[1]].to(tensor.device)
-                inside = target < width
-                fresh[row, :, target[inside]] = tensor[:, inside]
-            padded.append(fresh)
+    assembled = [_padded(layers, columns, width, _own(out, i)) for i, layers in enumerate(zip(*held, strict=True))]
+    for i, (keys, values) in enumerate(assembled):
         if into is None or i >= len(out.layers):
-            out.update(padded[0], padded[1], i)
-        else:
-            layer: Any = out.layers[i]
-            if not layer.is_initialized:
-                layer.lazy_initialization(padded[0], padded[1])
-            layer.keys, layer.values = padded
-            if getattr(layer, "is_sliding", False):  # such a layer holds its window and counts what it saw
-                keep = min(width, layer.sliding_window - 1)
-                layer.keys, layer.values = (tensor[:, :, width - keep :] for tensor in padded)
-                layer.cumulative_length = width
+            out.update(keys, values, i)
+            continue
+        layer: Any = out.layers[i]
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if getattr(layer, "is_sliding", False):  # such a layer holds its window and counts what it saw
+            keep = min(width, layer.sliding_window - 1)
+            layer.keys, layer.values = (tensor[:, :, width - keep :] for tensor in (keys, values))
+            layer.cumulative_length = width
     return out
+
+
+def _own(cache: DynamicCache, i: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Keys and values that layer `i` of a caller's cache holds already (see `check_adoptable`: of every column)."""
+    layer: Any = cache.layers[i] if i < len(cache.layers) else None
+    if layer is None or not layer.is_initialized or layer.keys is None or not layer.keys.numel():
+        return None, None
+    return layer.keys, layer.values
+
+
+def _padded(
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    columns: torch.Tensor,
+    width: int,
+    own: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's keys and values `[rows, heads, width, head_dim]`, from those of every row and the caller's own."""
+    both = []
+    for tensors, before in zip(zip(*layers, strict=True), own, strict=True):  # the keys of all rows, then the values
+        first = tensors[0]
+        fresh = first.new_zeros(len(tensors), first.shape[0], width, first.shape[2])
+        for row, tensor in enumerate(tensors):
+            target = columns[row, : tensor.shape[1]].to(tensor.device)
+            inside = target < width
+            fresh[row, :, target[inside]] = tensor[:, inside]
+        if before is not None:
+            fresh[:, :, : before.shape[2]] = before
+        both.append(fresh)
+    return both[0], both[1]

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specdec.kv.errors import UnsupportedModelError
 from specdec.kv.versions import CACHE_KEYWORDS, cache_argument, cached, naming_the_tested_range, tested_range
+from specdec.kv.wrappers import unwrapped
 
 ROLLBACK_LAYERS = {"full_attention", "sliding_attention"}
 """`config.layer_types` entries whose K/V are kept per token. Windowed layers are kept whole and masked."""
@@ -59,7 +60,8 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 @naming_the_tested_range
 def check_model(model: object, role: str) -> PreTrainedModel:
-    """Return `model` if it can be decoded on a rollback cache, else say by name why not.
+    """Return `model`, out of its wrappers (see `unwrapped`), if it can be decoded on a rollback cache, else say by name
+    why not.
 
     Args:
         role: "target" or "draft", for the message.
@@ -68,6 +70,7 @@ def check_model(model: object, role: str) -> PreTrainedModel:
         UnsupportedModelError: not a causal LM, encoder-decoder, recurrent or chunked state, shared K/V layers,
             or a forward without `position_ids`.
     """
+    model = unwrapped(model, role)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{role}: expected a transformers PreTrainedModel with a language-modelling head, got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,12 +83,12 @@ class Collector:
             past = self._export(cache, storage, width)
         if not request.wants_dict:
             return sequences
-        tokens = width - rows.prompt_length
+        counts = [end - rows.prompt_length for end in rows.ends]
         return decoder_output(
             past,
             sequences,
-            scores=_per_token(self.scores, tokens) if request.keeps_scores else None,
-            logits=_per_token(self.logits, tokens) if request.keeps_logits else None,
+            scores=_per_token(self.scores, counts) if request.keeps_scores else None,
+            logits=_per_token(self.logits, counts) if request.keeps_logits else None,
             attentions=None,
             hidden_states=None,
         )
@@ -97,7 +98,14 @@ class Collector:
         return export(cache, "target", order, self._rows.columns(), width - 1, into=self._request.cache)
 
 
-def _per_token(rows: list[list[Tensor]], tokens: int) -> tuple[Any, ...]:
-    """Tuple over tokens of `[rows, vocab]`; rows that had already finished are zero."""
+def _per_token(rows: list[list[Tensor]], counts: Sequence[int]) -> tuple[Any, ...]:
+    """Tuple over tokens of `[rows, vocab]`; zero where a row had already finished.
+
+    Args:
+        counts: tokens of each row that plain decoding keeps; a run may have been longer (`rows` holds all of it).
+    """
     empty = torch.zeros_like(next(row[0] for row in rows if row))
-    return tuple(torch.stack([row[t] if t < len(row) else empty for row in rows]) for t in range(tokens))
+    return tuple(
+        torch.stack([row[t] if t < count else empty for row, count in zip(rows, counts, strict=True)])
+        for t in range(max(counts))
+    )

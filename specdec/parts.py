@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
-from specdec.kv import UnsupportedArgumentError
+from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
-from specdec.pairing.loading import load_model
+from specdec.kv.wrappers import unwrapped
+from specdec.pairing.loading import default_device, load_model, load_tokenizer
 from specdec.planner.catalogue import plan_options, planned_chain
 from specdec.verify.strict_mode import DEFAULT_WIDTH, StrictMode
 
 OneDraft = PreTrainedModel | Drafter | str | Path
 Draft = OneDraft | Sequence[OneDraft] | None
+Target = PreTrainedModel | str | Path
+
+
+def make_target(target: Any, tokenizer: Any = None) -> tuple[PreTrainedModel, Any]:
+    """The model a user means by `target`, checked, and the tokenizer: the given one, else the one saved beside a model
+    that is loaded here (in the dtype it was saved in, on the first CUDA device where there is one).
+
+    Raises:
+        UnsupportedModelError: see check_model. SpecdecError: a path or hub id that cannot be loaded (see load_model).
+    """
+    if isinstance(target, (str, Path)):
+        name = str(target)
+        target = load_model("target", name, "auto", default_device())
+        if tokenizer is None:
+            with suppress(SpecdecError):  # a model saved alone; whatever needs a tokenizer will ask for one
+                tokenizer = load_tokenizer(name)
+    return check_model(target, "target"), tokenizer
 
 
 def make_strict(target: PreTrainedModel, exactness: str, width: int | None) -> StrictMode | None:
@@ -94,6 +113,7 @@ def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Draf
         return NgramDrafter() if k is None else NgramDrafter(k=k)
     if isinstance(draft, (str, Path)):
         draft = load_model("draft", str(draft), target.dtype, target.device)
+    draft = unwrapped(draft, "draft")
     if not isinstance(draft, PreTrainedModel):
         raise UnsupportedArgumentError(
             "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, a list of such, or None, got "

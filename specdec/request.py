@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
+from specdec.inputs import check_positions, checked_ids, real_columns, refuse_unknown
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.exchange import cached_tokens, check_adoptable
 from specdec.kv.versions import CACHE_KEYWORD, cache_in
 from specdec.report import StepTrace
 
-_MODEL_KWARGS = {"attention_mask", "position_ids", CACHE_KEYWORD, "use_cache", "logits_to_keep"}
-"""Model inputs that are understood; anything else would have to reach every forward and is refused."""
+SAME_TEXT_CACHES = frozenset(ALL_STATIC_CACHE_IMPLEMENTATIONS) | {"offloaded"}
+"""Names of `cache_implementation` that choose where K/V lies, not what it is: a call that does not return its cache has
+the same text with each of them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Request:
     """Whether the caller gave a seed, and so expects a row's text to be a function of it."""
     streamer: Any = None
     on_step: Callable[[StepTrace], None] | None = None
+    note: str | None = None
+    """For the report: what was asked for and made no difference."""
 
     @property
     def wants_dict(self) -> bool:
@@ -58,8 +64,11 @@ class Request:
         return self.wants_dict and bool(self.config.output_logits)
 
 
-def refuse_config(config: GenerationConfig) -> None:
+def refuse_config(config: GenerationConfig) -> str | None:
     """Name what cannot be honoured, before any work is done.
+
+    Returns:
+        a note for the report on what is served without being followed, if anything.
 
     Raises:
         UnsupportedArgumentError
@@ -86,6 +95,20 @@ def refuse_config(config: GenerationConfig) -> None:
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(config, name, None):
                 refuse(f"{name}=True", "it is not collected from tree passes. Run the model once over the output.")
+    kind = config.cache_implementation
+    if kind in (None, "dynamic"):
+        return None
+    if kind not in SAME_TEXT_CACHES:
+        refuse(
+            f"cache_implementation={kind!r}",
+            "drafts are verified on exact K/V, whose text may be another. Leave it out.",
+        )
+    if config.return_dict_in_generate:
+        refuse(
+            f"cache_implementation={kind!r} with return_dict_in_generate=True",
+            "past_key_values would not be of that kind. Leave one of them out.",
+        )
+    return f"cache_implementation={kind!r} made no difference: drafts are verified on a cache of the library's own"
 
 
 def build_request(
@@ -95,27 +118,21 @@ def build_request(
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     *,
-    device: torch.device,
+    target: PreTrainedModel,
     seed: int | Sequence[int] | None,
     generator: torch.Generator | None,
     streamer: Any,
     on_step: Callable[[StepTrace], None] | None,
 ) -> Request:
     """Check the prepared arguments of one call (see `refuse_config`) and bundle them."""
-    refuse_config(config)
-    unknown = {name for name, value in model_kwargs.items() if not _is_nothing(value)} - _MODEL_KWARGS
-    if unknown:
-        raise UnsupportedArgumentError(
-            f"model inputs {sorted(unknown)} are not supported: only text prompts (input_ids, attention_mask) can be "
-            "drafted for. Remove them, or use plain generate."
-        )
-    if input_ids.shape[1] == 0:
-        raise UnsupportedArgumentError("expected a prompt of at least one token per row, got none (inputs_embeds?)")
-    input_ids = input_ids.to(device)
+    note = refuse_config(config)
+    _check_limits(criteria)
+    refuse_unknown(model_kwargs, input_ids, target)
+    input_ids = checked_ids(input_ids, target)
     rows = input_ids.shape[0]
-    real = _real_columns(input_ids, model_kwargs.get("attention_mask"))
+    real = real_columns(input_ids, model_kwargs.get("attention_mask"))
     cache, cached = _caller_cache(cache_in(model_kwargs), input_ids)
-    _check_positions(model_kwargs.get("position_ids"), real, input_ids)
+    check_positions(model_kwargs.get("position_ids"), real, input_ids)
     repeats = max(1, config.num_return_sequences or 1)
     if cached and repeats > 1:
         raise UnsupportedArgumentError(
@@ -137,28 +154,17 @@ def build_request(
         seeded=seed is not None,
         streamer=streamer,
         on_step=on_step,
+        note=note,
     )
 
 
-def _is_nothing(value: Any) -> bool:
-    """Models that could see hand an empty dict of features along with every text."""
-    return value is None or (isinstance(value, dict) and not value)
-
-
-def _real_columns(input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.shape != input_ids.shape:
-        raise UnsupportedArgumentError(
-            f"attention_mask: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(mask.shape)}. "
-            f"input_ids must hold the whole text, the part already in {CACHE_KEYWORD} included."
-        )
-    real = mask.to(device=input_ids.device).bool()
-    if not bool(real[:, -1].all()):
-        raise UnsupportedArgumentError(
-            "attention_mask: the last token of a prompt is masked. Pad on the left (tokenizer.padding_side='left')."
-        )
-    return real
+def _check_limits(criteria: StoppingCriteriaList) -> None:
+    for criterion in criteria:
+        limit = getattr(criterion, "max_length", None) if isinstance(criterion, MaxLengthCriteria) else None
+        if isinstance(limit, (bool, float)) or (isinstance(limit, Tensor) and limit.is_floating_point()):
+            raise UnsupportedArgumentError(
+                f"max_new_tokens, max_length: expected a whole number, got a limit of {limit} columns. Round it."
+            )
 
 
 def _caller_cache(cache: Any, input_ids: Tensor) -> tuple[DynamicCache | None, int]:
@@ -173,21 +179,6 @@ def _caller_cache(cache: Any, input_ids: Tensor) -> tuple[DynamicCache | None, i
             "cached part included, and at least one token that is not cached."
         )
     return check_adoptable(cache, input_ids.shape[0]), columns  # an empty cache of the caller's is filled for them
-
-
-def _check_positions(position_ids: Tensor | None, real: Tensor | None, input_ids: Tensor) -> None:
-    if position_ids is None:
-        return
-    mask = torch.ones_like(input_ids) if real is None else real.long()
-    expected = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
-    width = min(position_ids.shape[-1], expected.shape[1])
-    # Models that could see place a token on several axes ([axes, rows, columns]), all the same in plain text.
-    planes = position_ids.to(input_ids.device).reshape(-1, *position_ids.shape[-2:])[..., -width:]
-    if bool(((planes != expected[:, -width:]) & (mask[:, -width:] == 1)).any()):
-        raise UnsupportedArgumentError(
-            "position_ids: only consecutive positions from 0 are supported (a token's cache slot is its position). "
-            "Leave position_ids out."
-        )
 
 
 def _noise_keys(

@@ -19,12 +19,14 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import FallbackGuard
-from specdec.kv import UnsupportedArgumentError, check_model
+from specdec.inputs import check_call
+from specdec.kv import UnsupportedArgumentError
+from specdec.kv.wrappers import carry_settings
 from specdec.loop import DecodeLoop
 from specdec.monitor import AcceptanceMonitor, Monitor
 from specdec.pairing.loading import open_pair
 from specdec.pairing.schema import Pair
-from specdec.parts import Draft, make_draft, make_page_size, make_strict
+from specdec.parts import Draft, Target, make_draft, make_page_size, make_strict, make_target
 from specdec.planner.calls import Plans
 from specdec.planner.options import Options
 from specdec.report import SpecReport, StepTrace
@@ -39,7 +41,8 @@ class Speculator:
     """Speculative decoding of `target` with `draft`; the output law is the target's own.
 
     Args:
-        target: any decoder-only `transformers` causal LM with a rollback-capable K/V cache.
+        target: any decoder-only `transformers` causal LM with a rollback-capable K/V cache, also as a `PeftModel` or
+            as what `torch.compile(model)` returns (the model inside runs, uncompiled), or a path or hub id to load.
         draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), a path or hub id to load,
             a list of such (at most one model), or None (plain decoding on the same loop).
         k: length of drafted chains. Left out (or "auto", for a `Drafter` object), every step is planned: with which
@@ -51,7 +54,7 @@ class Speculator:
             sampled. By name also rejection, recursive_rejection; coupled, with which sampled text is a function of
             target and seed alone, the same for every drafter, tree, k and draft=None; and typical, which is lossy.
         lossy: must be True for a rule that changes the law ("typical"); such a rule is never chosen by "auto".
-        tokenizer: needed only for `stop_strings`.
+        tokenizer: needed only for `stop_strings`; a target that is loaded brings its own.
         exactness: "distribution" (the exact law with respect to the verification pass's own logits), or "strict": every
             pass of the target is computed so that a token's logits are the same bits whatever was drafted around it.
             Greedy texts (and those of rule "coupled") are then identical for every drafter, tree, k and draft=None.
@@ -75,7 +78,7 @@ class Speculator:
 
     def __init__(
         self,
-        target: PreTrainedModel,
+        target: Target,
         draft: Draft = None,
         *,
         k: int | str | None = None,
@@ -89,10 +92,10 @@ class Speculator:
         cache: str = "contiguous",
         page_size: int | None = None,
     ):
-        self.target = check_model(target, "target")
         check_choice(rule, lossy)
+        self.target, self.tokenizer = make_target(target, tokenizer)
+        self._given = target
         self.rule = rule
-        self.tokenizer = tokenizer
         self.strict = make_strict(self.target, exactness, strict_width)
         self.page_size = make_page_size(cache, page_size)
         if not isinstance(monitor, (bool, Monitor)):
@@ -125,7 +128,12 @@ class Speculator:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
         streamer: Any = None,
+        negative_prompt_ids: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        custom_generate: Any = None,
         *,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
@@ -146,13 +154,13 @@ class Speculator:
             TargetFaultError: the target failed; the tokens emitted so far are in the error.
             ValueError: whatever plain `generate` refuses (unknown arguments included).
         """
-        for name in ("assistant_model", "custom_generate", "assistant_tokenizer"):
-            if kwargs.pop(name, None) is not None:
-                raise UnsupportedArgumentError(f"{name}: the drafter is given to Speculator(target, draft), not here")
-        if kwargs.get("synced_gpus"):
-            raise UnsupportedArgumentError("synced_gpus=True (ZeRO-3, FSDP) is not supported")
-        if kwargs.get("cache_implementation") == "paged":
-            raise UnsupportedArgumentError("cache_implementation='paged' selects continuous batching; leave it out")
+        others = {"assistant_model": assistant_model, "assistant_tokenizer": kwargs.pop("assistant_tokenizer", None)}
+        check_call(
+            inputs, generation_config, kwargs, **others, custom_generate=custom_generate, synced_gpus=synced_gpus
+        )
+        if negative_prompt_ids is not None:  # without guidance, which is refused, plain generate reads neither
+            kwargs["negative_prompt_ids"] = negative_prompt_ids
+        carry_settings(self._given, self.target)
 
         def decode(
             model: PreTrainedModel,
@@ -222,23 +230,21 @@ class Speculator:
         model_kwargs: dict[str, Any],
         **options: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        embeddings: Any = self.target.get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        if device.type == "meta":  # offloaded: weights arrive with each forward
-            device = input_ids.device
         if self.rule == "greedy" and config.do_sample:
             raise UnsupportedArgumentError(
                 "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
             )
-        request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
+        request = build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
         ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
         check_order(self.rule, bool(config.do_sample), ordered)
         with self._alone():
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
-            cost = None if self.strict is None else self.strict.cost(device)
+            cost = None if self.strict is None else self.strict.cost(request.input_ids.device)
             plan = None if self.plans is None else self.plans.call(request)
             loop = DecodeLoop(request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, plan)
+            if request.note is not None:
+                loop.report.notes.append(request.note)
             if self.strict is not None and cost is not None:
                 loop.report.exactness, loop.report.strict_width = "strict", self.strict.width
                 loop.report.ms_strict_pass, loop.report.ms_plain_pass = cost
@@ -276,7 +282,7 @@ class Speculator:
 
 
 def generate(
-    target: PreTrainedModel,
+    target: Target,
     draft: Draft = None,
     inputs: Tensor | None = None,
     *,

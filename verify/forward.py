@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from specdec.kv.base import PassCache
 from specdec.kv.support import text_config
 from specdec.kv.versions import CACHE_KEYWORD, cache_argument
+from specdec.kv.wrappers import uncompiled
 from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.linear import few_row_linears
@@ -78,7 +79,7 @@ class TreeForward:
 
     @contextmanager
     def _fitted(self) -> Iterator[None]:
-        with attention_of(self.model), few_row_linears(self.model):
+        with attention_of(self.model), few_row_linears(self.model), uncompiled(self.model):
             yield
 
     def prefill(self, cache: PassCache, text: Tensor, starts: Sequence[int], stops: Sequence[int], chunk: int) -> None:

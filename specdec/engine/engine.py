@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.engine.driving import StepThread
 from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError
@@ -26,7 +25,7 @@ from specdec.engine.stepping import Stepping
 from specdec.engine.task import LaneKey, State, Task
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
-from specdec.parts import Draft
+from specdec.parts import Draft, Target
 from specdec.verify.purity import in_plain_order
 from specdec.verify.rules import check_choice, check_order
 
@@ -66,7 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        target: PreTrainedModel,
+        target: Target,
         draft: Draft = None,
         *,
         k: int | None = None,
@@ -88,8 +87,8 @@ class Engine:
                 "expected max_rows, max_waiting >= 1 and max_step_tokens >= 2 * max_rows, got "
                 f"max_rows={max_rows}, max_waiting={max_waiting}, max_step_tokens={max_step_tokens}"
             )
-        self.target = target
         self._preparation = Preparation(target, tokenizer=tokenizer)
+        self.target = target = self._preparation.target
         named = named_drafters(target, draft, k, tree, drafters or {})
         self.drafters = tuple(named)
         self.limits = Limits(max_rows, max_step_tokens, max_waiting)

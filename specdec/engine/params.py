@@ -98,10 +98,8 @@ class Preparation(Speculator):
     def _decode(
         self, input_ids: Tensor, processors: Any, criteria: Any, config: Any, model_kwargs: Any, **options: Any
     ) -> Tensor:
-        embeddings: Any = self.target.get_input_embeddings()
-        device = embeddings.weight.device if embeddings.weight.device.type != "meta" else input_ids.device
         self._requests.append(
-            build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
+            build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
         )
         return input_ids
 

@@ -20,7 +20,7 @@ from specdec.lab.kv import KVAudit, LogitAudit
 from specdec.lab.laws import NUM_TESTS, LawTests, draw
 from specdec.lab.pace import Pace, one_thread_if_faster, timed
 from specdec.lab.prompts import encode_prompts
-from specdec.parts import Draft, make_drafter
+from specdec.parts import Draft, Target, make_drafter, make_target
 from specdec.planner.options import Options
 from specdec.speculator import Speculator
 from specdec.verify.rules import RULES, make_rule
@@ -44,7 +44,7 @@ Progress = Callable[[float, str], None]
 
 
 def check(
-    target: PreTrainedModel,
+    target: Target,
     draft: Draft = None,
     *,
     prompts: Sequence[str | Sequence[int] | Tensor] | None = None,
@@ -96,6 +96,7 @@ def check(
             )
         if rule == "greedy":
             raise UnsupportedArgumentError("rule='greedy' does not sample: leave rule at 'auto'")
+    target, tokenizer = make_target(target, tokenizer)
     drafter = _unplanned(make_drafter(draft, target, k, tree))
     embeddings: Any = target.get_input_embeddings()
     vocab = int(text_config(target).vocab_size)

@@ -68,7 +68,7 @@ def load_pair(
     pair: Pair, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel | str, Any]:
     """Load `(target, draft, tokenizer)`; the draft of an n-gram pair is the word "ngram"."""
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    where = default_device() if device is None else torch.device(device)
     width = pair_dtype(pair, where) if dtype is None else dtype
     name, revision = pair.location(pair.target), pair.target.revision
     tokenizer = load_tokenizer(name, revision)
@@ -78,6 +78,11 @@ def load_pair(
     target = load_model("target", name, width, where, revision)
     draft = load_model("draft", pair.location(pair.draft), width, where, pair.draft.revision)
     return target, draft, tokenizer
+
+
+def default_device() -> torch.device:
+    """Where models are loaded to: the first CUDA device, a CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pair_dtype(pair: Pair, device: torch.device) -> torch.dtype | str:
@@ -144,9 +149,19 @@ def check_vocabularies(pair: Pair, tokenizer: Any) -> None:
 
 
 def _check_folder(role: str, name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise SpecdecError(f"{role}: could not load a causal language model from {name!r}: no config.json in it")
+    """What is certainly neither a model's folder nor an id of the hub."""
+    try:
+        folder = Path(name)
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except OSError as error:  # a name no file can have
+        raise SpecdecError(f"{role}: expected a folder or a hub id, got {name[:40]!r}...: {error.strerror}") from None
+    what = f"{role}: could not load a causal language model from {name!r}"
+    if is_folder and not (folder / "config.json").is_file():
+        raise SpecdecError(f"{what}: no config.json in it")
+    if is_file:
+        raise SpecdecError(f"{what}: it is a file; give the folder that holds it and config.json")
+    if not is_folder and (folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):
+        raise SpecdecError(f"{what}: no such folder")
 
 
 def _explained(what: str, name: str, error: BaseException) -> str:
