@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import FallbackGuard
+from specdec.fitting import refuse_unfit
 from specdec.kv import UnsupportedArgumentError, check_model
 from specdec.loop import DecodeLoop
 from specdec.monitor import AcceptanceMonitor, Monitor
@@ -32,6 +33,7 @@ from specdec.request import build_request
 from specdec.stopping import FROM_CONFIG, own_stop_strings
 from specdec.turns import Turn
 from specdec.verify.rules import check_choice
+from specdec.verify.selfcheck import check_text
 
 
 class Speculator:
@@ -89,6 +91,7 @@ class Speculator:
         page_size: int | None = None,
     ):
         self.target = check_model(target, "target")
+        check_text(self.target, "target")
         check_choice(rule, lossy)
         self.rule = rule
         self.tokenizer = tokenizer
@@ -230,6 +233,7 @@ class Speculator:
                 "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
             )
         request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
+        refuse_unfit(self.target, request)
         with self._alone():
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.fitting import refuse_unfit
 from specdec.kv import UnsupportedArgumentError
 from specdec.request import Request, build_request
 from specdec.speculator import Speculator
@@ -99,9 +100,9 @@ class Preparation(Speculator):
     ) -> Tensor:
         embeddings: Any = self.target.get_input_embeddings()
         device = embeddings.weight.device if embeddings.weight.device.type != "meta" else input_ids.device
-        self._requests.append(
-            build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
-        )
+        request = build_request(input_ids, processors, criteria, config, model_kwargs, device=device, **options)
+        refuse_unfit(self.target, request)
+        self._requests.append(request)
         return input_ids
 
 
