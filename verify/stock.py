@@ -70,4 +70,6 @@ def _changed(part: nn.Module) -> bool:
     own = part.__dict__
     if isinstance(part, nn.Embedding) and part.max_norm is not None:
         return True
+    if isinstance(part, (nn.Linear, nn.Embedding)) and "weight" not in part._parameters:  # set by something else
+        return True
     return "forward" in own or "_hf_hook" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
