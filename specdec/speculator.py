@@ -19,6 +19,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.drafters import FallbackGuard
+from specdec.fitting import refuse_unfit
 from specdec.inputs import check_call
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.wrappers import carry_settings
@@ -35,6 +36,7 @@ from specdec.stopping import FROM_CONFIG, own_stop_strings
 from specdec.turns import Turn
 from specdec.verify.purity import in_plain_order
 from specdec.verify.rules import check_choice, check_order
+from specdec.verify.selfcheck import check_text
 
 
 class Speculator:
@@ -94,6 +96,7 @@ class Speculator:
     ):
         check_choice(rule, lossy)
         self.target, self.tokenizer = make_target(target, tokenizer)
+        check_text(self.target, "target")
         self._given = target
         self.rule = rule
         self.strict = make_strict(self.target, exactness, strict_width)
@@ -235,6 +238,7 @@ class Speculator:
                 "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
             )
         request = build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
+        refuse_unfit(self.target, request)
         ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
         check_order(self.rule, bool(config.do_sample), ordered)
         with self._alone():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers as tf
 
+from specdec.kv.families import TESTED
+
 VOCAB = 64
 SMALL: dict[str, Any] = dict(
     # ids, widths, depths
@@ -83,15 +85,5 @@ ENCODERS = ("BertLMHeadModel", "BertGenerationDecoder", "ElectraForCausalLM", "M
             "RemBertForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM")  # fmt: skip
 PLACED_ON_AXES = ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration",
                   "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration")  # fmt: skip
-WORKING = """
-Afmoe Apertus Arcee AriaText BioGpt BitNet CodeGen Cohere Cohere2 Cohere2Moe Cwm DeepseekV2 DeepseekV3 DiffLlama Dots1
-Emu3 Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe Falcon FlexOlmo Fuyu GPTBigCode GPTJ GPTNeoX GPTNeoXJapanese Gemma Gemma3
-Gemma4 Glm Glm4 Glm4Moe Glm4MoeLite GptOss Granite GraniteMoe GraniteMoeShared Helium HunYuanDenseV1 HunYuanMoEV1 Jais2
-JetMoe Llama LongcatFlash MiniCPM3 MiniMaxM2 Ministral Ministral3 Mistral Mixtral ModernBertDecoder NanoChat Nemotron
-OPT Olmo Olmo2 Olmo3 Olmoe Persimmon Phi Phi3 Phi4Multimodal Phimoe Qwen2 Qwen2Moe Qwen3 SeedOss SmolLM3 StableLm
-Starcoder2
-""".split()
-NAMES = (*(f"{name}ForCausalLM" for name in WORKING), "GPT2LMHeadModel", *ENCODERS, *PLACED_ON_AXES,
-         "Gemma3ForConditionalGeneration", "Gemma4ForConditionalGeneration", "GotOcr2ForConditionalGeneration",
-         "VideoLlavaForConditionalGeneration", "VipLlavaForConditionalGeneration")  # fmt: skip
+NAMES = tuple(sorted(TESTED))
 """Classes whose text was found to be plain `generate`'s."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from models import noisy_copy
 
 from specdec import Speculator, UnsupportedModelError
 from specdec.kv import TargetFaultError, support
+from specdec.verify import selfcheck
 
 BOTH_WAYS = ("MegatronBertForCausalLM", "RemBertForCausalLM")
 """Their masks are not causal in transformers 5.17; where that is so, they are refused."""
@@ -66,6 +68,10 @@ REFUSED = ("DogeForCausalLM", "GitForCausalLM", "MoshiForCausalLM", "PaliGemmaFo
            "Kosmos2_5ForConditionalGeneration", "MllamaForCausalLM")  # fmt: skip
 
 
+TRIED = REFUSED[:4]
+"""Those that are told by what they compute."""
+
+
 @pytest.mark.parametrize("name", [name for name in REFUSED if name in KNOWN])
 def test_what_would_differ_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=name):
@@ -76,11 +82,23 @@ def test_what_would_differ_is_refused_by_name(name: str) -> None:
 def test_the_comparison_finds_such_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     monkeypatch.setattr(support, "_UNSUPPORTED_TYPES", {})
+    monkeypatch.setattr(selfcheck, "is_tested", lambda model: True)
     with pytest.raises((AssertionError, TargetFaultError)):
         compare(small_model(name))
 
 
-def test_the_page_lists_what_is_tested() -> None:
+@pytest.mark.parametrize("name", [name for name in TRIED if name in KNOWN])
+def test_the_trial_refuses_such_models_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written down about a class only makes the message better."""
+    monkeypatch.setattr(support, "_UNSUPPORTED_TYPES", {})
+    with pytest.raises(UnsupportedModelError, match="trial over a few tokens"):
+        Speculator(small_model(name), "ngram")
+
+
+def test_the_page_lists_exactly_what_is_tested() -> None:
     page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    missing = [name for name in NAMES if f"`{name}`" not in page]
-    assert not missing
+    listed = re.search(r"## Held against plain `generate`\n.*?\n\n(`.*?`)\n\n", page, re.S)
+    assert listed is not None
+    names = re.findall(r"`(\w+)`", listed[1])
+    assert sorted(names) == list(NAMES)
+    assert len(names) > 80

@@ -18,7 +18,7 @@ from specdec.kv.versions import CACHE_KEYWORD, cache_argument
 from specdec.kv.wrappers import uncompiled
 from specdec.verify.attention import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
-from specdec.verify.linear import few_row_linears
+from specdec.verify.linear import few_row_linears, is_dense
 from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks
 from specdec.verify.native import NativePass, native_pass
 from specdec.verify.observing import observed
@@ -53,8 +53,9 @@ class TreeForward:
         self.name = name
         config = self._config = text_config(model)
         self._band = CausalBand()
-        # Offloading hooks create parameters during the pass, which must stay ordinary ones.
-        self._inference = not hasattr(model, "_hf_hook")
+        # Offloading hooks create parameters during the pass, which must stay ordinary ones; so must the tensors that
+        # make up a quantised weight.
+        self._inference = not hasattr(model, "_hf_hook") and all(is_dense(weight) for weight in model.parameters())
         self._direct: DirectPass | NativePass | None = None
         self._windows = windows_of(config)
         parameters = inspect.signature(model.forward).parameters

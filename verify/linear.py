@@ -140,11 +140,21 @@ def few_row_linears(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def is_dense(weight: object) -> TypeGuard[Tensor]:
+    """Whether a weight is the numbers it holds: torch's own strided tensor. A subclass (torchao, quanto, bitsandbytes,
+    a distributed tensor) has products of its own, and only its module knows them."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and not weight.is_quantized
+
+
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     # nn.Linear declares `bias: Tensor` although it is None without one
     if type(layer) is not nn.Linear or cast("Tensor | None", layer.bias) is not None or "forward" in layer.__dict__:
         return False
-    return _has_forms(layer.weight)
+    if (
+        layer._forward_pre_hooks or layer._backward_hooks
+    ):  # old weight_norm, spectral_norm and prune set the weight there
+        return False
+    return is_dense(layer.weight) and _has_forms(layer.weight)
 
 
 def _has_forms(weight: Tensor) -> bool:

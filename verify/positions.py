@@ -8,17 +8,31 @@ from typing import Any
 def usable_positions(config: Any) -> int | None:
     """Positions at which a pass may place tokens; None when there is no such limit.
 
-    A learned table ends. "dynamic" and "longrope" rotary scaling recompute their frequencies from the longest
-    position *in the pass*: beyond the original length a drafted node would change the law of the nodes before it.
-    Other rotary models may outgrow their configured maximum.
+    A learned table ends, and some rotary frequencies depend on the pass (`length_dependent_positions`). Other rotary
+    models may outgrow their configured maximum.
     """
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
+    if not getattr(config, "rope_parameters", None):
         return getattr(config, "max_position_embeddings", None)
+    return length_dependent_positions(config)
+
+
+def length_dependent_positions(config: Any) -> int | None:
+    """Positions below which rotary frequencies depend on nothing else; None where they never do.
+
+    "dynamic" and "longrope" scaling compute their frequencies from the longest position *in the pass*: beyond the
+    original length a drafted node would change the law of the nodes before it, and some models compute their whole
+    cache anew on the way. A dynamic module whose frequencies have grown keeps them in a pass of exactly the original
+    length, so there it is one position less.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits: list[int] = []
     for scaling in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if scaling.get("rope_type") in ("dynamic", "longrope"):
-            return int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return None
+        kind = str(scaling.get("rope_type"))
+        if kind == "longrope":
+            limits.append(int(scaling.get("original_max_position_embeddings") or config.max_position_embeddings))
+        elif "dynamic" in kind:
+            limits.append(int(config.max_position_embeddings) - 1)
+    return min(limits, default=None)
 
 
 def windows_of(config: Any) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from specdec.verify.attention import NAME as FOLDED
 from specdec.verify.attention import fitting_attention
+from specdec.verify.linear import is_dense
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Model classes whose layers have this shape; one with a sliding window is left to its modules (see `TreeForward`)."""
@@ -49,8 +50,10 @@ def is_stock(model: PreTrainedModel) -> bool:
         return False
     if any(type(part) not in (*_LEAVES, *stock) or _changed(part) for part in model.modules()):
         return False
-    places = {(type(weight), weight.device.type, weight.dtype) for weight in model.parameters()}
-    return len(places) == 1 and places.pop()[:2] == (nn.Parameter, "cpu")  # a quantised weight is a subclass
+    if not all(is_dense(weight) for weight in model.parameters()):
+        return False
+    places = {(weight.device.type, weight.dtype) for weight in model.parameters()}
+    return len(places) == 1 and places.pop()[0] == "cpu"
 
 
 def _original(function: Any) -> bool:
@@ -66,5 +69,7 @@ def _original(function: Any) -> bool:
 def _changed(part: nn.Module) -> bool:
     own = part.__dict__
     if isinstance(part, nn.Embedding) and part.max_norm is not None:
+        return True
+    if isinstance(part, (nn.Linear, nn.Embedding)) and "weight" not in part._parameters:  # set by something else
         return True
     return "forward" in own or "_hf_hook" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])

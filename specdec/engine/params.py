@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.fitting import refuse_unfit
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.versions import CACHE_KEYWORDS
 from specdec.request import Request, build_request
@@ -98,9 +99,9 @@ class Preparation(Speculator):
     def _decode(
         self, input_ids: Tensor, processors: Any, criteria: Any, config: Any, model_kwargs: Any, **options: Any
     ) -> Tensor:
-        self._requests.append(
-            build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
-        )
+        request = build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
+        refuse_unfit(self.target, request)
+        self._requests.append(request)
         return input_ids
 
 

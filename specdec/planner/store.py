@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.hardware import cpu_name, gpu_name
@@ -19,6 +20,7 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
 from specdec.planner.refine import Kind, refined
 from specdec.verify.folders import cache_folder
+from specdec.verify.linear import is_dense
 from specdec.verify.strict_native import serves
 
 SCHEMA = 3
@@ -53,10 +55,23 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(name.encode())
-        if not weight.is_meta:
-            some = weight.detach().flatten()[:: max(1, weight.numel() // _VALUES)][:_VALUES]
+        for part in _numbers(weight.detach()):
+            some = part.flatten()[:: max(1, part.numel() // _VALUES)][:_VALUES]
             digest.update(some.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def _numbers(weight: Tensor) -> Iterator[Tensor]:
+    """The dense tensors a weight consists of: itself, or those within a quantised one. None where they are elsewhere."""
+    if weight.is_meta:
+        return
+    if is_dense(weight):
+        yield weight
+    elif hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _numbers(getattr(weight, name))
+    elif is_dense(weight.data):  # bitsandbytes: packed numbers
+        yield weight.data
 
 
 def machine() -> dict[str, Any]:
