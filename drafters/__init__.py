@@ -6,7 +6,7 @@ if __name__ != "specdec.drafters":
 from specdec.drafters.base import Budget, Drafter, Session
 from specdec.drafters.best_first import BestFirst
 from specdec.drafters.dyspec import DySpec
-from specdec.drafters.guard import DrafterFaultWarning, FallbackGuard
+from specdec.drafters.guard import DrafterFaultWarning, DrafterNoteWarning, FallbackGuard
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.sequoia import best_tree, sequoia_tree
@@ -17,6 +17,7 @@ __all__ = [
     "Budget",
     "Drafter",
     "DrafterFaultWarning",
+    "DrafterNoteWarning",
     "DySpec",
     "FallbackGuard",
     "ModelDrafter",

@@ -45,6 +45,11 @@ def depth_limits(deepest: int, left: Sequence[int | None]) -> tuple[int, ...]:
     return tuple(deepest if tokens is None else max(0, min(deepest, tokens - 1)) for tokens in left)
 
 
+def levels_within(positions: int | None, deepest: int, num_tokens: int) -> int:
+    """Levels, `deepest` at most, that a drafter of so many positions can draft below a text of so many tokens."""
+    return deepest if positions is None else max(0, min(deepest, positions + 1 - num_tokens))
+
+
 class NodeLaw(Protocol):
     """Logits of tree nodes -> processed scores: a `SamplingLaw`, or one law for each row (an engine's)."""
 
@@ -107,6 +112,18 @@ class Drafter(ABC):
     """Depth of the trees it proposes when the budget allows."""
     max_nodes: int
     """Most drafted tokens it proposes per row."""
+    notes: Sequence[str] = ()
+    """What the user should know about the drafts of the call at hand, though nothing failed: the first is a warning,
+    all of them are in the report."""
+
+    @property
+    def num_positions(self) -> int | None:
+        """Tokens of a row that it can read; None without such a limit."""
+        return None
+
+    def levels_below(self, num_tokens: int) -> int:
+        """Most levels it drafts below a text of so many tokens: its leaves are proposed, but never read."""
+        return levels_within(self.num_positions, self.max_depth, num_tokens)
 
     @property
     def looks_ahead(self) -> bool:

@@ -64,6 +64,11 @@ class DrafterFaultWarning(UserWarning):
     """A drafter failed; the step was decoded plainly and the output is still exact. Issued once per call."""
 
 
+class DrafterNoteWarning(UserWarning):
+    """Some rows get no drafts though nothing failed, e.g. because they are longer than a draft model can read; the
+    output is exact. Issued once per call."""
+
+
 class FallbackGuard(Drafter):
     """Turns anything wrong with a drafter (exception, NaN, bad ids or shapes, false q, OOM) into an empty proposal.
 
@@ -79,7 +84,16 @@ class FallbackGuard(Drafter):
         self.num_faults = 0
         self.last_fault: str | None = None
         self._consecutive = 0
+        self._warned = False
         self._session: Session | None = None
+
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]  # read only here
+        return self.inner.notes
+
+    @property
+    def num_positions(self) -> int | None:
+        return self.inner.num_positions
 
     @property
     def num_uniforms(self) -> int:
@@ -108,6 +122,7 @@ class FallbackGuard(Drafter):
         self.num_faults = 0
         self.last_fault = None
         self._consecutive = 0
+        self._warned = False
         self._run(lambda: self.inner.start(session))
 
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
@@ -119,6 +134,9 @@ class FallbackGuard(Drafter):
         tree = self._run(lambda: self._checked(budget, uniforms, roots))
         if self.num_faults == faults:
             self._consecutive = 0
+        if self.inner.notes and not self._warned:
+            self._warned = True
+            warnings.warn(self.inner.notes[0], DrafterNoteWarning, stacklevel=2)
         return DraftTree.root_only(roots) if tree is None else tree
 
     def observe(self, verdict: Verdict, logits: Tensor) -> None:

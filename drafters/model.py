@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.drafters.children import best_token, refuse_nan
+from specdec.drafters.context import Context
 from specdec.drafters.growth import Run, grow
+from specdec.drafters.reading import DraftPasses
 from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.support import check_model, num_cache_layers, text_config
-from specdec.verify.forward import PREFILL_CHUNK
 from specdec.verify.kinds import DraftKind
 from specdec.verify.planned import forward_for
 from specdec.verify.race import gumbel
@@ -28,9 +29,6 @@ from specdec.verify.tree import DraftTree
 
 DEFAULT_K = 4
 """Chain length when neither `k` nor `tree` is given."""
-
-MOST_LAG = 8
-"""Rows whose K/V lags behind their text by more tokens than this are prefilled before the root is run."""
 
 _TREES = {
     "top": DraftKind("tree", "deterministic"),
@@ -91,7 +89,9 @@ class ModelDrafter(Drafter):
         self.max_depth, self.max_nodes = self.shape.max_depth, self.shape.max_nodes
         self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
         self._forward = forward_for(model, CACHE_NAME)
+        self._context = Context(type(model).__name__, self._forward.num_positions)
         self._session: Session | None = None
+        self._passes: DraftPasses | None = None
         self._gumbel: Tensor | None = None
 
     @property
@@ -99,6 +99,14 @@ class ModelDrafter(Drafter):
         if self._chains:
             return DraftKind("chain", "deterministic" if self.children == "top" else "sampled")
         return _TREES[self.children]
+
+    @property
+    def num_positions(self) -> int | None:
+        return self._context.num_positions
+
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]  # read only here
+        return self._context.notes
 
     @property
     def looks_ahead(self) -> bool:
@@ -126,17 +134,20 @@ class ModelDrafter(Drafter):
 
     def start(self, session: Session) -> None:
         self._session = session
+        self._context = self._context.afresh()
 
     def finish(self) -> None:
-        self._session = self._gumbel = None
+        self._session = self._passes = self._gumbel = None
 
     @torch.no_grad()
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
-        roots = self._session.rows.roots()
+        roots, lengths = self._session.rows.roots(), self._session.rows.lengths()
+        idle, budget = self._context.outgrown(lengths), self._context.cut(budget, lengths)
         depth, nodes = min(budget.max_depth, self.max_depth), min(budget.max_nodes, self.max_nodes)
         if min(depth, nodes) < 1:
             return DraftTree.root_only(roots)
+        self._passes = DraftPasses(self._forward, self._vocab, self._session, idle)
         race = self._session.race
         mode = self.children if self._session.do_sample and race is None else "top"
         self._gumbel = None if race is None else gumbel(race(depth))
@@ -151,18 +162,17 @@ class ModelDrafter(Drafter):
     def _chain(self, roots: Tensor, length: int, mode: str, uniforms: Tensor) -> DraftTree:
         """One token per level: the argmax (mode "top"), else sampled from the drafter's law."""
         assert self._session is not None
-        session, forward = self._session, self._forward
-        cache, law, rows = session.cache, session.law, session.rows
+        assert self._passes is not None
+        law, rows = self._session.law, self._session.rows
         topology = Topology.chain(length)
         columns = [roots[:, None]]
         parents = DraftTree.build(topology, columns[0]).parents
-        lengths = cache.lengths[: cache.num_rows]
         laws: list[Tensor] = []
         peaks: list[Tensor] = []
-        logits = self._root_logits()
+        logits = self._passes.roots()
         for depth in range(1, length + 1):
             tokens = columns[0] if law.prefix_free else torch.cat(columns, dim=1)
-            scores = self._tempered(law(self._fit(logits), rows, tokens, parents, range(depth - 1, depth)))
+            scores = self._tempered(law(logits, rows, tokens, parents, range(depth - 1, depth)))
             if mode != "top":
                 laws.append(F.softmax(scores, dim=-1))
                 columns.append(sample_from(laws[-1], uniforms[:, depth : depth + 1]))
@@ -170,23 +180,17 @@ class ModelDrafter(Drafter):
                 scores = scores if self._gumbel is None else scores + self._gumbel[:, depth - 1 : depth]
                 columns.append(best_token(scores, peaks))
             if depth < length:
-                starts = [count + depth for count in lengths]
-                logits = forward.causal(cache, self._known(columns[-1]), starts, None, keep=0)
+                logits = self._passes.chain(columns[-1], depth)
         refuse_nan(peaks)
         return DraftTree.build(topology, torch.cat(columns, dim=1), torch.cat(laws, dim=1) if laws else None)
 
     def _score(self, run: Run, slots: range) -> Tensor:
         """Run one level of a tree; its scores `[live, len(slots), vocab]`."""
         assert self._session is not None
-        rows, cache, first = self._session.rows, self._session.cache, slots.start
-        if first == 0:
-            logits = self._root_logits()
-        else:
-            new = self._known(run.tokens[:, first:])
-            logits = self._forward.nodes(cache, new, run.depths, run.ancestors[:, first:], first)
-        scores = self._tempered(
-            self._session.law(self._fit(logits), rows, run.tokens, run.parents, slots, run.impossible)
-        )
+        assert self._passes is not None
+        logits = self._passes.roots() if slots.start == 0 else self._passes.level(run, slots.start)
+        law, rows = self._session.law, self._session.rows
+        scores = self._tempered(law(logits, rows, run.tokens, run.parents, slots, run.impossible))
         if self._gumbel is None:
             return scores
         return scores + self._gumbel[indices(len(scores), scores.device)[:, None], run.depths[:, slots.start :]]
@@ -195,51 +199,6 @@ class ModelDrafter(Drafter):
         assert self._session is not None
         plain = self.temperature == 1 or not self._session.do_sample
         return scores if plain else scores / self.temperature
-
-    def _root_logits(self) -> Tensor:
-        """Bring the drafter's K/V up to date and return the logits after each root, `[live, 1, vocab]`."""
-        assert self._session is not None
-        rows, cache = self._session.rows, self._session.cache
-        lengths, filled = cache.lengths[: cache.num_rows], cache.filled(CACHE_NAME)
-        lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
-        if max(lag) > MOST_LAG + 1:
-            self._catch_up(lengths, filled)
-            filled = cache.filled(CACHE_NAME)
-            lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
-        width = max(lag)
-        logits = self._forward.causal(cache, self._known(rows.window(filled, width)), filled, lag, keep=0)
-        if min(lag) == width:
-            return logits if width == 1 else logits[:, -1:]
-        last = torch.tensor(lag, device=logits.device) - 1
-        return logits[torch.arange(len(lag), device=logits.device), last][:, None]
-
-    def _catch_up(self, lengths: list[int], filled: list[int]) -> None:
-        """Prefill rows that lag far behind their text."""
-        assert self._session is not None
-        rows, cache = self._session.rows, self._session.cache
-        behind = [i for i, (length, have) in enumerate(zip(lengths, filled, strict=True)) if length - have > MOST_LAG]
-        text = self._known(rows.window([0] * len(rows.live), max(lengths)))
-        if len(behind) == len(lengths):
-            self._forward.prefill(cache, text, filled, lengths, PREFILL_CHUNK)
-            return
-        for i in behind:  # the others need not run the width of whoever has just joined
-            alone = cache.row(i)
-            self._forward.prefill(alone, text[i : i + 1], filled[i : i + 1], lengths[i : i + 1], PREFILL_CHUNK)
-
-    def _known(self, tokens: Tensor) -> Tensor:
-        """Ids the drafter has no embedding for become its last one: it may read anything, the target decides."""
-        assert self._session is not None
-        return tokens.clamp(max=self._vocab - 1) if self._vocab < self._session.vocab else tokens
-
-    def _fit(self, logits: Tensor) -> Tensor:
-        """Cut or pad the drafter's vocabulary to the target's; padding can never be drafted."""
-        assert self._session is not None
-        missing = self._session.vocab - logits.shape[-1]
-        if missing == 0:
-            return logits
-        if missing <= 0:
-            return logits[..., : self._session.vocab]
-        return F.pad(logits, (0, missing), value=torch.finfo(logits.dtype).min)
 
 
 def _limited(chain: DraftTree, budget: Budget) -> DraftTree:

@@ -34,8 +34,9 @@ class PassCache(ABC):
         """Plan one forward pass of `name`: row `b` writes slots `starts[b] .. starts[b] + width - 1`.
 
         Yields the number of slots the attention will read, `max(starts) + width`. `valid[b]` (default `width`)
-        says how many of the written columns are real; the rest is right padding. `filled` moves only when the
-        block ends without an exception.
+        says how many of the written columns are real; the rest is right padding. A row without a real column is in
+        the pass for its shape only: whatever it holds below `starts[b]` stays, and so does its `filled`. `filled` moves
+        only when the block ends without an exception.
 
         Raises:
             CacheStateError: a start that would leave a hole (`starts[b] > filled[b]`) or a wrong number of rows.

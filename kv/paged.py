@@ -89,13 +89,14 @@ class PagedKVCache(KVCache):
         """
         pool, known, rows = self.pool, self._name(name), self._active()
         self._expect("start", starts)
+        real = [width] * len(rows) if valid is None else valid
         for row, (sequence, start) in enumerate(zip(rows, starts, strict=True)):
-            if start > sequence.filled[known]:
+            if real[row] and start > sequence.filled[known]:
                 raise CacheStateError(
                     f"row {row} of {name!r} holds {sequence.filled[known]} slots; writing at slot {start} would leave "
                     "a hole: write the missing tokens first"
                 )
-        stops = [start + (width if valid is None else valid[row]) for row, start in enumerate(starts)]
+        stops = [start + new for start, new in zip(starts, real, strict=True)]
         spans = list(zip(rows, starts, stops, strict=True))
         pool.pages.make_room(spans)
         store = pool.stores[known]
@@ -103,8 +104,9 @@ class PagedKVCache(KVCache):
         store.plan = running.plan
         yield running.plan.read
         running.settle()
-        for sequence, _, stop in spans:
-            sequence.filled[known] = stop
+        for sequence, start, stop in spans:
+            if stop > start:
+                sequence.filled[known] = stop
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """See `KVCache.commit`; pages behind the kept slots are free again."""

@@ -245,5 +245,7 @@ def physical(sequence: PooledSequence, slot: int, page_size: int) -> int:
 
 def pieces(start: int, stop: int, page_size: int) -> Iterator[tuple[int, int, int]]:
     """The parts of `[start, stop)` page by page: (index in the block table, first and last-plus-one slot in it)."""
+    if stop <= start:  # also in a page that does not exist yet
+        return
     for i in range(start // page_size, -(-stop // page_size)):
         yield i, max(start - i * page_size, 0), min(stop - i * page_size, page_size)

@@ -55,14 +55,15 @@ class SharedKVCache(KVCache):
         first, count = (0, self.num_rows) if only is None else (only, 1)
         if len(starts) != count:
             raise CacheStateError(f"expected one start for each of {count} active rows, got {len(starts)}")
-        for row, start in enumerate(starts, first):
-            if start > store.filled[row]:
+        real = [width] * count if valid is None else valid
+        stops = []
+        for row, (start, new) in enumerate(zip(starts, real, strict=True), first):
+            if new and start > store.filled[row]:
                 raise CacheStateError(
                     f"row {row} of {name!r} holds {store.filled[row]} slots; writing at slot {start} would leave a "
                     "hole: write the missing tokens first"
                 )
-        real = [width] * count if valid is None else valid
-        stops = [start + new for start, new in zip(starts, real, strict=True)]
+            stops.append(start + new if new else store.filled[row])
         return _Writing(store, WritePlan.build(starts, width, first), first, stops)
 
     def row(self, row: int) -> PassCache:

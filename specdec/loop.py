@@ -138,6 +138,7 @@ class DecodeLoop:
         if self.drafter is not None:
             self.report.num_drafter_faults = self.drafter.num_faults
             self.report.last_drafter_fault = self.drafter.last_fault
+            self.report.notes += self.drafter.notes
         return self.collector.finish(self.cache, self.storage)
 
     def step(self) -> None:
@@ -173,7 +174,7 @@ class DecodeLoop:
         if self.planner is None:  # k or tree was given
             budget = Budget(depth_limits(self.drafter.max_depth, left), self.drafter.max_nodes)
         else:
-            budget = self.planner.budget(live, left)
+            budget = self.planner.budget(live, left, self.rows.lengths())
         return self.decider.propose(budget, self.report.num_steps)
 
     def _emit(self, decided: Decided, tree: DraftTree, logits: Tensor) -> tuple[StepTrace, list[int]]:

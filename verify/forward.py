@@ -37,6 +37,11 @@ Way = Callable[[Sequence[Part]], list[Tensor]]
 """A way past the model's modules: logits of every part that asks for some."""
 
 
+def ends(starts: Sequence[int], valid: Sequence[int]) -> list[int]:
+    """Tokens that the rows of a pass hold after it; rows that add none place none."""
+    return [start + count for start, count in zip(starts, valid, strict=True) if count]
+
+
 class TreeForward:
     """Runs `model` (a target or a drafter) on the cache named `name`.
 
@@ -112,7 +117,7 @@ class TreeForward:
             logits of the last `keep` columns (0 = all), `[rows, *, vocab]`.
         """
         if valid is not None:
-            self._check_positions([start + count for start, count in zip(starts, valid, strict=True)])
+            self._check_positions(ends(starts, valid))
         with cache.writing(self.name, starts, tokens.shape[1], valid) as read:
             return self._run(self._causal_part(cache, tokens, starts, keep, read))
 
@@ -221,7 +226,7 @@ class TreeForward:
                 parts = [pinned(self._nodes_part(cache, tree.tokens, tree.depths, tree.ancestor_mask, 0, read))]
             for text in texts:
                 if text.valid is not None:
-                    self._check_positions([start + n for start, n in zip(text.starts, text.valid, strict=True)])
+                    self._check_positions(ends(text.starts, text.valid))
                 read = stack.enter_context(text.cache.writing(self.name, text.starts, text.tokens.shape[1], text.valid))
                 parts.append(pinned(self._causal_part(text.cache, text.tokens, text.starts, None, read)))
             return self._run(*parts)
@@ -278,7 +283,7 @@ class TreeForward:
 
     def _check_positions(self, counts: Sequence[int]) -> None:
         """Refuse real tokens beyond the last usable position (on a GPU a table look-up there kills the context)."""
-        if self.num_positions is not None and max(counts) > self.num_positions:
+        if self.num_positions is not None and max(counts, default=0) > self.num_positions:
             raise ValueError(
                 f"{type(self.model).__name__} has {self.num_positions} positions (learned, or before its rotary "
                 f"frequencies start to depend on the length of the pass), but a row holds {max(counts)} tokens: "

@@ -18,7 +18,7 @@ from specdec.verify.attention import NAME as FOLDED
 from specdec.verify.backends.choose import VARIABLE as BACKEND
 from specdec.verify.backends.dispatch import MAX_NODES, NAME, planned_pass
 from specdec.verify.backends.plan import TreePlan
-from specdec.verify.forward import TreeForward
+from specdec.verify.forward import TreeForward, ends
 
 GRAPHS = "SPECDEC_GRAPHS"
 """Environment variable: "1" turns CUDA graphs on. They are off until they have been measured on a GPU."""
@@ -62,7 +62,7 @@ class PlannedForward(TreeForward):
         if not self._plans(width) or not any(starts):
             return super().causal(cache, tokens, starts, valid, keep)
         if valid is not None:
-            self._check_positions([start + count for start, count in zip(starts, valid, strict=True)])
+            self._check_positions(ends(starts, valid))
         below = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
         depths = torch.arange(width, device=tokens.device).expand(rows, -1)
         with cache.writing(self.name, starts, width, valid) as read:

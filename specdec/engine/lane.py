@@ -106,7 +106,8 @@ class Lane:
         """Levels the request may draft at most."""
         if self.drafter is None:
             return 0
-        return depth_limits(self.drafter.max_depth, [self._stops[task.row].remaining(task.row)])[0]
+        deepest = self.drafter.levels_below(len(task.text))
+        return depth_limits(deepest, [self._stops[task.row].remaining(task.row)])[0]
 
     def propose(self) -> DraftTree:
         """Trees of the depths the budget gave."""

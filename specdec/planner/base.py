@@ -15,11 +15,12 @@ class Planning(Protocol):
     What `budget` returns may depend on everything that happened before the step, never on a token drawn in it.
     """
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None]) -> Budget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> Budget:
         """What the next trees may be.
 
         Args:
             live: batch index of every live row. left: tokens each may still emit, None without a limit.
+            lengths: tokens each holds; only drafters that cannot read any number of them ask for it.
         """
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:

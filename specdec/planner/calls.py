@@ -78,7 +78,9 @@ class Unplanned(Planning):
     def __init__(self, options: Options, notes: list[str]):
         self._options, self._notes = options, notes
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
+    def budget(
+        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
+    ) -> PlannedBudget:
         option = self._options.options[0]
         deepest = min(DEFAULT_K, len(option.widths)) if option.any_depth else len(option.widths)
         return PlannedBudget(depth_limits(deepest, left), option.drafter.max_nodes, 0)

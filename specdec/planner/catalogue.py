@@ -45,7 +45,8 @@ def _option(drafter: Drafter, taken: Sequence[str]) -> Option:
     name = drafter.name
     while name in taken:
         name += "'"
-    return Option(name, name, drafter, (1,) * drafter.max_depth, chain, isinstance(drafter, NgramDrafter))
+    empty = isinstance(drafter, NgramDrafter)
+    return Option(name, name, drafter, (1,) * drafter.max_depth, chain, empty, drafter.num_positions)
 
 
 def planned_chain(drafter: Drafter, most_nodes: int | None) -> Drafter:

@@ -7,7 +7,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import NamedTuple
 
-from specdec.drafters.base import depth_limits
+from specdec.drafters.base import depth_limits, levels_within
 from specdec.planner.costs import StepTimes
 from specdec.planner.history import History
 from specdec.planner.options import Option
@@ -29,21 +29,33 @@ class Situation:
 
     live: batch index of every live row. left: tokens each may still emit, at most HORIZON. longest: tokens of the row
     that may get the most, None for no end.
-    limits: (row, deepest useful draft) of every live row. times_of: live rows -> their table.
+    limits: (row, deepest useful draft) of every live row; limits_of: the same for an option, whose drafter may not be
+    able to read rows so long. times_of: live rows -> their table. lengths: tokens every live row holds.
     """
 
     def __init__(
-        self, live: Sequence[int], left: Sequence[int | None], deepest: int, times_of: Callable[[int], StepTimes]
+        self,
+        live: Sequence[int],
+        left: Sequence[int | None],
+        deepest: int,
+        times_of: Callable[[int], StepTimes],
+        lengths: Sequence[int] = (),
     ):
         self.live = list(live)
         self.left = [HORIZON if tokens is None else min(HORIZON, tokens) for tokens in left]
         limits = [tokens for tokens in left if tokens is not None]
         self.longest = max(limits) if len(limits) == len(left) else None
         self.limits = list(zip(live, depth_limits(deepest, left), strict=True))
-        self.rows = len(self.live)
+        self.rows, self._lengths = len(self.live), lengths
         self.times_of, self.times = times_of, times_of(self.rows)
         self.plain_ms = self.times.plain
         self.plain_rate = self.rows / self.plain_ms
+
+    def limits_of(self, option: Option) -> Sequence[tuple[int, int]]:
+        if option.positions is None:
+            return self.limits
+        pairs = zip(self.limits, self._lengths, strict=True)
+        return [(row, levels_within(option.positions, limit, tokens)) for (row, limit), tokens in pairs]
 
     @cached_property
     def plain_total(self) -> float:
@@ -73,7 +85,7 @@ def candidates(
     Args:
         found: rows that have a proposal; None for all.
     """
-    gains, times, rows = history.gains(option.widths, now.limits), now.times.by_depth[index], now.rows
+    gains, times, rows = history.gains(option.widths, now.limits_of(option)), now.times.by_depth[index], now.rows
     share = 1.0 if found is None else found / rows
     depths = range(1, len(gains)) if option.any_depth else range(len(gains) - 1, len(gains))
     out = []
@@ -105,7 +117,7 @@ def ends_sooner(plan: Candidate, option: Option, history: History, now: Situatio
     """
     if now.rows == 1:
         return plan.rate > now.plain_rate
-    paces = [1.0 + history.reach(option.widths, row)[min(plan.depth, limit)] for row, limit in now.limits]
+    paces = [1.0 + history.reach(option.widths, row)[min(plan.depth, limit)] for row, limit in now.limits_of(option)]
     return _drafted_total(plan, paces, now) < _LATER * now.plain_total
 
 

@@ -23,6 +23,7 @@ class Option:
     any_depth: any number of leading levels may be asked for; else all of them.
     may_be_empty: it often has nothing to propose, finding out costs next to nothing, and it proposes no sampled
         tokens (n-grams).
+    positions: tokens of a row that its drafter can read, None for any number.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Option:
     widths: tuple[int, ...]
     any_depth: bool = True
     may_be_empty: bool = False
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Options(Drafter):
                 "draft: expected at most one model among several drafters (they would share one K/V storage), got "
                 f"{len(models)}; combine one model with 'ngram'"
             )
+
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]  # read only here
+        return list(dict.fromkeys(note for option in self.options for note in option.drafter.notes))
 
     @property
     def kind(self) -> DraftKind | None:

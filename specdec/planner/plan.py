@@ -83,16 +83,18 @@ class Planner(Planning):
         self.explorer = Explorer(list(self._levels), explores)
         self.report = PlanReport()
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
+    def budget(
+        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
+    ) -> PlannedBudget:
         if self._pause.waits():  # most steps where drafts are no use: nothing is computed
             return self._plainly(len(live))
         if self._fresh > 0 and self._trials is not None and self._trials.risk.debt <= self._debt:
-            again = self._again(live, left)
+            again = self._again(live, left, lengths)
             if again is not None:
                 self._fresh -= 1
                 self._pause.go()
                 return again
-        now = self._now = Situation(live, left, self._options.max_depth, self._times_of)
+        now = self._now = Situation(live, left, self._options.max_depth, self._times_of, lengths)
         if self._trials is None:
             prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
             self._trials = Trials(self._choices, Risk(max(now.left), prefill), self._prompt_tokens)
@@ -111,7 +113,9 @@ class Planner(Planning):
             self._plain[rows] = PlannedBudget((0,) * rows, 0)
         return self._plain[rows]
 
-    def _again(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget | None:
+    def _again(
+        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int]
+    ) -> PlannedBudget | None:
         """The last plan, for the rows that are still there; None where it does not fit them."""
         now = self._now
         assert now is not None
@@ -120,7 +124,7 @@ class Planner(Planning):
             return self._last
         if all(tokens is not None and tokens <= deepest for tokens in left):  # nobody can use it: the call is ending
             return None
-        now = self._now = Situation(live, left, self._options.max_depth, self._times_of)
+        now = self._now = Situation(live, left, self._options.max_depth, self._times_of, lengths)
         plan: PlannedBudget | None = self._last
         chain: list[PlannedBudget] = []
         while plan is not None:
@@ -222,7 +226,7 @@ class Planner(Planning):
     def _planned(
         self, plan: Candidate, now: Situation, least: int = 0, otherwise: PlannedBudget | None = None
     ) -> PlannedBudget:
-        depths = tuple([min(plan.depth, limit) for _, limit in now.limits])
+        depths = tuple([min(plan.depth, limit) for _, limit in now.limits_of(self._choices[plan.option])])
         return PlannedBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
 
     def _stop(self, now: Situation) -> PlannedBudget:

@@ -37,8 +37,13 @@ class RowwisePlanner(Planning):
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
         self._plans: list[PlannedBudget] = []
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
-        self._plans = [self._rows[row].budget([0], [tokens]) for row, tokens in zip(live, left, strict=True)]
+    def budget(
+        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
+    ) -> PlannedBudget:
+        held = [lengths[i : i + 1] for i in range(len(live))]
+        self._plans = [
+            self._rows[row].budget([0], [tokens], own) for row, tokens, own in zip(live, left, held, strict=True)
+        ]
         depths = tuple(plan.depths[0] for plan in self._plans)
         return PlannedBudget(depths, max(plan.max_nodes for plan in self._plans))
 

@@ -91,7 +91,9 @@ class Script(Planning):
         self.asked: dict[str, list[float]] = {}
         self.history = {option.family: History(options.max_depth, 1) for option in options.options}
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None]) -> PlannedBudget:
+    def budget(
+        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
+    ) -> PlannedBudget:
         if self._pending is not None:
             self._note(1e3 * (self._clock() - self._last), self._pending)
         if not self._queue:
