@@ -38,9 +38,9 @@ class Context:
         longest = max(num_tokens, default=0)
         if longest > positions and not self.notes:
             self.notes.append(
-                f"the draft model ({self._model}) has {positions} positions, and a row holds {longest} tokens: rows that "
-                "long get no drafts from it, all others do. The output is exact. For drafts there, too, take a draft "
-                "model with more positions, or let the planner fall back on n-grams: draft=[model, 'ngram']"
+                f"the draft model ({self._model}) has {positions} positions, and a row holds {longest} tokens: rows "
+                "that long get no drafts from it, all others do. The output is exact. For drafts there, too, take a "
+                "draft model with more positions, or let the planner fall back on n-grams: draft=[model, 'ngram']"
             )
         return [count > positions for count in num_tokens]
 

@@ -52,7 +52,7 @@ class DraftPasses:
         return self._fit(logits[torch.arange(len(lag), device=logits.device), last][:, None])
 
     def chain(self, tokens: Tensor, depth: int) -> Tensor:
-        """Logits after the nodes at `depth` of chains all of whose earlier nodes were run. tokens: int64 `[live, 1]`."""
+        """Logits after the nodes at `depth`, int64 `[live, 1]`, of chains whose earlier nodes were run."""
         starts = [count + depth for count in self._cache.lengths[: self._cache.num_rows]]
         return self._fit(self._forward.causal(self._cache, self._known(tokens), starts, None, keep=0))
 

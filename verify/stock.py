@@ -1,7 +1,9 @@
-"""Is a model one that `transformers` wrote and nobody changed? Only then may a pass go past its modules."""
+"""Is a model one that `transformers` wrote and nobody changed? Only then may a pass go past its modules. And does code
+of the caller's run in its passes?"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 _FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
 _LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList)
 _HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
+_OFFLOADING = f"{os.sep}accelerate{os.sep}"
 
 
 def is_stock(model: PreTrainedModel) -> bool:
@@ -73,3 +76,27 @@ def _changed(part: nn.Module) -> bool:
     if isinstance(part, (nn.Linear, nn.Embedding)) and "weight" not in part._parameters:  # set by something else
         return True
     return "forward" in own or "_hf_hook" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+
+
+def callers_code(model: PreTrainedModel) -> str | None:
+    """What the caller has put on a model and every pass of it runs: a hook, or a forward in place of a module's own.
+
+    Those of torch, transformers and accelerate (offloading, sharding, compilation) are theirs.
+    """
+    everywhere = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
+    if any(not _known(hook) for hooks in everywhere for hook in hooks.values()):
+        return "a global forward hook"
+    for name, part in model.named_modules():
+        own, where = part.__dict__, f"on module {name!r}" if name else f"on {type(model).__name__}"
+        if any(
+            not _known(hook) for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]) for hook in hooks.values()
+        ):
+            return f"a forward hook {where}"
+        if "forward" in own and "_hf_hook" not in own and not _known(own["forward"]):
+            return f"another forward {where}"
+    return None
+
+
+def _known(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return _original(function) or (code is not None and _OFFLOADING in code.co_filename)

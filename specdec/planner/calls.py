@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from specdec.drafters import ModelDrafter
+from specdec.drafters import Drafter, ModelDrafter
 from specdec.drafters.base import depth_limits
 from specdec.drafters.model import DEFAULT_K
-from specdec.kv import TargetFaultError
 from specdec.planner.base import Planning
 from specdec.planner.costs import Costs
 from specdec.planner.history import Known
@@ -24,6 +23,7 @@ from specdec.planner.script import measured_depths
 from specdec.planner.store import STORE, describe, fingerprint, machine
 from specdec.report import SpecReport, StepTrace
 from specdec.request import Request
+from specdec.verify.stock import callers_code
 from specdec.verify.strict_mode import StrictMode
 
 _EXACT_ROWS = 4
@@ -78,9 +78,7 @@ class Unplanned(Planning):
     def __init__(self, options: Options, notes: list[str]):
         self._options, self._notes = options, notes
 
-    def budget(
-        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
-    ) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
         option = self._options.options[0]
         deepest = min(DEFAULT_K, len(option.widths)) if option.any_depth else len(option.widths)
         return PlannedBudget(depth_limits(deepest, left), option.drafter.max_nodes, 0)
@@ -108,24 +106,25 @@ class Plans:
         self._learned: dict[tuple[Any, ...], Known] = {}
 
     def call(self, request: Request) -> CallPlanner | RowwisePlanner | Unplanned:
-        """The planner of one call. Never raises for a drafter or target that fails: the call itself will, and say it
-        better."""
+        """The planner of one call. Never raises: whatever fails beside a call is no reason for it to end."""
         rows = request.input_ids.shape[0]
         notes: list[str] = []
         tables: dict[int, Costs] = {}
         # Plans leave no trace in such texts: a call may begin with what those before it have found out.
         traceless = not request.config.do_sample or self._rule == "coupled"
         alone = request.seeded and not traceless
-        for size in [1] if alone else sorted({1, _size(rows)}, reverse=True):
-            try:
+        try:
+            for size in self._sizes(rows, alone):
                 tables[size] = self._table(request, size, notes)
-            except (RuntimeError, TargetFaultError) as fault:
-                return Unplanned(self.options, [*notes, f"costs could not be measured ({fault}): not planned"])
+        except Exception as fault:
+            why = str(fault) or type(fault).__name__
+            return Unplanned(self.options, [*notes, f"costs could not be measured ({why}): not planned"])
         if alone:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
             return RowwisePlanner(tables[1], self.options, counts, notes)
-        known, keep, explores = Known(tables[_size(rows)].beliefs, tables[_size(rows)].found), None, False
+        whole = tables[max(tables)]
+        known, keep, explores = Known(whole.beliefs, whole.found), None, False
         if traceless:
             kind = (bool(request.config.do_sample), request.config.temperature)
             known = self._learned.get(kind, known)
@@ -138,11 +137,27 @@ class Plans:
 
         return CallPlanner(tables, self.options, rows, request.input_ids.shape[1], notes, known, keep, explores)
 
+    def _sizes(self, rows: int, alone: bool) -> list[int]:
+        """Numbers of rows whose tables a call of `rows` rows needs, its own first.
+
+        Raises:
+            RuntimeError: none that may be measured.
+        """
+        own = next((option.drafter for option in self.options.options if _is_callers(option.drafter)), None)
+        if own is None:
+            return [1] if alone else sorted({1, _size(rows)}, reverse=True)
+        if alone and rows > 1:
+            raise RuntimeError(f"{type(own).__name__} would have to draft for one row where the call has {rows}")
+        return [rows]
+
     def _key(self, request: Request, rows: int) -> dict[str, Any]:
-        """What the table of such calls is kept under."""
+        """What the table of such calls is kept under: also processors that were not asked while it was measured, for
+        calls correct it."""
+        kept = kept_processors(request.processors)
         own = {
             "sampling": bool(request.config.do_sample),
-            "processors": [type(one).__name__ for one in kept_processors(request.processors)],
+            "processors": [type(one).__name__ for one in kept],
+            "unmeasured": [_full_name(one) for one in request.processors if one not in kept],
             "rows": rows,
             "threads": torch.get_num_threads(),
             "dtype": str(self._target.dtype),
@@ -158,6 +173,10 @@ class Plans:
         costs, note = STORE.get(key)
         notes += [] if note is None else [note]
         if costs is None:
+            for model in (self._target, *self._models()):
+                found = callers_code(model)
+                if found is not None:
+                    raise RuntimeError(f"{found}, which would run in passes that the call does not make")
             costs = measure(request, self._target, self.options, self._rule, rows, self._strict)
             note = STORE.put(key, replace(costs, seconds=0.0))
             notes += [] if note is None else [note]
@@ -166,18 +185,31 @@ class Plans:
     def _settings(self) -> dict[str, Any]:
         """What the tables of every call depend on."""
         if self._fixed is None:
-            drafters = [option.drafter for option in self.options.options]
-            models = {id(one.model): one.model for one in drafters if isinstance(one, ModelDrafter)}
+            options, models = self.options.options, self._models()
             self._fixed = {
                 "target": describe(self._target),
-                "drafts": [describe(model) for model in models.values()],
-                "weights": [fingerprint(model) for model in (self._target, *models.values())],
-                "options": [[one.name, list(one.widths), measured_depths(one)] for one in self.options.options],
+                "drafts": [describe(model) for model in models],
+                "weights": [fingerprint(model) for model in (self._target, *models)],
+                "options": [[one.name, list(one.widths), measured_depths(one)] for one in options],
+                "drafters": [_full_name(one.drafter) for one in options],
                 "machine": machine(),
                 "rule": self._rule,
                 "strict": None if self._strict is None else self._strict.width,
             }
         return self._fixed
+
+    def _models(self) -> list[PreTrainedModel]:
+        drafters = [option.drafter for option in self.options.options]
+        return list({id(one.model): one.model for one in drafters if isinstance(one, ModelDrafter)}.values())
+
+
+def _full_name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _is_callers(drafter: Drafter) -> bool:
+    """Is a drafter the caller's own code? It is measured in the shape of the call only."""
+    return not type(drafter).__module__.startswith("specdec.")
 
 
 def _size(rows: int) -> int:

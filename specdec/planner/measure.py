@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
-from specdec.drafters import FallbackGuard
+from specdec.drafters import Drafter, FallbackGuard
 from specdec.kv.support import text_config
 from specdec.loop import DecodeLoop
 from specdec.planner.costs import Costs
-from specdec.planner.options import Options
+from specdec.planner.options import Option, Options
 from specdec.planner.script import PLAIN, Enough, Filler, Script
 from specdec.request import Request
+from specdec.verify.law import PREFIX_FREE
+from specdec.verify.positions import usable_positions
 from specdec.verify.strict_mode import StrictMode
 
 SECONDS = 0.7
@@ -31,22 +33,11 @@ PROMPT_TOKENS = 64
 _MOST_PROMPT_TOKEN = 0.1
 """The first pass over the prompt also pays for what is done once. A prompt token costs at most this share of a step."""
 
-_HARMLESS = frozenset(
-    f"{name}Logits{kind}"
-    for name, kind in (
-        ("Temperature", "Warper"), ("TopK", "Warper"), ("TopP", "Warper"), ("TopH", "Warper"), ("MinP", "Warper"),
-        ("Typical", "Warper"), ("Epsilon", "Warper"), ("Eta", "Warper"), ("RepetitionPenalty", "Processor"),
-        ("NoRepeatNGram", "Processor"), ("MinLength", "Processor"), ("MinNewTokensLength", "Processor"),
-        ("SuppressTokens", "Processor"),
-    )
-)  # fmt: skip
-"""Processors that may see scratch text: stateless ones of the library's. Others are not called."""
-
 
 def kept_processors(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Those that may be run on scratch text."""
-    return LogitsProcessorList([one for one in processors if type(one).__name__ in _HARMLESS
-                                and type(one).__module__.startswith("transformers.")])  # fmt: skip
+    """Those that may be run on scratch text: of transformers' own classes that look at nothing but scores. All others
+    read prefixes, count rows or keep a state, and belong to the call: they are never asked about anything else."""
+    return LogitsProcessorList([one for one in processors if type(one) in PREFIX_FREE])
 
 
 def measure(
@@ -60,20 +51,21 @@ def measure(
 ) -> Costs:
     """Cost table of steps of `rows` rows, with the caller's own sampling settings.
 
-    Nothing of the call is touched: the text is random tokens, the cache its own, and no global random state is used.
+    Nothing of the call is touched: the text is random tokens, the cache its own, drafters are clones, and no global
+    random state is used. Nothing of the caller's runs: no processor of his, no criterion, streamer or monitor.
 
     Raises:
         RuntimeError: the drafter failed, or nothing could be measured. Faults of the target: TargetFaultError.
     """
     start = perf_counter()
     most_nodes = None if strict is None else strict.width - 1
-    scratch = Options([replace(option, drafter=Filler(option.drafter.clone())) if option.may_be_empty else option
-                       for option in options.options])  # fmt: skip
+    scratch = Options([replace(option, drafter=_scratch_drafter(option)) for option in options.options])
     guard = FallbackGuard(scratch, most_nodes)
-    prompt = _scratch_prompt(request, target, rows)
+    room = _room(target, options)
+    prompt = _scratch_prompt(request, target, rows, room)
     # One thread's own time does not count what other processes do meanwhile.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
-    script = Script(scratch, rows, seconds, process_time if alone else perf_counter)
+    script = Script(scratch, rows, seconds, process_time if alone else perf_counter, room)
     loop = DecodeLoop(_scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
     script.loop = loop
     try:
@@ -100,7 +92,14 @@ def measure(
     prompt_token = max(0.0, min(first / prompt.shape[1], plain * _MOST_PROMPT_TOKEN))
     beliefs = {family: history.belief for family, history in script.history.items() if history.num_decisions}
     found = {name: sum(shares) / len(shares) for name, shares in script.asked.items()}
+    if min(plain, *(ms for table in steps.values() for ms in table.values())) <= 0:
+        raise RuntimeError("the clock is too coarse")
     return Costs(rows, plain, steps, draft_token, prompt_token, beliefs, found, perf_counter() - start)
+
+
+def _scratch_drafter(option: Option) -> Drafter:
+    drafter = option.drafter.clone()
+    return Filler(drafter) if option.may_be_empty else drafter
 
 
 def _typical(times: Sequence[float]) -> float:
@@ -113,11 +112,17 @@ _SCRATCH_REQUEST = 1 << 31
 """Rows of scratch texts begin here, where no call's rows get to: what they were drafted with is never used again."""
 
 
-def _scratch_prompt(request: Request, target: PreTrainedModel, rows: int) -> Tensor:
+def _room(target: PreTrainedModel, options: Options) -> int | None:
+    """Tokens a scratch text may have, so that both models can read it to its end."""
+    known = [usable_positions(text_config(target)), *(option.positions for option in options.options)]
+    return min((positions for positions in known if positions is not None), default=None)
+
+
+def _scratch_prompt(request: Request, target: PreTrainedModel, rows: int, room: int | None) -> Tensor:
     """The ends of the caller's prompts, again and again where there are fewer than `rows`; random tokens before those
     that are shorter than a scratch prompt."""
     config = text_config(target)
-    room = getattr(config, "max_position_embeddings", None) or 4 * PROMPT_TOKENS
+    room = room or getattr(config, "max_position_embeddings", None) or 4 * PROMPT_TOKENS
     length = max(2, min(PROMPT_TOKENS, room // 4))
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(int(config.vocab_size), (rows, length), generator=generator).to(request.input_ids.device)

@@ -83,9 +83,7 @@ class Planner(Planning):
         self.explorer = Explorer(list(self._levels), explores)
         self.report = PlanReport()
 
-    def budget(
-        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
-    ) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
         if self._pause.waits():  # most steps where drafts are no use: nothing is computed
             return self._plainly(len(live))
         if self._fresh > 0 and self._trials is not None and self._trials.risk.debt <= self._debt:
@@ -113,9 +111,7 @@ class Planner(Planning):
             self._plain[rows] = PlannedBudget((0,) * rows, 0)
         return self._plain[rows]
 
-    def _again(
-        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int]
-    ) -> PlannedBudget | None:
+    def _again(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int]) -> PlannedBudget | None:
         """The last plan, for the rows that are still there; None where it does not fit them."""
         now = self._now
         assert now is not None

@@ -37,9 +37,7 @@ class RowwisePlanner(Planning):
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
         self._plans: list[PlannedBudget] = []
 
-    def budget(
-        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
-    ) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
         held = [lengths[i : i + 1] for i in range(len(live))]
         self._plans = [
             self._rows[row].budget([0], [tokens], own) for row, tokens, own in zip(live, left, held, strict=True)

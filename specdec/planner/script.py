@@ -77,12 +77,14 @@ class Script(Planning):
     (kernels are chosen), and its times count only where there is no time for another.
     """
 
-    def __init__(self, options: Options, rows: int, seconds: float, clock: Callable[[], float]):
+    def __init__(
+        self, options: Options, rows: int, seconds: float, clock: Callable[[], float], room: int | None = None
+    ):
         self.depths = [measured_depths(option) for option in options.options]
         self.loop: DecodeLoop | None = None
         self.ms: dict[tuple[int, int], list[float]] = {}
         self.catch_up_ms: list[tuple[float, int]] = []
-        self._options, self._rows, self._seconds, self._clock = options, rows, seconds, clock
+        self._options, self._rows, self._seconds, self._clock, self._room = options, rows, seconds, clock, room
         self._queue: list[tuple[int, int]] = [PLAIN] * 3
         self._pending: tuple[int, int] | None = None
         self._forgotten = 0
@@ -91,9 +93,7 @@ class Script(Planning):
         self.asked: dict[str, list[float]] = {}
         self.history = {option.family: History(options.max_depth, 1) for option in options.options}
 
-    def budget(
-        self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()
-    ) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
         if self._pending is not None:
             self._note(1e3 * (self._clock() - self._last), self._pending)
         if not self._queue:
@@ -104,6 +104,8 @@ class Script(Planning):
             self.loop.cache.forget(CACHE_NAME)
             self._forgotten = max(self.loop.rows.num_tokens)
             order = self._queue.pop(0)
+        if self._room is not None and max(lengths) + order[1] > self._room:  # a model could not read it to its end
+            raise Enough
         self._pending = order
         self._last = self._clock()
         option, depth = order
