@@ -124,6 +124,7 @@ class FallbackGuard(Drafter):
         self._consecutive = 0
         self._warned = False
         self._run(lambda: self.inner.start(session))
+        self._tell()
 
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
@@ -134,9 +135,7 @@ class FallbackGuard(Drafter):
         tree = self._run(lambda: self._checked(budget, uniforms, roots))
         if self.num_faults == faults:
             self._consecutive = 0
-        if self.inner.notes and not self._warned:
-            self._warned = True
-            warnings.warn(self.inner.notes[0], DrafterNoteWarning, stacklevel=2)
+        self._tell()
         return DraftTree.root_only(roots) if tree is None else tree
 
     def observe(self, verdict: Verdict, logits: Tensor) -> None:
@@ -145,6 +144,7 @@ class FallbackGuard(Drafter):
     def join(self, rows: Sequence[int]) -> None:
         self._consecutive = 0  # a new request, a new chance
         self._run(lambda: self.inner.join(rows))
+        self._tell()
 
     def clone(self) -> FallbackGuard:
         return FallbackGuard(self.inner.clone(), self.max_nodes)
@@ -181,6 +181,11 @@ class FallbackGuard(Drafter):
         except Exception as fault:  # any drafter fault whatever: that is this class's purpose
             self._record(fault)
             return None
+
+    def _tell(self) -> None:
+        if self.inner.notes and not self._warned:
+            self._warned = True
+            warnings.warn(self.inner.notes[0], DrafterNoteWarning, stacklevel=3)
 
     def _record(self, fault: Exception) -> None:
         assert self._session is not None

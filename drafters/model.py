@@ -135,6 +135,11 @@ class ModelDrafter(Drafter):
     def start(self, session: Session) -> None:
         self._session = session
         self._context = self._context.afresh()
+        self._context.outgrown(session.rows.lengths())
+
+    def join(self, rows: Sequence[int]) -> None:
+        assert self._session is not None, "join() before start()"
+        self._context.outgrown([self._session.rows.num_tokens[row] for row in rows])
 
     def finish(self) -> None:
         self._session = self._passes = self._gumbel = None

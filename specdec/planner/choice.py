@@ -142,6 +142,9 @@ def why_plain(options: Sequence[Option], histories: Sequence[History], now: Situ
     """A sentence on what each option promises, where none is drafted with."""
     said = []
     for i, (option, history) in enumerate(zip(options, histories, strict=True)):
+        if not any(limit for _, limit in now.limits_of(option)) and any(limit for _, limit in now.limits):
+            said.append(f"{option.name} cannot read that many tokens ({option.positions} positions)")
+            continue
         speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
         if speed > MARGIN:
             said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
