@@ -156,7 +156,9 @@ def sampled_children(scores: Tensor, count: int, uniforms: Tensor) -> Children:
         return Children(draws.tokens, torch.ones_like(good), good, draws.law)
     # Voids are the last ranks: the j-th of them takes the j-th best of what was not drawn.
     drawn = torch.where(good, draws.tokens, draws.tokens[:, :, :1])
-    spare = draws.law.scatter(-1, drawn, 0.0).topk(count, dim=-1)
+    spare = draws.law.scatter(-1, drawn, -1.0).topk(
+        count, dim=-1
+    )  # below those that have no mass: no token comes twice
     at = (~good).long().cumsum(-1).sub(1).clamp(min=0)
     tokens = torch.where(good, draws.tokens, spare.indices.gather(-1, at))
     return Children(tokens, good | (spare.values.gather(-1, at) > 0), good, draws.law)

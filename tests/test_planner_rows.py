@@ -8,11 +8,12 @@ from typing import Any
 import models
 import pytest
 import torch
-from planner_world import World
+from planner_world import DEPTH, World
 
 import specdec
 from specdec.planner import calls
 from specdec.planner.costs import Costs
+from specdec.planner.rowwise import RowwisePlanner
 from specdec.planner.store import CostStore
 
 FAMILY = "llama-gqa"
@@ -64,6 +65,32 @@ def test_plans_for_the_whole_batch_would_show(monkeypatch: pytest.MonkeyPatch) -
     original = calls.Plans.call
     monkeypatch.setattr(calls.Plans, "call", lambda self, request: original(self, replace(request, seeded=False)))
     assert depends_on_companions(models.draft("near", FAMILY))
+
+
+def test_a_lone_seeded_row_is_planned_as_it_is_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first caller's prompt told the table is believed by calls without a seed only."""
+    plans: list[object] = []
+    original = calls.Plans.call
+
+    def keep(self: calls.Plans, request: Any) -> Any:
+        plans.append(original(self, request))
+        return plans[-1]
+
+    def hopeless(*arguments: Any) -> Costs:
+        return replace(table(*arguments), beliefs={"model": {1: ([50.0] * DEPTH, [0.0] * DEPTH)}})
+
+    monkeypatch.setattr(calls.Plans, "call", keep)
+    monkeypatch.setattr(calls, "measure", hopeless)
+    spec = specdec.Speculator(models.target(FAMILY), models.draft("near", FAMILY))
+    ids, _ = models.prompts((7,), models.VOCAB, 3, period=3)
+    drafted = []
+    for seed in (1, None):
+        spec.generate(ids, do_sample=True, temperature=0.5, max_new_tokens=24, eos_token_id=None, seed=seed)
+        assert spec.report is not None
+        drafted.append(spec.report.num_draft_tokens)
+    assert [type(plan) for plan in plans] == [RowwisePlanner, calls.CallPlanner]
+    assert drafted[0] > 0
+    assert drafted[1] == 0, "by the table drafts are hopeless"
 
 
 def test_coupled_texts_need_no_such_plans() -> None:

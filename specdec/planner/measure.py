@@ -23,8 +23,8 @@ from specdec.planner.costs import Costs
 from specdec.planner.options import Option, Options
 from specdec.planner.script import PLAIN, Enough, Filler, Script
 from specdec.request import Request
-from specdec.verify.law import PREFIX_FREE
 from specdec.verify.positions import usable_positions
+from specdec.verify.purity import PREFIX_FREE
 from specdec.verify.strict_mode import StrictMode
 
 SECONDS = 0.7
