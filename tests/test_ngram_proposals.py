@@ -99,6 +99,12 @@ def test_what_another_continuation_begins_with_is_no_branch_of_its_own() -> None
     assert paths(proposed(NgramDrafter(k=3, branches=1, max_ngram=1), [text])) == [(7,)]
 
 
+def test_a_continuation_cut_off_by_the_end_of_the_text_takes_no_other_ones_place() -> None:
+    text = [2, 2, 2, 5, 9, 2, 7, 2, 2]  # after 2 2 came 5 9 2 and 2 5 9; after 2 alone 2 (and the end), then 7 2 2
+    tree = proposed(NgramDrafter(k=3, branches=3, max_ngram=2), [text])
+    assert paths(tree) == [(5,), (5, 9), (5, 9, 2), (2,), (2, 5), (2, 5, 9), (7,), (7, 2), (7, 2, 2)]
+
+
 def test_no_more_nodes_than_the_budget_has() -> None:
     text = [1, 2, 20, 21, 1, 2, 30, 31, 1, 2, 40, 41, 1, 2]
     drafter = NgramDrafter(k=2, branches=3)
