@@ -20,6 +20,8 @@ from specdec.drafters.children import (
     sampled_children,
     top_children,
 )
+from specdec.drafters.shapes import Start, Static
+from specdec.verify import Topology
 
 NEVER = float("-inf")
 
@@ -160,3 +162,17 @@ def test_nan_in_any_score_is_refused(width: int) -> None:
     with pytest.raises(FloatingPointError, match="NaN"):
         refuse_nan([made.peaks])
     refuse_nan([made.peaks[:1]])
+
+
+def test_what_lies_below_an_impossible_node_is_impossible_too() -> None:
+    """The second child of the root has no mass; its own children have, and are no more reachable for it."""
+    roots = torch.tensor([1])
+    shape = Static(Topology.widths((2, 1, 1)))
+    grower = shape.grower(Start(roots, (3,), 6, "top", torch.zeros(1, 7, dtype=torch.float64)))
+    first = grower.extend(torch.tensor([[[NEVER, 1.0, NEVER]]]))
+    assert first is not None
+    assert first.impossible.tolist() == [[False, True]]
+    second = grower.extend(torch.tensor([[[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]]))
+    assert second is not None
+    assert second.tokens.tolist() == [[2, 2]]
+    assert second.impossible.tolist() == [[False, True]]
