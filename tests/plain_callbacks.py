@@ -108,5 +108,16 @@ class StopTokens(StoppingCriteria):
         return input_ids[:, -1] % 5 == torch.arange(len(input_ids)) % 5
 
 
+class SecondWind(LogitsProcessor):
+    """Turns the law of every second call upside down; state that plain order alone keeps right."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        return -scores if self.calls % 2 == 0 else scores
+
+
 PROCESSORS = (Counting, InPlace, InOrder, Matcher, PerRow)
 CRITERIA = (EveryNth, StopTokens)

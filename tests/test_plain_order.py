@@ -6,23 +6,19 @@ import random
 from typing import Any
 
 import models
-import numpy as np
 import plain_callbacks as callbacks
 import pytest
 import torch
-from exact_law import noisy_copy, tiny_llama
-from law_checks import must_be_caught
-from stats import g_test, g_test_strata, judge
+from exact_law import tiny_llama
+from plain_callbacks import SecondWind
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 import specdec
 from specdec import SpecReport, Speculator, UnsupportedArgumentError
-from specdec.deciding import read_verdict
 from specdec.engine import Engine
-from specdec.plain_order import PlainBatch, PlainOrder
-from specdec.stopping import StopRules
-from specdec.verify import DraftTree, NoiseStream, Rows, Topology, make_rule, purity
+from specdec.plain_order import PlainBatch
+from specdec.verify import purity
 
 FAMILIES = ("llama-gqa", "mistral-window", "gpt2")
 DRAFTS: tuple[dict[str, Any], ...] = (
@@ -152,133 +148,6 @@ def _asked_late(self: Any, tokens: Any) -> None:
 
 TINY = tiny_llama(0)
 PROMPT = torch.tensor([[3, 5, 2, 6, 3, 5]])
-
-
-class SecondWind(LogitsProcessor):
-    """Turns the law of every second call upside down; state that plain order alone keeps right."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.calls += 1
-        return -scores if self.calls % 2 == 0 else scores
-
-
-def law_of_two() -> Tensor:
-    """The joint law of two tokens under SecondWind, by enumeration: float64 `[vocab, vocab]`."""
-    vocab = TINY.config.vocab_size
-    with torch.no_grad():
-        first = TINY(PROMPT).logits[0, -1].double().softmax(-1)
-        tails = torch.arange(vocab)[:, None]
-        second = (-TINY(torch.cat([PROMPT.expand(vocab, -1), tails], 1)).logits[:, -1]).double().softmax(-1)
-    return first[:, None] * second
-
-
-def judged(tokens: Tensor) -> None:
-    vocab = TINY.config.vocab_size
-    counts = torch.bincount(tokens[:, 0] * vocab + tokens[:, 1], minlength=vocab**2).numpy()
-    judge(g_test(counts, law_of_two().numpy().ravel()), "law of two tokens under a processor with state")
-
-
-def test_sampled_law_of_a_processor_with_state() -> None:
-    """Rows of a call keep step, so one processor serves thousands; a run is cut at the first row that leaves it."""
-    spec = Speculator(TINY, noisy_copy(TINY, 1), k=2)
-    out: Any = spec.generate(
-        PROMPT, do_sample=True, top_k=0, max_new_tokens=2, num_return_sequences=12_000, seed=1,
-        attention_mask=torch.ones_like(PROMPT), logits_processor=[SecondWind()],
-    )  # fmt: skip
-    assert spec.report is not None
-    assert spec.report.rule == "rejection"
-    assert spec.report.num_accepted_tokens > 3_000
-    judged(out[:, PROMPT.shape[1] :])
-
-
-ROWS, IDS = 4_000, 6
-
-
-def one_step(rule: str, bug: bool = False) -> tuple[list[np.ndarray], list[Tensor], int]:
-    """Walks one drafted step of many rows, each a batch of its own: counts and laws of the first token, then of the
-    second one after each kept first one; and how many runs had three tokens.
-
-    Rows read logits from a table by their last token; SecondWind turns the second law upside down.
-    """
-    generator = torch.Generator().manual_seed(3)
-    table = torch.randn(IDS, IDS, generator=generator)
-    q = torch.softmax(0.8 * table + 0.3 * torch.randn(IDS, IDS, generator=generator), -1)
-    roots = torch.zeros(ROWS, 1, dtype=torch.int64)
-    if rule == "recursive_rejection":
-        pair = torch.multinomial(q[0].expand(ROWS, -1), 2, generator=generator)
-        tree = DraftTree.build(Topology((-1, 0, 0)), torch.cat([roots, pair], 1), q[roots])
-    else:
-        first = torch.multinomial(q[0].expand(ROWS, -1), 1, generator=generator)
-        second = torch.multinomial(q[first[:, 0]], 1, generator=generator)
-        law = None if rule == "naive" else torch.stack([q[0].expand(ROWS, -1), q[first[:, 0]]], 1)
-        tree = DraftTree.build(Topology.chain(2), torch.cat([roots, first, second], 1), law)
-    rows = Rows(roots, None, 8)
-    order = PlainOrder(rows, True, isolates=True)
-    stop = StopRules(StoppingCriteriaList(), rows)
-    for row in range(ROWS):
-        order.join(PlainBatch([LogitsProcessor() if bug else SecondWind()], stop, [row], rows.ids[row : row + 1, :1]))
-    noise = NoiseStream(list(range(ROWS)), [0] * ROWS, rows.device).accept(range(ROWS), 0, tree.tokens.shape[1])
-    judge_tree = make_rule(rule)
-    walk = order.walk(
-        tree, table[tree.tokens], torch.zeros_like(tree.sampled), lambda law: judge_tree(tree, law, noise)
-    )
-    decision = read_verdict(tree, torch.zeros_like(tree.sampled), walk.verdict, walk.kept_end)
-    laws = [table.double().softmax(-1)[0], *(-table).double().softmax(-1)]
-    counts = [np.zeros(IDS, dtype=np.int64) for _ in laws]
-    for run in decision.runs:
-        counts[0][run[0]] += 1
-        if len(run) > 1:
-            counts[1 + run[0]][run[1]] += 1
-    return counts, laws, sum(len(run) > 2 for run in decision.runs)
-
-
-@pytest.mark.parametrize("rule", ["rejection", "naive", "recursive_rejection"])
-def test_laws_within_a_step_are_those_of_the_state_at_each_token(rule: str) -> None:
-    counts, laws, long = one_step(rule)
-    assert sum(counts[1:]).sum() > ROWS / 8, "second tokens were judged"
-    assert rule == "recursive_rejection" or long > 20
-    judge(g_test_strata(counts, [law.numpy() for law in laws]), f"laws within a step under {rule}")
-
-
-def test_a_step_that_forgets_the_state_is_caught() -> None:
-    counts, laws, _ = one_step("rejection", bug=True)
-    with must_be_caught():
-        judge(g_test_strata(counts, [law.numpy() for law in laws]), "a processor without state")
-
-
-def test_drafts_of_single_rows_are_kept_when_sampling() -> None:
-    """Coupled texts do not depend on the draft: plain order with drafts gives the text of plain order without."""
-    texts = []
-    accepted = 0
-    for draft in (None, TINY, noisy_copy(TINY, 1)):
-        spec = Speculator(TINY, draft, rule="coupled", **({} if draft is None else {"k": 4}))
-        for seed in range(12):
-            counting = SecondWind()
-            out: Any = spec.generate(
-                PROMPT, do_sample=True, top_k=0, max_new_tokens=12, seed=seed, attention_mask=torch.ones_like(PROMPT),
-                logits_processor=[counting],
-            )  # fmt: skip
-            assert counting.calls == 12
-            texts.append((seed, out.tolist()))
-            accepted += spec.report.num_accepted_tokens if spec.report else 0
-    assert accepted > 40
-    assert len({str(text) for text in texts}) == len({seed for seed, _ in texts})
-
-
-@pytest.mark.parametrize("rule", ["block", "traversal", "budget_flow"])
-def test_rules_that_need_whole_drafts_are_refused_by_name(rule: str) -> None:
-    arguments: dict[str, Any] = {"do_sample": True, "max_new_tokens": 3, "logits_processor": [SecondWind()]}
-    tree = {"block": {"k": 3}, "traversal": {"tree": (2, 2)}, "budget_flow": {"tree": (2, 2)}}[rule]
-    spec = Speculator(TINY, TINY, rule=rule, **tree)
-    with pytest.raises(UnsupportedArgumentError, match=f"{rule}.*SecondWind.*specdec.pure"):
-        spec.generate(PROMPT, **arguments)
-    with Engine(TINY, TINY, k=3) as engine, pytest.raises(UnsupportedArgumentError, match="SecondWind"):
-        engine.submit(PROMPT[0], rule=rule, **arguments)
-    arguments["do_sample"] = False  # greedy matching judges token by token, whatever the rule's name
-    assert spec.generate(PROMPT, **arguments) is not None
 
 
 def test_pure_processors_are_asked_about_whole_drafts() -> None:
