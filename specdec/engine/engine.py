@@ -82,16 +82,12 @@ class Engine:
     ):
         if num_bytes is not None and num_pages is not None:
             raise UnsupportedArgumentError("expected num_bytes or num_pages, got both")
-        if max_rows < 1 or max_waiting < 1 or max_step_tokens < 2 * max_rows:
-            raise UnsupportedArgumentError(
-                "expected max_rows, max_waiting >= 1 and max_step_tokens >= 2 * max_rows, got "
-                f"max_rows={max_rows}, max_waiting={max_waiting}, max_step_tokens={max_step_tokens}"
-            )
+        limits = Limits.checked(max_rows, max_step_tokens, max_waiting)
         self._preparation = Preparation(target, tokenizer=tokenizer)
         self.target = target = self._preparation.target
         named = named_drafters(target, draft, k, tree, drafters or {})
         self.drafters = tuple(named)
-        self.limits = Limits(max_rows, max_step_tokens, max_waiting)
+        self.limits = limits
         pooled = make_pool(target, named, num_bytes, num_pages, page_size)
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)

@@ -10,7 +10,21 @@ from pathlib import Path
 from specdec.pairing.devices import DEVICES, LAUNCHES
 from specdec.pairing.errors import PairError
 from specdec.pairing.folders import folder_facts
-from specdec.pairing.schema import DTYPES, KINDS, RULES, VOCABULARIES, Draft, Facts, Pair, Published, Target
+from specdec.pairing.tables import shown
+from specdec.pairing.schema import (
+    DTYPES,
+    KINDS,
+    MOST,
+    MOST_NODES,
+    RULES,
+    VOCABULARIES,
+    Draft,
+    Facts,
+    Pair,
+    Published,
+    Target,
+    nodes_of_widths,
+)
 
 MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
@@ -42,10 +56,15 @@ def _drafting(pair: Pair) -> Iterator[str]:
         yield "[drafting]: expected k or tree, got both; a tree of [1, 1, 1] is k = 3"
     for name in ("k", "suggested_k"):
         value = getattr(drafting, name)
-        if value is not None and value < 1:
-            yield f"[drafting] {name}: expected at least 1, got {value}; leave it out and the library chooses"
+        if value is not None and not 1 <= value <= MOST_NODES:
+            yield (
+                f"[drafting] {name}: expected 1 to {MOST_NODES} tokens, got {shown(value)}; leave it out and the library "
+                "chooses"
+            )
     if drafting.tree is not None and (not drafting.tree or min(drafting.tree) < 1):
-        yield f"[drafting] tree: expected children per level such as [3, 2, 1], got {list(drafting.tree)}"
+        yield f"[drafting] tree: expected children per level such as [3, 2, 1], got {shown(list(drafting.tree))}"
+    elif drafting.tree is not None and nodes_of_widths(drafting.tree) > MOST_NODES:
+        yield f"[drafting] tree: expected at most {MOST_NODES} nodes in all, got more: {shown(list(drafting.tree))}"
     if drafting.tree is not None and pair.draft.kind == "ngram":
         yield "[drafting] tree: an n-gram drafter has no static tree; use k"
 
@@ -80,8 +99,8 @@ def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
 
 def _facts(facts: Facts) -> Iterator[str]:
     for name in _POSITIVE:
-        if getattr(facts, name) < 1:
-            yield f"{name}: expected at least 1, got {getattr(facts, name)}"
+        if not 1 <= getattr(facts, name) <= MOST:
+            yield f"{name}: expected 1 to {MOST:.0e}, got {shown(getattr(facts, name))}"
             return
     if facts.num_heads % facts.num_kv_heads:
         yield f"expected num_heads to be a multiple of num_kv_heads, got {facts.num_heads} and {facts.num_kv_heads}"
@@ -126,10 +145,12 @@ def _entry(entry: Published) -> Iterator[str]:
     yield from _one_of("device", entry.device, tuple(DEVICES))
     yield from _one_of("launch", entry.launch, LAUNCHES)
     for name, least in (("speedup", 0.0), ("weight_bits", 0.0)):
-        if not getattr(entry, name) > least:
+        if not least < getattr(entry, name) <= MOST:
             yield f"{name}: expected more than {least:g}, got {getattr(entry, name)}"
-    if entry.depth < 0 or entry.nodes < 1 or entry.num_devices < 1:
-        yield "expected depth >= 0, nodes >= 1 and num_devices >= 1"
+    if not 0 <= entry.temperature <= MOST:
+        yield f"temperature: expected at least 0, got {entry.temperature}"
+    if not 0 <= entry.depth <= MOST_NODES or not 1 <= entry.nodes <= MOST_NODES or not 1 <= entry.num_devices <= MOST:
+        yield f"expected depth 0 to {MOST_NODES}, nodes 1 to {MOST_NODES} and num_devices >= 1"
     if entry.tokens_per_pass is not None and not 1 <= entry.tokens_per_pass <= entry.nodes + 1:
         yield (
             f"tokens_per_pass: expected 1 to nodes + 1 = {entry.nodes + 1} (the target's own token counts), got "
