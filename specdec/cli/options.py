@@ -12,7 +12,7 @@ import typer
 from specdec.pairing import Pair, PairError, find_pair
 from specdec.pairing.runnable import refusal
 from specdec.pairing.tables import shown
-from specdec.pairing.schema import DTYPES, MOST_NODES, MOST_THREADS, RULES, nodes_of_widths
+from specdec.pairing.schema import DTYPES, MOST_NODES, MOST_THREADS, RULES, home_expanded, nodes_of_widths
 from specdec.shipped import DEFAULT_PAIR
 
 _DIGITS = 10
@@ -266,7 +266,7 @@ def _tree_text(pair: Pair) -> str | None:
 
 def _existing(option: str, name: str) -> str:
     """A folder that exists, or something that can be a hub id (`owner/name`)."""
-    folder = Path(name).expanduser()
+    folder = home_expanded(Path(name))
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or folder.exists():

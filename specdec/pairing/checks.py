@@ -30,6 +30,8 @@ MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_REVISION = re.compile(r"[^\s\x00-\x1f\x7f-][^\s\x00-\x1f\x7f]*")
+"""Not what a program could take for an option."""
 _POSITIVE = (
     "num_parameters", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
     "vocab_size",
@@ -85,6 +87,11 @@ def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
         return
     if part.model is not None and not _HUB_ID.fullmatch(part.model):
         yield f"{where} model: expected a hub id such as owner/name, got {part.model!r}; a folder goes into path"
+    if part.path is not None and "\0" in part.path:
+        yield f"{where} path: expected a folder, got {part.path!r}"
+        return
+    if part.revision is not None and not _REVISION.fullmatch(part.revision):
+        yield f"{where} revision: expected a branch, tag or commit, got {part.revision!r}"
     if part.path is not None and part.revision is not None:
         yield f"{where} revision: a folder has none; leave it out"
     if part.facts is not None:

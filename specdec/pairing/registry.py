@@ -9,7 +9,7 @@ from pathlib import Path
 
 from specdec.pairing.checks import problems
 from specdec.pairing.errors import PairError
-from specdec.pairing.schema import SCHEMA, Draft, Pair, Target
+from specdec.pairing.schema import SCHEMA, Draft, Pair, Target, home_expanded
 from specdec.pairing.tables import read_table, to_toml, write_table
 
 SHIPPED = Path(__file__).parent.parent / "pairs"
@@ -31,7 +31,7 @@ def find_pair(pair: str | Path) -> Pair:
         PairError: none of these, or a file with mistakes; all of them are in the message.
     """
     found = read_pair(pair)
-    return found if is_pair_folder(Path(pair).expanduser()) else checked(found)
+    return found if is_pair_folder(home_expanded(Path(pair))) else checked(found)
 
 
 def checked(pair: Pair) -> Pair:
@@ -52,7 +52,7 @@ def read_pair(pair: str | Path) -> Pair:
     Raises:
         PairError: nothing found, no TOML, unknown keys, wrong types, another version of the format.
     """
-    path = Path(pair).expanduser()
+    path = home_expanded(Path(pair))
     if is_pair_folder(path):
         return Pair(
             name=path.resolve().name or "pair",

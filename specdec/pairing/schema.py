@@ -28,6 +28,14 @@ MOST = 10**15
 """Any number about a model, a device or a published measurement."""
 
 
+def home_expanded(path: Path) -> Path:
+    """`path` with `~` replaced; as it is where nobody lives there."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def nodes_of_widths(widths: tuple[int, ...]) -> int:
     """Drafted tokens of a tree with so many children per level; counting ends beyond MOST_NODES."""
     total, level = 0, 1
@@ -166,7 +174,7 @@ class Pair:
     def location(self, part: Target | Draft) -> str:
         """Hub id or absolute folder of `part`."""
         if part.path is not None:
-            return str(((self.folder or Path()) / part.path).expanduser().resolve())
+            return str(home_expanded((self.folder or Path()) / part.path).resolve())
         return part.model or ""
 
     @property

@@ -98,6 +98,11 @@ def typed(value: Any) -> str:
     return f"{type(value).__name__} {shown(value)}"
 
 
+def one_line(text: str) -> str:
+    """`text` with everything escaped that is not plainly readable: line breaks of all kinds, control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def shown(value: Any) -> str:
     """`value` in a message: never longer than a line, whatever it is."""
     if isinstance(value, int) and abs(value) >= 10**20:
