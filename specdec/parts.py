@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.forks import settle
 from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model
 from specdec.kv.limits import MOST_NODES, checked_count
 from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size
@@ -30,6 +31,7 @@ def make_target(target: Any, tokenizer: Any = None) -> tuple[PreTrainedModel, An
     Raises:
         UnsupportedModelError: see check_model. SpecdecError: a path or hub id that cannot be loaded (see load_model).
     """
+    settle()
     if isinstance(target, (str, Path)):
         name = str(target)
         target = load_model("target", name, "auto", default_device())

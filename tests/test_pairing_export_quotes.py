@@ -95,7 +95,7 @@ def check(pair: Pair, stubs: Path, place: Path) -> None:
                 assert line.isprintable()
 
 
-@pytest.mark.parametrize(("first", "kind"), enumerate(("model", "ngram", "eagle3")))
+@pytest.mark.parametrize(("first", "kind"), list(enumerate(("model", "ngram", "eagle3"))))
 def test_nothing_else_runs(first: int, kind: str, stubs: Path, tmp_path: Path) -> None:
     for text in HOSTILE[first::3]:
         check(hostile(text, kind, text.strip() or "x", tree=None if kind == "ngram" else (2, 1)), stubs, tmp_path / "run")

@@ -14,10 +14,10 @@ def cache_folder() -> Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen is not None and chosen.lower() in ("", "off", "0"):
         return None
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     try:
+        if chosen:
+            return Path(chosen).expanduser()
         return (Path(base) if base else Path.home() / ".cache") / "specdec"
     except RuntimeError:  # nobody's home
         return None

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.forks import renewed_after_fork
 from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
@@ -99,6 +100,10 @@ class CostStore:
         self._known: dict[str, Costs] = {}
         self._refined: dict[str, int] = {}
         self._asked: dict[str, int] = {}
+        self._lock = Lock()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
         self._lock = Lock()
 
     def explores(self, key: Mapping[str, Any]) -> bool:
