@@ -30,9 +30,9 @@ def read_table(kind: type[Record], table: Any, where: str, skip: frozenset[str] 
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in skip}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(key[:80], fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PairError(f"{where}: unknown key {key!r}, expected some of {', '.join(fields)}{hint}")
+            raise PairError(f"{where}: unknown key {shown(key)}, expected some of {', '.join(fields)}{hint}")
     missing = [name for name, field in fields.items() if _required(field) and name not in table]
     if missing:
         raise PairError(f"{where}: {', '.join(missing)} missing; add {'it' if len(missing) == 1 else 'them'}")
@@ -84,7 +84,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         if not isinstance(value, list):
             raise PairError(f"{where}: {key}: expected an array, got {typed(value)}")
         return tuple(_value(item, entry, where, f"{key}[{index}]") for index, entry in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise PairError(f"{where}: {key}: expected {_NAMES[hint]}, got {typed(value)}")
