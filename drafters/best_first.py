@@ -34,7 +34,7 @@ class BestFirst(TreeShape):
     def __init__(self, depth: int = 7, top_k: int = 10, num_nodes: int = 60):
         given = {"depth": depth, "top_k": top_k, "num_nodes": num_nodes}
         self.max_depth, self.top_k, self.max_nodes = (
-            checked_count(f"BestFirst: {name}", value, 1, MOST_NODES) for name, value in given.items()
+            checked_count(f"{name} of BestFirst", value, 1, MOST_NODES) for name, value in given.items()
         )
         if self.num_slots > MOST_SLOTS:
             raise UnsupportedArgumentError(

@@ -42,10 +42,10 @@ class DySpec(TreeShape):
     ):
         given = {"depth": depth, "num_nodes": num_nodes, "max_children": max_children}
         self.max_depth, self.max_nodes, self.max_children = (
-            checked_count(f"DySpec: {name}", value, 1, MOST_NODES) for name, value in given.items()
+            checked_count(f"{name} of DySpec", value, 1, MOST_NODES) for name, value in given.items()
         )
-        self.threshold = checked_number("DySpec: threshold", threshold, 0.0, 1.0)
-        self.trust = checked_number("DySpec: trust", trust, 0.0, 1.0)
+        self.threshold = checked_number("threshold of DySpec", threshold, 0.0, 1.0)
+        self.trust = checked_number("trust of DySpec", trust, 0.0, 1.0)
         if self.threshold == 1:
             raise UnsupportedArgumentError("DySpec: threshold: expected < 1, got 1: no node would ever be drafted")
         if self.num_slots > MOST_SLOTS:

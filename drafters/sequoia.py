@@ -86,7 +86,7 @@ def best_tree(
     if not verify_ms:
         raise UnsupportedArgumentError("verify_ms: expected drafted tokens -> milliseconds > 0, got none")
     verify_ms = {
-        checked_count("verify_ms: drafted tokens", size, 0, MOST_NODES): checked_number(
+        checked_count("drafted tokens of verify_ms", size, 0, MOST_NODES): checked_number(
             f"verify_ms[{size}]", ms, 0.0, above=True
         )
         for size, ms in verify_ms.items()
@@ -129,8 +129,7 @@ def _checked(acceptance: ArrayLike) -> Floats:
         table = np.empty((0, 0))
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all() or table.min() < 0:
         raise UnsupportedArgumentError(
-            "acceptance: expected probabilities by rank, or by depth and rank, got "
-            f"{shown(acceptance)}"
+            f"acceptance: expected probabilities by rank, or by depth and rank, got {shown(acceptance)}"
         )
     if table.sum(1).max() > 1 + 1e-6:
         raise UnsupportedArgumentError(

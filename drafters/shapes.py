@@ -106,7 +106,7 @@ def shape_of(tree: Any) -> TreeShape:
     if isinstance(tree, Topology):
         return Static(tree)
     if isinstance(tree, Sequence) and not isinstance(tree, (str, bytes)) and len(tree) > 0:
-        checked_count("tree: levels, or paths,", len(tree), 1, MOST_NODES)
+        checked_count("levels (or paths) of the tree", len(tree), 1, MOST_NODES)
         if all(_is_count(width) for width in tree):
             return Static(Topology.widths(tuple(int(width) for width in tree)))
         if all(isinstance(path, Sequence) and not isinstance(path, str) for path in tree):
@@ -131,7 +131,7 @@ def from_paths(paths: Sequence[Sequence[int]]) -> Topology:
     Raises:
         UnsupportedArgumentError: a negative rank, an empty or repeated path, or one whose parent is not in the list.
     """
-    checked_count("tree: paths", len(paths), 0, MOST_NODES)
+    checked_count("paths of the tree", len(paths), 0, MOST_NODES)
     known: dict[Path, int] = {(): 0}
     parents = [-1]
     for path in paths:

@@ -1,4 +1,4 @@
-"""How large what a user asks for may be: one constant per limit, and the checks that name it before anything is built."""
+"""How large what a user asks for may be: one constant per limit, and checks that come before anything is built."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def checked_count(name: str, value: Any, least: int, most: int, instead: str = "
         count = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         raise UnsupportedArgumentError(
-            f"{name}: expected a whole number from {least} to {most}, got {type(value).__name__} {shown(value)}{hint}"
+            f"expected a whole number {name} >= {least} and <= {most}, got {type(value).__name__} {shown(value)}{hint}"
         ) from None
     if not least <= count <= most:
-        raise UnsupportedArgumentError(f"{name}: expected {least} to {most}, got {shown(count)}{hint}")
+        raise UnsupportedArgumentError(f"expected {name} >= {least} and <= {most}, got {shown(count)}{hint}")
     return count
 
 
@@ -67,7 +67,7 @@ def checked_number(name: str, value: Any, least: float, most: float = math.inf, 
     number = float(value) if real and abs(value) < 1e300 else math.nan
     if not (least < number if above else least <= number) or not number <= most:
         bounds = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most < math.inf else "")
-        raise UnsupportedArgumentError(f"{name}: expected a number {bounds}, got {shown(value)}")
+        raise UnsupportedArgumentError(f"expected a number {name} {bounds}, got {shown(value)}")
     return number
 
 

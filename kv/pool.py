@@ -16,6 +16,7 @@ from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size, pages_wit
 from specdec.kv.prefix import PrefixIndex, Tokens, plain
 from specdec.kv.support import num_cache_layers
 
+
 class KVPool:
     """K/V of many sequences, and of several models for each of them, in pages that are handed out as texts grow.
 
@@ -57,7 +58,7 @@ class KVPool:
     ):
         page_size = checked_page_size(page_size)
         if num_pages is not None:
-            num_pages = checked_count("num_pages", num_pages, 1, MOST_PAGES, "None is no limit")
+            num_pages = checked_count("num_pages", num_pages, 1, MOST_PAGES, "give at least 1, or None for no limit")
         first_pages = checked_count("first_pages", first_pages, 1, MOST_PAGES)
         self.page_size = page_size
         self._limit = num_pages

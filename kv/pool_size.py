@@ -21,7 +21,7 @@ def checked_page_size(page_size: int) -> int:
     Raises:
         UnsupportedArgumentError: not a whole number from 1 to `MAX_PAGE_SIZE`.
     """
-    return checked_count("page_size", page_size, 1, MAX_PAGE_SIZE, "slots per page")
+    return checked_count("page_size", page_size, 1, MAX_PAGE_SIZE, f"pages have 1 to {MAX_PAGE_SIZE} slots")
 
 
 def pages_within(models: Mapping[str, PreTrainedModel], num_bytes: int, page_size: int) -> int:

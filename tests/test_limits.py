@@ -89,7 +89,8 @@ SMALLER = {
     "ModelDrafter(k)": 10**6, "ModelDrafter(tree)": 10**6, "BestFirst(depth)": 10**6, "BestFirst(top_k)": 10**6,
     "BestFirst(num_nodes)": 10**6, "DySpec(depth)": 10**6, "DySpec(num_nodes)": 10**6, "NgramDrafter(k)": 10**6,
     "NgramDrafter(branches)": 10**6, "NgramDrafter(max_ngram)": 10**4, "Speculator(strict_width)": 2**31,
-    "KVPool(num_pages)": 2**31, "KVPool.sized(num_bytes)": 10**15, "Engine(num_bytes)": 10**15, "Engine(max_rows)": 10**6,
+    "KVPool(num_pages)": 2**31, "KVPool.sized(num_bytes)": 10**15, "Engine(num_bytes)": 10**15,
+    "Engine(max_rows)": 10**6,
 }  # fmt: skip
 """Numbers that are none too large for an int, but for what they mean."""
 
@@ -164,12 +165,16 @@ def test_drafts_beyond_the_targets_positions_are_cut(draft: str) -> None:
     assert found.tolist() == wanted.tolist()
 
 
-@pytest.mark.parametrize("drafting", [{"k": 10**6}, {"suggested_k": 2**40}, {"tree": (40,) * 4}, {"tree": (9,) * 10**5}])
+@pytest.mark.parametrize(
+    "drafting", [{"k": 10**6}, {"suggested_k": 2**40}, {"tree": (40,) * 4}, {"tree": (9,) * 10**5}]
+)
 def test_pair_files_have_the_same_limits(drafting: dict[str, Any]) -> None:
     from dataclasses import replace
 
     pair = find_pair("qwen3-8b-0.6b")
-    with pytest.raises(PairError, match=rf"\[drafting\] {next(iter(drafting))}: expected .*{limits.MOST_NODES}") as error:
+    with pytest.raises(
+        PairError, match=rf"\[drafting\] {next(iter(drafting))}: expected .*{limits.MOST_NODES}"
+    ) as error:
         checked(replace(pair, drafting=Drafting(**drafting)))
     assert len(str(error.value)) < 300
     assert checked(replace(pair, drafting=Drafting(k=limits.MOST_NODES))).num_nodes == limits.MOST_NODES

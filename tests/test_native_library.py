@@ -220,9 +220,7 @@ build.compiled(Path(sys.argv[1]))
     assert not list(tmp_path.glob("building-*"))
 
 
-def test_a_compiler_that_leaves_a_child_does_not_outlast_its_time(
-    unbuilt: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_compiler_that_leaves_a_child_does_not_outlast_its_time(unbuilt: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The child holds the compiler's output open; whoever waits for that waits for the child."""
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\nsleep 300 &\necho $! > " + str(tmp_path / "child") + "\nwait\n")

@@ -19,9 +19,34 @@ from specdec.pairing.loading import load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 PIECES = (
-    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b'"', b"'''", b"[", b"[[", b"]", b"{", b"}", b"=", b",", b"nan", b"-inf",
-    b"1e999", b"-1", b"9" * 5000, b"9" * 25, b"0x", b"true", b"1979-05-27", b"[" * 3000, b"\\u0000", b"\xf0\x9f\x98\x80", b"null", b"[]",
-)  # fmt: skip
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b'"',
+    b"'''",
+    b"[",
+    b"[[",
+    b"]",
+    b"{",
+    b"}",
+    b"=",
+    b",",
+    b"nan",
+    b"-inf",
+    b"1e999",
+    b"-1",
+    b"9" * 5000,
+    b"9" * 25,
+    b"0x",
+    b"true",
+    b"1979-05-27",
+    b"[" * 3000,
+    b"\\u0000",
+    b"\xf0\x9f\x98\x80",
+    b"null",
+    b"[]",
+)
 
 
 def invoke(*arguments: object) -> Any:
@@ -74,13 +99,22 @@ def test_mutated_pair_files(tmp_path: Path) -> None:
 
 
 ODD_PAIRS = {
-    "empty": b"", "a BOM and nothing": b"\xef\xbb\xbf", "no UTF-8": b"schema = 1\nname = '\xff'", "UTF-16": "schema = 1".encode("utf-16"),
-    "tables for strings": b"schema = 1\nsummary = 'x'\n[[name]]\na = 1\n", "nan": b"schema = nan", "true": b"schema = true",
-    "digits": b"schema = " + b"9" * 5000, "deep": b"schema = " + b"[" * 5000, "a date": b"schema = 1979-05-27",
+    "empty": b"",
+    "a BOM and nothing": b"\xef\xbb\xbf",
+    "no UTF-8": b"schema = 1\nname = '\xff'",
+    "UTF-16": "schema = 1".encode("utf-16"),
+    "tables for strings": b"schema = 1\nsummary = 'x'\n[[name]]\na = 1\n",
+    "nan": b"schema = nan",
+    "true": b"schema = true",
+    "digits": b"schema = " + b"9" * 5000,
+    "deep": b"schema = " + b"[" * 5000,
+    "a date": b"schema = 1979-05-27",
     "a NUL": b'schema = 1\nname = "a"\nsummary = "s"\n[target]\npath = "a\\u0000b"\n[draft]\nkind = "ngram"\n',
     "nobody's home": b'schema = 1\nname = "a"\nsummary = "s"\n[target]\npath = "~nobody/x"\n[draft]\nkind = "ngram"\n',
-    "a huge float": b'schema = 1\nname = "a"\nsummary = "s"\n[target]\nmodel = "a/b"\n[draft]\nkind = "ngram"\n[[published]]\nspeedup = ' + b"9" * 400,
-}  # fmt: skip
+    "a huge float": b'schema = 1\nname = "a"\nsummary = "s"\n[target]\nmodel = "a/b"\n[draft]\nkind = "ngram"\n'
+    + b"[[published]]\nspeedup = "
+    + b"9" * 400,
+}
 
 
 def test_odd_pair_files(tmp_path: Path) -> None:
@@ -136,13 +170,26 @@ def test_mutated_weights_and_configurations_are_described_or_refused(model: Path
 
 
 CONFIGS: dict[str, Any] = {
-    "a list": [], "a word": "llama", "null": None, "empty": {}, "no type": {"model_type": None}, "a number for a type": {"model_type": 5},
-    "an unknown type": {"model_type": "nothing"}, "another type": {"model_type": "t5"}, "no heads": {"num_attention_heads": 0},
-    "negative": {"hidden_size": -32}, "a word for a size": {"hidden_size": "big"}, "a float": {"num_hidden_layers": 2.5},
-    "larger": {"intermediate_size": 96}, "more layers": {"num_hidden_layers": 3}, "a list for a size": {"vocab_size": [257]},
-    "odd rope": {"rope_parameters": {"rope_type": "nothing"}}, "odd activation": {"hidden_act": "nothing"}, "control": {"not_an_entry_of_any_model": []},
+    "a list": [],
+    "a word": "llama",
+    "null": None,
+    "empty": {},
+    "no type": {"model_type": None},
+    "a number for a type": {"model_type": 5},
+    "an unknown type": {"model_type": "nothing"},
+    "another type": {"model_type": "t5"},
+    "no heads": {"num_attention_heads": 0},
+    "negative": {"hidden_size": -32},
+    "a word for a size": {"hidden_size": "big"},
+    "a float": {"num_hidden_layers": 2.5},
+    "larger": {"intermediate_size": 96},
+    "more layers": {"num_hidden_layers": 3},
+    "a list for a size": {"vocab_size": [257]},
+    "odd rope": {"rope_parameters": {"rope_type": "nothing"}},
+    "odd activation": {"hidden_act": "nothing"},
+    "control": {"not_an_entry_of_any_model": []},
     "an odd dtype": {"dtype": "float17"},
-}  # fmt: skip
+}
 
 
 def test_odd_configurations_are_one_line(model: Path) -> None:
@@ -166,11 +213,16 @@ def test_odd_weights_and_tokenizers_are_one_line(model: Path) -> None:
     good = (model / "model.safetensors").read_bytes()
     size = int.from_bytes(good[:8], "little")
     odd = {
-        "empty": b"", "short": good[:4], "half a header": good[: size // 2], "half": good[: len(good) // 2],
-        "one byte": good[:-1], "a huge header": b"\xff" * 8 + good[8:], "no JSON": good[:8] + b"x" * size + good[8 + size :],
+        "empty": b"",
+        "short": good[:4],
+        "half a header": good[: size // 2],
+        "half": good[: len(good) // 2],
+        "one byte": good[:-1],
+        "a huge header": b"\xff" * 8 + good[8:],
+        "no JSON": good[:8] + b"x" * size + good[8 + size :],
         "a weight of another name": good.replace(b"lm_head.weight", b"lm_hair.weight"),
         "another dtype": good.replace(b'"F32"', b'"F99"'),
-    }  # fmt: skip
+    }
     for name, content in odd.items():
         (model / "model.safetensors").write_bytes(content)
         with pytest.raises(SpecdecError, match="could not load a causal language model") as error:

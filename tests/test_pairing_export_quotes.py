@@ -1,10 +1,11 @@
-"""Whatever a pair's file says, an export runs the engine's own programs with that in their arguments, and nothing else."""
+"""Whatever a pair's file says, an export runs the engine's programs with that in their arguments, nothing else."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,31 @@ from specdec.pairing.schema import Draft
 
 PROGRAMS = ("vllm", "python", "trtllm-serve", "hf", "llama-server", "text-generation-launcher", "touch", "id")
 HOSTILE = (
-    "a\ntouch owned\n", "a\r\ntouch owned", "$(touch owned)", "`touch owned`", "'; touch owned; '", '"; touch owned; "',
-    "a'\"\\ b", "-x", "--trust", "~", "*", "END\ntouch owned", "a\\\ntouch owned", "\x1b[2J\x07", "a\x85b\u2028c", "\x7f",
-    "# a", "!!", "{a,b}", "\U0001f600 \u00e9", "'''\nimport os\n", "a: b #c", "%s%n", "\u202ereversed",
-)  # fmt: skip
+    "a\ntouch owned\n",
+    "a\r\ntouch owned",
+    "$(touch owned)",
+    "`touch owned`",
+    "'; touch owned; '",
+    '"; touch owned; "',
+    "a'\"\\ b",
+    "-x",
+    "--trust",
+    "~",
+    "*",
+    "END\ntouch owned",
+    "a\\\ntouch owned",
+    "\x1b[2J\x07",
+    "a\x85b\u2028c",
+    "\x7f",
+    "# a",
+    "!!",
+    "{a,b}",
+    "\U0001f600 \u00e9",
+    "'''\nimport os\n",
+    "a: b #c",
+    "%s%n",
+    "\u202ereversed",
+)
 STUB = '#!/bin/bash\n{ printf \'%s\\0\' "${0##*/}" "$@"; printf \'\\1\\0\'; } >> "$CALLS"\n'
 
 
@@ -45,9 +67,10 @@ def calls(text: str, stubs: Path, place: Path) -> list[tuple[str, ...]]:
         old.unlink()
     shell = {"env": {"PATH": str(stubs), "CALLS": str(place / "calls"), "LC_ALL": "C.UTF-8"}, "cwd": place}
     data = text.encode("utf-8", "surrogateescape")
-    checked: Any = subprocess.run(["/bin/bash", "-n"], input=data, capture_output=True, timeout=60, **shell)  # type: ignore[call-overload]
+    run: Any = partial(subprocess.run, capture_output=True, timeout=60, **shell)  # type: ignore[call-overload]
+    checked = run(["/bin/bash", "-n"], input=data)
     assert checked.returncode == 0, checked.stderr
-    done: Any = subprocess.run(["/bin/bash", "-c", data], capture_output=True, timeout=60, **shell)  # type: ignore[call-overload]
+    done = run(["/bin/bash", "-c", data])
     assert done.returncode == 0, done.stderr
     assert done.stderr == b""
     found = (place / "calls").read_bytes().decode("utf-8", "surrogateescape") if (place / "calls").exists() else ""
@@ -98,7 +121,9 @@ def check(pair: Pair, stubs: Path, place: Path) -> None:
 @pytest.mark.parametrize(("first", "kind"), list(enumerate(("model", "ngram", "eagle3"))))
 def test_nothing_else_runs(first: int, kind: str, stubs: Path, tmp_path: Path) -> None:
     for text in HOSTILE[first::3]:
-        check(hostile(text, kind, text.strip() or "x", tree=None if kind == "ngram" else (2, 1)), stubs, tmp_path / "run")
+        check(
+            hostile(text, kind, text.strip() or "x", tree=None if kind == "ngram" else (2, 1)), stubs, tmp_path / "run"
+        )
 
 
 @settings(max_examples=8)

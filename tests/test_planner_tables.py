@@ -1,4 +1,4 @@
-"""Cost tables on disk: one that cannot have been measured is measured again, one that cannot be written costs a note."""
+"""Cost tables on disk: one that cannot have been measured is measured again, one that cannot be written is a note."""
 
 from __future__ import annotations
 
@@ -53,15 +53,24 @@ def step(value: Any) -> Callable[[dict[str, Any]], object]:
 
 
 WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a negative step": step(-1.0), "no number": step(math.nan), "nothing": step(0.0), "for ever": step(math.inf),
-    "a fifth": step(0.19), "a million times": step(1e6), "a word": step("fast"), "a list": step([1]), "null": step(None),
+    "a negative step": step(-1.0),
+    "no number": step(math.nan),
+    "nothing": step(0.0),
+    "for ever": step(math.inf),
+    "a fifth": step(0.19),
+    "a million times": step(1e6),
+    "a word": step("fast"),
+    "a list": step([1]),
+    "null": step(None),
     "a huge integer": step(10**400),
     "a depth there is not": lambda costs: costs["steps"]["model"].update({"13": 3.0}),
     "depth 0": lambda costs: costs["steps"]["model"].update({"0": 3.0}),
     "a depth that is no number": lambda costs: costs["steps"]["model"].update({"deep": 3.0}),
-    "no plain step": lambda costs: costs.update(plain=0.0), "a plain hour": lambda costs: costs.update(plain=1e7),
+    "no plain step": lambda costs: costs.update(plain=0.0),
+    "a plain hour": lambda costs: costs.update(plain=1e7),
     "a negative plain step": lambda costs: costs.update(plain=-1.0),
-    "another number of rows": lambda costs: costs.update(rows=2), "infinite rows": lambda costs: costs.update(rows=math.inf),
+    "another number of rows": lambda costs: costs.update(rows=2),
+    "infinite rows": lambda costs: costs.update(rows=math.inf),
     "rows that are none": lambda costs: costs.update(rows="two"),
     "an option missing": lambda costs: costs["steps"].pop("ngram"),
     "an option of another name": lambda costs: costs["steps"].update(other=costs["steps"].pop("ngram")),
@@ -70,12 +79,18 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     "a prompt token below nothing": lambda costs: costs.update(prompt_token=-1.0),
     "more acceptances than decisions": lambda costs: costs.update(beliefs={"model": {"1": [[1.0], [2.0]]}}),
     "beliefs that would never change": lambda costs: costs.update(beliefs={"model": {"1": [[1e12], [1.0]]}}),
-    "a share above one": lambda costs: costs.update(found={"ngram": 1.5}), "no steps": lambda costs: costs.pop("steps"),
-}  # fmt: skip
+    "a share above one": lambda costs: costs.update(found={"ngram": 1.5}),
+    "no steps": lambda costs: costs.pop("steps"),
+}
 GARBAGE = {
-    "empty": b"", "no text": b"\xff\xfe\x00", "half": b'{"schema": 3, "key"', "a list": b"[1, 2]", "a word": b'"table"',
-    "deep": b"[" * 100_000, "digits": b"9" * 10_000,
-}  # fmt: skip
+    "empty": b"",
+    "no text": b"\xff\xfe\x00",
+    "half": b'{"schema": 3, "key"',
+    "a list": b"[1, 2]",
+    "a word": b'"table"',
+    "deep": b"[" * 100_000,
+    "digits": b"9" * 10_000,
+}
 
 
 def the_file(folder: Path) -> Path:
@@ -83,7 +98,9 @@ def the_file(folder: Path) -> Path:
     return file
 
 
-def test_a_table_that_cannot_have_been_measured_is_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_cannot_have_been_measured_is_measured_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert notes(monkeypatch) == []
     good = the_file(folder).read_text()
     assert notes(monkeypatch) == []  # control: it is found and believed
@@ -141,7 +158,9 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     path.write_text("old")
     order: list[str] = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(folders.os, "fsync", lambda handle: (order.append(f"flushed {path.read_text()}"), sync(handle))[1])
+    monkeypatch.setattr(
+        folders.os, "fsync", lambda handle: (order.append(f"flushed {path.read_text()}"), sync(handle))[1]
+    )
     monkeypatch.setattr(folders.os, "replace", lambda *names: (order.append("renamed"), replace(*names))[1])
     write_whole(path, "new")
     assert order == ["flushed old", "renamed"]

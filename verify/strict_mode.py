@@ -53,7 +53,11 @@ class StrictMode:
 
     def __init__(self, model: PreTrainedModel, width: int = DEFAULT_WIDTH):
         self.width = checked_count(
-            "strict_width", width, 2, MOST_NODES + 1, f"nodes of a pass, the root included; the default is {DEFAULT_WIDTH}"
+            "strict_width",
+            width,
+            2,
+            MOST_NODES + 1,
+            f"a pass has at least 2 nodes, the root and one draft; the default is {DEFAULT_WIDTH}",
         )
         _check_model(model)
         self.model = model

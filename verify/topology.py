@@ -50,7 +50,7 @@ class Topology:
     parents: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        checked_count("tree: nodes below the root", max(0, len(self.parents) - 1), 0, MOST_NODES)
+        checked_count("nodes of the tree below its root", max(0, len(self.parents) - 1), 0, MOST_NODES)
         bad = [i for i, p in enumerate(self.parents) if not (p == -1 if i == 0 else 0 <= p < i)]
         if not self.parents or bad:
             raise InvalidTreeError(
@@ -62,13 +62,13 @@ class Topology:
     @lru_cache(maxsize=1024)
     def chain(length: int) -> Topology:
         """Root followed by `length` tokens, each the child of the one before."""
-        return Topology(tuple(range(-1, checked_count("chain: tokens", length, 0, MOST_NODES))))
+        return Topology(tuple(range(-1, checked_count("tokens of the chain", length, 0, MOST_NODES))))
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def widths(widths: tuple[int, ...]) -> Topology:
         """A static tree in level order: every node of level d has `widths[d]` children."""
-        checked_count("tree: nodes below the root", nodes_of_widths(widths), 0, MOST_NODES)
+        checked_count("nodes of the tree below its root", nodes_of_widths(widths), 0, MOST_NODES)
         parents, level = [-1], [0]
         for width in widths:
             first = len(parents)

@@ -1,4 +1,4 @@
-"""`specdec cache`: what the library keeps on this machine, and a way to be rid of it. Imports no torch before it runs."""
+"""`specdec cache`: what the library keeps on this machine, and a way to be rid of it. Only running it imports torch."""
 
 from __future__ import annotations
 
@@ -50,14 +50,16 @@ def show(ctx: typer.Context, as_json: AsJson = False) -> None:
 def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False, as_json: AsJson = False
 ) -> None:
-    """Remove what `specdec cache` lists, and nothing else that lies in its folder. Running processes are not disturbed."""
+    """Remove what `specdec cache` lists, and nothing else in its folder. Running processes are not disturbed."""
     from specdec.verify.folders import cache_folder
     from specdec.verify.kept import kept_files, remove
 
     folder = cache_folder()
     found = [] if folder is None else kept_files(folder)
     if not yes and found:
-        typer.confirm(f"Remove {len(found)} files ({_size(sum(one.size for one in found))}) of {folder}?", abort=True, err=True)
+        typer.confirm(
+            f"Remove {len(found)} files ({_size(sum(one.size for one in found))}) of {folder}?", abort=True, err=True
+        )
     failed = {} if folder is None else remove(folder, found)
     gone = [one for one in found if one.path not in failed]
     freed = sum(one.size for one in gone)

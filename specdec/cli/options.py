@@ -11,8 +11,8 @@ import typer
 
 from specdec.pairing import Pair, PairError, find_pair
 from specdec.pairing.runnable import refusal
-from specdec.pairing.tables import shown
 from specdec.pairing.schema import DTYPES, MOST_NODES, MOST_THREADS, RULES, home_expanded, nodes_of_widths
+from specdec.pairing.tables import shown
 from specdec.shipped import DEFAULT_PAIR
 
 _DIGITS = 10
@@ -102,7 +102,9 @@ Dtype = Annotated[
     _option("--dtype", panel=_MACHINE, show_default=True, help="auto: float32 on a CPU, the checkpoint's on a GPU."),
 ]
 Device = Annotated[str, _option("--device", panel=_MACHINE, show_default=True, help="auto, cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int | None, _option("--threads", panel=_MACHINE, min=1, max=MOST_THREADS, help="CPU threads (default: torch's).")]
+Threads = Annotated[
+    int | None, _option("--threads", panel=_MACHINE, min=1, max=MOST_THREADS, help="CPU threads (default: torch's).")
+]
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,9 @@ def parse_length(text: int | str | None) -> int | None:
         return None
     length = int(text) if str(text).isdecimal() and len(str(text)) < _DIGITS else 0
     if not 1 <= length <= MOST_NODES:
-        raise typer.BadParameter(f"--k: expected 1 to {MOST_NODES} tokens, or auto, got {shown(text)}")
+        raise typer.BadParameter(
+            f"--k: expected a number of tokens, at least 1, or auto, got {shown(text)}; at most {MOST_NODES}"
+        )
     return length
 
 

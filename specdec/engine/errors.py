@@ -35,6 +35,6 @@ def refuse_forked(process: int) -> None:
     """
     if process != os.getpid():
         raise EngineClosedError(
-            "expected an engine of this process, this one was forked along with its requests: make one in each process, "
-            "after the fork"
+            "expected an engine of this process, this one was forked along with its requests: make one in each "
+            "process, after the fork"
         )

@@ -56,7 +56,8 @@ def make_pool(
     """One pool for the target and every drafter that keeps K/V. Drafters on one model share its K/V.
 
     Raises:
-        UnsupportedArgumentError: a size in bytes with a drafter whose K/V cannot be measured, or that memory cannot hold.
+        UnsupportedArgumentError: a size in bytes with a drafter whose K/V cannot be measured, or beyond the memory
+            there is.
     """
     layers, models, names = {TARGET: num_cache_layers(target)}, {TARGET: target}, {}
     owner: dict[int, str] = {}

@@ -10,7 +10,6 @@ from pathlib import Path
 from specdec.pairing.devices import DEVICES, LAUNCHES
 from specdec.pairing.errors import PairError
 from specdec.pairing.folders import folder_facts
-from specdec.pairing.tables import shown
 from specdec.pairing.schema import (
     DTYPES,
     KINDS,
@@ -25,6 +24,7 @@ from specdec.pairing.schema import (
     Target,
     nodes_of_widths,
 )
+from specdec.pairing.tables import shown
 
 MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
@@ -58,11 +58,10 @@ def _drafting(pair: Pair) -> Iterator[str]:
         yield "[drafting]: expected k or tree, got both; a tree of [1, 1, 1] is k = 3"
     for name in ("k", "suggested_k"):
         value = getattr(drafting, name)
-        if value is not None and not 1 <= value <= MOST_NODES:
-            yield (
-                f"[drafting] {name}: expected 1 to {MOST_NODES} tokens, got {shown(value)}; leave it out and the library "
-                "chooses"
-            )
+        if value is not None and value < 1:
+            yield f"[drafting] {name}: expected at least 1, got {shown(value)}; leave it out and the library chooses"
+        elif value is not None and value > MOST_NODES:
+            yield f"[drafting] {name}: expected at most {MOST_NODES} tokens, got {shown(value)}"
     if drafting.tree is not None and (not drafting.tree or min(drafting.tree) < 1):
         yield f"[drafting] tree: expected children per level such as [3, 2, 1], got {shown(list(drafting.tree))}"
     elif drafting.tree is not None and nodes_of_widths(drafting.tree) > MOST_NODES:
@@ -106,8 +105,9 @@ def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
 
 def _facts(facts: Facts) -> Iterator[str]:
     for name in _POSITIVE:
-        if not 1 <= getattr(facts, name) <= MOST:
-            yield f"{name}: expected 1 to {MOST:.0e}, got {shown(getattr(facts, name))}"
+        value = getattr(facts, name)
+        if not 1 <= value <= MOST:
+            yield f"{name}: expected at {'least 1' if value < 1 else f'most {MOST:.0e}'}, got {shown(value)}"
             return
     if facts.num_heads % facts.num_kv_heads:
         yield f"expected num_heads to be a multiple of num_kv_heads, got {facts.num_heads} and {facts.num_kv_heads}"

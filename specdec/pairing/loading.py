@@ -97,7 +97,8 @@ def load_model(
     """A causal language model from a folder or the hub.
 
     Raises:
-        SpecdecError: not found, not reachable, not allowed, or not a causal language model with all of its weights in safetensors files.
+        SpecdecError: not found, not reachable, not allowed, or not a causal language model with all of its weights in
+            safetensors files.
     """
     _check_folder(role, name)
     try:
@@ -113,8 +114,8 @@ def load_model(
         raise SpecdecError(_explained(f"{role}: could not load a causal language model", name, error)) from error
     if lacking:  # transformers draws them at random
         raise SpecdecError(
-            f"{role}: could not load a causal language model from {name!r}: its files lack {len(lacking)} of its weights, "
-            f"such as {one_line(lacking[0])}"
+            f"{role}: could not load a causal language model from {name!r}: its files lack {len(lacking)} of its "
+            f"weights, such as {one_line(lacking[0])}"
         )
     return model.to(device).eval()
 

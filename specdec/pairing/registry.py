@@ -95,7 +95,8 @@ def _read_file(path: Path) -> Pair:
     version = table.get("schema")
     if version != SCHEMA or isinstance(version, bool):
         raise PairError(
-            f"{path.name}: expected schema = {SCHEMA}, got {shown(version)}; this version of specdec reads schema {SCHEMA}"
+            f"{path.name}: expected schema = {SCHEMA}, got {shown(version)}; this version of specdec reads schema "
+            f"{SCHEMA}"
         )
     return replace(read_table(Pair, table, path.name, skip=_NOT_IN_FILES), folder=path.resolve().parent)
 
@@ -113,6 +114,7 @@ def _not_found(pair: str) -> str:
     near = difflib.get_close_matches(pair, names, n=3, cutoff=0.5)
     known = f"did you mean {' or '.join(near)}? " if near else ""
     return (
-        f"pair: expected a shipped pair, a .toml file, or a folder with target/ and draft/ in it, got {shown(pair)}; {known}"
+        f"pair: expected a shipped pair, a .toml file, or a folder with target/ and draft/ in it, got {shown(pair)}; "
+        f"{known}"
         f"`specdec pairs list` shows all {len(names)} shipped pairs"
     )

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.history import Belief
 
-
 _MOST_DECISIONS = 1e9
 """More of them nobody has seen while measuring, and a belief in so many would never change again."""
 
