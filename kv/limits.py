@@ -67,7 +67,7 @@ def checked_number(name: str, value: Any, least: float, most: float = math.inf, 
     number = float(value) if real and abs(value) < 1e300 else math.nan
     if not (least < number if above else least <= number) or not number <= most:
         bounds = f"{'>' if above else '>='} {least:g}" + (f" and <= {most:g}" if most < math.inf else "")
-        raise UnsupportedArgumentError(f"expected a number {name} {bounds}, got {shown(value)}")
+        raise UnsupportedArgumentError(f"{name}: expected a number {bounds}, got {shown(value)}")
     return number
 
 
