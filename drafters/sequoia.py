@@ -87,7 +87,7 @@ def best_tree(
         raise UnsupportedArgumentError("verify_ms: expected drafted tokens -> milliseconds > 0, got none")
     verify_ms = {
         checked_count("drafted tokens of verify_ms", size, 0, MOST_NODES): checked_number(
-            f"verify_ms[{size}]", ms, 0.0, above=True
+            "verify_ms", ms, 0.0, above=True
         )
         for size, ms in verify_ms.items()
     }
