@@ -9,6 +9,7 @@ from specdec.drafters.children import NEVER, refuse_nan
 from specdec.drafters.growth import Frontier, Grower, Grown
 from specdec.drafters.shapes import Start, TreeShape
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.limits import MOST_NODES, MOST_SLOTS, checked_count
 from specdec.verify.tree import DraftTree
 
 
@@ -22,18 +23,24 @@ class BestFirst(TreeShape):
     Args:
         depth: levels, one drafter pass each; top_k: nodes run per level, and children looked at per node;
         num_nodes: drafted tokens kept.
+
+    Raises:
+        UnsupportedArgumentError: counts below 1, above `MOST_NODES`, or levels of more than `MOST_SLOTS` nodes in all.
     """
 
     modes = ("top",)
     looks_ahead = True
 
     def __init__(self, depth: int = 7, top_k: int = 10, num_nodes: int = 60):
-        if min(depth, top_k, num_nodes) < 1:
+        given = {"depth": depth, "top_k": top_k, "num_nodes": num_nodes}
+        self.max_depth, self.top_k, self.max_nodes = (
+            checked_count(f"{name} of BestFirst", value, 1, MOST_NODES) for name, value in given.items()
+        )
+        if self.num_slots > MOST_SLOTS:
             raise UnsupportedArgumentError(
-                f"BestFirst: expected depth, top_k, num_nodes >= 1, got depth={depth}, top_k={top_k}, "
-                f"num_nodes={num_nodes}"
+                f"BestFirst: expected 1 + top_k * (depth - 1) <= {MOST_SLOTS} nodes to be run, got {self.num_slots}: "
+                "choose a smaller top_k or depth"
             )
-        self.max_depth, self.top_k, self.max_nodes = depth, top_k, num_nodes
 
     @property
     def num_slots(self) -> int:

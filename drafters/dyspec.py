@@ -9,6 +9,7 @@ from specdec.drafters.children import MIN_REST, best_draws, draw_children, refus
 from specdec.drafters.growth import Frontier, Grower, Grown
 from specdec.drafters.shapes import Start, TreeShape
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.limits import MOST_NODES, MOST_SLOTS, checked_count, checked_number
 from specdec.verify.tree import DraftTree
 
 
@@ -29,6 +30,9 @@ class DySpec(TreeShape):
             node; threshold: least value of a node to be drafted.
         trust: 1 takes q for the acceptance, as the paper does. But a token that was *sampled* is accepted with
             min(1, p/q), which hardly depends on how large q is: smaller values draft deeper and emit more.
+
+    Raises:
+        UnsupportedArgumentError: a number out of its range, or levels of more than `MOST_SLOTS` nodes in all.
     """
 
     modes = ("sampled", "top")
@@ -36,14 +40,19 @@ class DySpec(TreeShape):
     def __init__(
         self, depth: int = 6, num_nodes: int = 16, max_children: int = 2, threshold: float = 0.3, trust: float = 0.1
     ):
-        if min(depth, num_nodes, max_children) < 1 or not 0 <= threshold < 1 or not 0 <= trust <= 1:
+        given = {"depth": depth, "num_nodes": num_nodes, "max_children": max_children}
+        self.max_depth, self.max_nodes, self.max_children = (
+            checked_count(f"{name} of DySpec", value, 1, MOST_NODES) for name, value in given.items()
+        )
+        self.threshold = checked_number("threshold of DySpec", threshold, 0.0, 1.0)
+        self.trust = checked_number("trust of DySpec", trust, 0.0, 1.0)
+        if self.threshold == 1:
+            raise UnsupportedArgumentError("DySpec: threshold: expected < 1, got 1: no node would ever be drafted")
+        if self.num_slots > MOST_SLOTS:
             raise UnsupportedArgumentError(
-                "DySpec: expected depth, num_nodes, max_children >= 1, 0 <= threshold < 1 and 0 <= trust <= 1, got "
-                f"depth={depth}, num_nodes={num_nodes}, max_children={max_children}, threshold={threshold}, "
-                f"trust={trust}"
+                f"DySpec: expected 1 + num_nodes * (depth - 1) <= {MOST_SLOTS} nodes to be run, got {self.num_slots}: "
+                "choose a smaller num_nodes or depth"
             )
-        self.max_depth, self.max_nodes, self.max_children = depth, num_nodes, max_children
-        self.threshold, self.trust = threshold, trust
 
     @property
     def num_uniforms(self) -> int:

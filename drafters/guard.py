@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import InvalidTreeError
+from specdec.kv.limits import MOST_NODES, MOST_SLOTS, checked_count
 from specdec.verify.kinds import DraftKind
 from specdec.verify.tree import DraftTree, Verdict
 
@@ -74,13 +75,18 @@ class FallbackGuard(Drafter):
 
     Attributes:
         num_faults: faults of the current call; last_fault: what the last one was.
+
+    Raises:
+        UnsupportedArgumentError: a drafter whose trees or tail no pass could serve.
     """
 
     def __init__(self, inner: Drafter, most_nodes: int | None = None):
         self.inner = inner
         self.name = inner.name
-        self.max_depth = inner.max_depth
-        self.max_nodes = inner.max_nodes if most_nodes is None else min(inner.max_nodes, most_nodes)
+        self.max_depth = checked_count(f"max_depth of drafter {self.name!r}", inner.max_depth, 0, MOST_NODES)
+        nodes = checked_count(f"max_nodes of drafter {self.name!r}", inner.max_nodes, 0, MOST_NODES)
+        checked_count(f"tail_slots of drafter {self.name!r}", inner.tail_slots, 1, MOST_SLOTS + 1)
+        self.max_nodes = nodes if most_nodes is None else min(nodes, most_nodes)
         self.num_faults = 0
         self.last_fault: str | None = None
         self._consecutive = 0

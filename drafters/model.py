@@ -19,6 +19,7 @@ from specdec.drafters.growth import Run, grow
 from specdec.drafters.reading import DraftPasses
 from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.limits import MOST_NODES, checked_count, checked_number
 from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.kinds import DraftKind
 from specdec.verify.planned import forward_for
@@ -56,6 +57,10 @@ class ModelDrafter(Drafter):
 
     Where the call runs a race (rule coupled), children are the ones that arrive first under the drafter's law, all
     deterministic, whatever `children` says.
+
+    Raises:
+        UnsupportedModelError: no model that can be rolled back. UnsupportedArgumentError: k or a tree of none or more
+            than `MOST_NODES` nodes, and what does not fit together.
     """
 
     name = "model"
@@ -71,11 +76,9 @@ class ModelDrafter(Drafter):
         self.model = model = check_model(model, "draft")
         if k is not None and tree is not None:
             raise UnsupportedArgumentError(f"expected k or tree, got both k={k} and tree={tree}; k=3 is tree=(1, 1, 1)")
-        if tree is None and k is not None and k < 1:
-            raise UnsupportedArgumentError(f"expected a chain length k >= 1, got k={k}")
-        if not temperature > 0:
-            raise UnsupportedArgumentError(f"expected a draft temperature > 0, got {temperature}")
-        self.shape = shape_of((1,) * (DEFAULT_K if k is None else k) if tree is None else tree)
+        length = checked_count("k", DEFAULT_K if k is None else k, 1, MOST_NODES)
+        self.temperature = checked_number("temperature of the draft", temperature, 0.0, above=True)
+        self.shape = shape_of((1,) * length if tree is None else tree)
         if children is not None and children not in self.shape.modes:
             raise UnsupportedArgumentError(f"children: expected one of {self.shape.modes} here, got {children!r}")
         self.children = self.shape.modes[0] if children is None else children
@@ -85,7 +88,6 @@ class ModelDrafter(Drafter):
                 f"tree: expected at most {self._vocab} children per node (the drafter's vocabulary), got "
                 f"{self.shape.max_children}"
             )
-        self.temperature = temperature
         self.max_depth, self.max_nodes = self.shape.max_depth, self.shape.max_nodes
         self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
         self._forward = forward_for(model, CACHE_NAME)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.drafters.base import Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.limits import MOST_NGRAM, MOST_NODES, checked_count
 from specdec.verify.kinds import DraftKind
 from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
@@ -27,19 +28,24 @@ class NgramDrafter(Drafter):
         k: tokens per continuation.
         max_ngram, min_ngram: longest and shortest match tried.
         branches: different continuations to propose.
+
+    Raises:
+        UnsupportedArgumentError: a number out of its range, or k * branches above `MOST_NODES`.
     """
 
     name = "ngram"
 
     def __init__(self, k: int = 10, max_ngram: int = 3, min_ngram: int = 1, branches: int = 1):
-        if k < 1 or branches < 1 or not 1 <= min_ngram <= max_ngram:
+        self.k = checked_count("k", k, 1, MOST_NODES)
+        self.branches = checked_count("branches", branches, 1, MOST_NODES)
+        self.max_ngram = checked_count("max_ngram", max_ngram, 1, MOST_NGRAM)
+        self.min_ngram = checked_count("min_ngram", min_ngram, 1, MOST_NGRAM)
+        if self.min_ngram > self.max_ngram:
             raise UnsupportedArgumentError(
-                "expected k >= 1, branches >= 1 and 1 <= min_ngram <= max_ngram, got "
-                f"k={k}, branches={branches}, min_ngram={min_ngram}, max_ngram={max_ngram}"
+                f"expected min_ngram <= max_ngram, got min_ngram={min_ngram}, max_ngram={max_ngram}"
             )
-        self.k, self.max_ngram, self.min_ngram, self.branches = k, max_ngram, min_ngram, branches
-        self.max_depth = k
-        self.max_nodes = k * branches
+        self.max_depth = self.k
+        self.max_nodes = checked_count("k * branches", self.k * self.branches, 1, MOST_NODES)
         self._session: Session | None = None
         self._texts: dict[int, list[int]] = {}
         self._ends: dict[int, dict[tuple[int, ...], list[int]]] = {}

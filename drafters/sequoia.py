@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from specdec.drafters.shapes import level_order
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.limits import MOST_NODES, checked_count, checked_number, shown
 from specdec.verify.topology import Topology
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+_MOST_WORK = 10**10
+"""Steps of the dynamic program: some ten seconds."""
 
 
 class Choice(NamedTuple):
@@ -42,7 +47,8 @@ def sequoia_tree(acceptance: ArrayLike, num_nodes: int, max_depth: int) -> Topol
         num_nodes: most drafted tokens (the root is not one). max_depth: most levels below the root.
 
     Raises:
-        UnsupportedArgumentError: a malformed table, or a budget below one node or one level.
+        UnsupportedArgumentError: a malformed table, a budget below one node or level or above `MOST_NODES`, or one that
+            would take minutes to work out.
     """
     table = _Table(_checked(acceptance), num_nodes, max_depth)
     return table.tree(table.best(num_nodes))
@@ -69,16 +75,29 @@ def best_tree(
         UnsupportedArgumentError: see `sequoia_tree`; also costs that are missing or not positive.
     """
     rows = _checked(acceptance)
-    levels = [float(draft_ms)] * max_depth if isinstance(draft_ms, (int, float)) else [float(ms) for ms in draft_ms]
-    if len(levels) < max_depth or min(levels, default=0.0) < 0:
-        raise UnsupportedArgumentError(f"draft_ms: expected {max_depth} costs >= 0, one per level, got {draft_ms!r}")
-    if not verify_ms or min(verify_ms) < 0 or min(verify_ms.values()) <= 0:
-        raise UnsupportedArgumentError(f"verify_ms: expected drafted tokens -> milliseconds > 0, got {dict(verify_ms)}")
+    max_depth = checked_count("max_depth", max_depth, 1, MOST_NODES)
+    overhead_ms = checked_number("overhead_ms", overhead_ms, 0.0)
+    given = [draft_ms] * max_depth if isinstance(draft_ms, Real) else list(draft_ms)
+    levels = [checked_number("draft_ms", ms, 0.0) for ms in given]
+    if len(levels) < max_depth:
+        raise UnsupportedArgumentError(
+            f"draft_ms: expected {max_depth} costs >= 0, one per level, got {shown(draft_ms)}"
+        )
+    if not verify_ms:
+        raise UnsupportedArgumentError("verify_ms: expected drafted tokens -> milliseconds > 0, got none")
+    verify_ms = {
+        checked_count("drafted tokens of verify_ms", size, 0, MOST_NODES): checked_number(
+            "verify_ms", ms, 0.0, above=True
+        )
+        for size, ms in verify_ms.items()
+    }
     choices = []
     if 0 in verify_ms:
         choices.append(Choice(Topology.chain(0), 1.0, verify_ms[0] + overhead_ms))
     sizes = sorted(size for size in verify_ms if size > 0)
-    for depth in range(1, max_depth + 1) if sizes else ():
+    deepest = min(max_depth, sizes[-1]) if sizes else 0
+    _check_work(sizes[-1] if sizes else 0, deepest * (deepest + 1) // 2, rows)
+    for depth in range(1, deepest + 1):
         table = _Table(rows, sizes[-1], depth)
         for size in sizes:
             tokens = float(table.value[0][table.best(size)])
@@ -104,11 +123,13 @@ def expected_tokens(topology: Topology, acceptance: ArrayLike) -> float:
 
 
 def _checked(acceptance: ArrayLike) -> Floats:
-    table = np.atleast_2d(np.asarray(acceptance, dtype=np.float64))
+    try:
+        table = np.atleast_2d(np.asarray(acceptance, dtype=np.float64))
+    except (TypeError, ValueError):  # words, or rows of different lengths
+        table = np.empty((0, 0))
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all() or table.min() < 0:
         raise UnsupportedArgumentError(
-            "acceptance: expected probabilities by rank, or by depth and rank, got "
-            f"{np.array2string(np.asarray(acceptance), threshold=8)}"
+            f"acceptance: expected probabilities by rank, or by depth and rank, got {shown(acceptance)}"
         )
     if table.sum(1).max() > 1 + 1e-6:
         raise UnsupportedArgumentError(
@@ -118,6 +139,17 @@ def _checked(acceptance: ArrayLike) -> Floats:
     return table
 
 
+def _check_work(num_nodes: int, levels: int, acceptance: Floats) -> None:
+    """levels: of all tables together."""
+    ranks = min(acceptance.shape[1], num_nodes)
+    work = num_nodes**2 * levels * ranks
+    if work > _MOST_WORK:
+        raise UnsupportedArgumentError(
+            f"trees of {num_nodes} nodes, {levels} levels and {ranks} ranks: expected num_nodes**2 * levels * ranks <= "
+            f"{_MOST_WORK:.0e}, got {work:.0e}: give fewer nodes, levels or ranks"
+        )
+
+
 class _Table:
     """F and G for every depth, all sizes at once: each (depth, rank) is one (max, +) product of two vectors.
 
@@ -125,10 +157,9 @@ class _Table:
     """
 
     def __init__(self, acceptance: Floats, num_nodes: int, max_depth: int):
-        if num_nodes < 1 or max_depth < 1:
-            raise UnsupportedArgumentError(
-                f"expected num_nodes >= 1 and max_depth >= 1, got num_nodes={num_nodes}, max_depth={max_depth}"
-            )
+        num_nodes = checked_count("num_nodes", num_nodes, 1, MOST_NODES)
+        max_depth = min(checked_count("max_depth", max_depth, 1, MOST_NODES), num_nodes)  # no tree is deeper
+        _check_work(num_nodes, max_depth, acceptance)
         self.size = num_nodes + 1
         leaf = np.full(self.size + 1, -np.inf)
         leaf[1] = 1.0

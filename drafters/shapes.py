@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from specdec.drafters.growth import Grower, StaticGrower
 from specdec.kv.errors import InvalidTreeError, UnsupportedArgumentError
+from specdec.kv.limits import MOST_NODES, checked_count, shown
 from specdec.verify.topology import Topology
 
 Path = tuple[int, ...]
@@ -97,25 +99,26 @@ def shape_of(tree: Any) -> TreeShape:
             configurations give them, e.g. `[[0], [0, 0], [1]]` (see `from_paths`); or a `TreeShape`.
 
     Raises:
-        UnsupportedArgumentError: anything else, saying what was expected.
+        UnsupportedArgumentError: anything else, saying what was expected; more than `MOST_NODES` nodes.
     """
     if isinstance(tree, TreeShape):
         return tree
     if isinstance(tree, Topology):
         return Static(tree)
-    if isinstance(tree, Sequence) and not isinstance(tree, str) and len(tree) > 0:
+    if isinstance(tree, Sequence) and not isinstance(tree, (str, bytes)) and len(tree) > 0:
+        checked_count("levels (or paths) of the tree", len(tree), 1, MOST_NODES)
         if all(_is_count(width) for width in tree):
             return Static(Topology.widths(tuple(int(width) for width in tree)))
         if all(isinstance(path, Sequence) and not isinstance(path, str) for path in tree):
             return Static(from_paths(tree))
     raise UnsupportedArgumentError(
         "tree: expected tree widths >= 1 such as (3, 2, 1), a Topology, a list of paths such as [[0], [0, 0], [1]] or "
-        f"a TreeShape such as BestFirst(...), got {tree!r}"
+        f"a TreeShape such as BestFirst(...), got {shown(tree)}"
     )
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def from_paths(paths: Sequence[Sequence[int]]) -> Topology:
@@ -128,17 +131,21 @@ def from_paths(paths: Sequence[Sequence[int]]) -> Topology:
     Raises:
         UnsupportedArgumentError: a negative rank, an empty or repeated path, or one whose parent is not in the list.
     """
+    checked_count("paths of the tree", len(paths), 0, MOST_NODES)
     known: dict[Path, int] = {(): 0}
     parents = [-1]
-    given = [tuple(path) for path in paths]
-    for path in sorted(given, key=lambda path: (len(path), path)):
-        if not path or not all(isinstance(rank, int) and rank >= 0 for rank in path):
-            raise UnsupportedArgumentError(f"tree: expected paths of ranks >= 0, got {list(path)}")
+    for path in paths:
+        if not 1 <= len(path) <= MOST_NODES or not all(isinstance(rank, Integral) and rank >= 0 for rank in path):
+            raise UnsupportedArgumentError(
+                f"tree: expected paths of 1 to {MOST_NODES} ranks >= 0, got {shown(list(path[: MOST_NODES + 1]))}"
+            )
+    for path in sorted(map(tuple, paths), key=lambda path: (len(path), path)):
         if path in known:
-            raise UnsupportedArgumentError(f"tree: expected each path once, got {list(path)} twice")
+            raise UnsupportedArgumentError(f"tree: expected each path once, got {shown(list(path))} twice")
         if path[:-1] not in known:
             raise UnsupportedArgumentError(
-                f"tree: path {list(path)} has no parent in the list: add {list(path[:-1])} or leave it out"
+                f"tree: path {shown(list(path))} has no parent in the list: add {shown(list(path[:-1]))} or leave it "
+                "out"
             )
         known[path] = len(parents)
         parents.append(known[path[:-1]])

@@ -6,17 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 
-from specdec.kv.errors import CacheStateError, UnsupportedArgumentError
+from specdec.kv.errors import CacheStateError
+from specdec.kv.limits import MOST_PAGES, checked_count
 from specdec.kv.paged_store import PagedStore
 from specdec.kv.pages import PageAllocator
 from specdec.kv.pool_check import check_pool
 from specdec.kv.pool_pages import PooledSequence, SequencePages
+from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size, pages_within
 from specdec.kv.prefix import PrefixIndex, Tokens, plain
-from specdec.kv.support import bytes_per_token, num_cache_layers
-
-DEFAULT_PAGE_SIZE = 16
-"""Slots per page. Small pages waste less of their last one and share more of a prompt; large ones cost less to list."""
-MAX_PAGE_SIZE = 256
+from specdec.kv.support import num_cache_layers
 
 
 class KVPool:
@@ -58,10 +56,10 @@ class KVPool:
         page_size: int = DEFAULT_PAGE_SIZE,
         first_pages: int = 64,
     ):
-        if not 1 <= page_size <= MAX_PAGE_SIZE:
-            raise UnsupportedArgumentError(f"page_size: expected 1 to {MAX_PAGE_SIZE} slots, got {page_size}")
-        if num_pages is not None and num_pages < 1:
-            raise UnsupportedArgumentError(f"num_pages: expected at least 1, or None for no limit, got {num_pages}")
+        page_size = checked_page_size(page_size)
+        if num_pages is not None:
+            num_pages = checked_count("num_pages", num_pages, 1, MOST_PAGES, "give at least 1, or None for no limit")
+        first_pages = checked_count("first_pages", first_pages, 1, MOST_PAGES)
         self.page_size = page_size
         self._limit = num_pages
         self._first_pages = first_pages if num_pages is None else num_pages
@@ -82,16 +80,10 @@ class KVPool:
         business.
 
         Raises:
-            UnsupportedArgumentError: not even one page fits.
+            UnsupportedArgumentError: not even one page fits, or more than the models' device has memory for.
         """
-        page_bytes = page_size * sum(bytes_per_token(model) for model in models.values())
-        if page_bytes > num_bytes:
-            raise UnsupportedArgumentError(
-                f"num_bytes: expected room for one page of {page_size} slots or more ({page_bytes} bytes), got "
-                f"{num_bytes}: give more, or a smaller page_size"
-            )
         layers = {name: num_cache_layers(model) for name, model in models.items()}
-        return cls(layers, max(1, num_bytes // page_bytes - 1), page_size)  # one page of zeros belongs to nobody
+        return cls(layers, pages_within(models, num_bytes, page_size), page_size)
 
     def add_model(self, name: str, num_layers: int) -> None:
         """One more model over the same sequences; it lags behind all of them."""

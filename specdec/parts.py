@@ -10,8 +10,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.forks import settle
 from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model
-from specdec.kv.pool import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
+from specdec.kv.limits import MOST_NODES, checked_count
+from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size
 from specdec.kv.wrappers import unwrapped
 from specdec.pairing.loading import default_device, load_model, load_tokenizer
 from specdec.planner.catalogue import plan_options, planned_chain
@@ -29,6 +31,7 @@ def make_target(target: Any, tokenizer: Any = None) -> tuple[PreTrainedModel, An
     Raises:
         UnsupportedModelError: see check_model. SpecdecError: a path or hub id that cannot be loaded (see load_model).
     """
+    settle()
     if isinstance(target, (str, Path)):
         name = str(target)
         target = load_model("target", name, "auto", default_device())
@@ -57,10 +60,7 @@ def make_page_size(cache: str, page_size: int | None) -> int | None:
         if page_size is not None:
             raise UnsupportedArgumentError(f"page_size={page_size} needs cache='paged'; leave it out otherwise")
         return None
-    page_size = DEFAULT_PAGE_SIZE if page_size is None else page_size
-    if not 1 <= page_size <= MAX_PAGE_SIZE:
-        raise UnsupportedArgumentError(f"page_size: expected 1 to {MAX_PAGE_SIZE} slots, got {page_size}")
-    return page_size
+    return checked_page_size(DEFAULT_PAGE_SIZE if page_size is None else page_size)
 
 
 def make_draft(
@@ -73,6 +73,8 @@ def make_draft(
     """
     if isinstance(k, str) and k != "auto":
         raise UnsupportedArgumentError(f"k: expected a number of tokens or 'auto', got {k!r}")
+    if k is not None and not isinstance(k, str):
+        k = checked_count("k", k, 1, MOST_NODES, "'auto' plans it")
     several = isinstance(draft, (list, tuple))
     if several and (tree is not None or isinstance(k, int)):
         raise UnsupportedArgumentError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,6 @@ class Speculator:
             check_choice(rule, lossy, drafter.name, drafter.kind)
         self.report: SpecReport | None = None
         self._turn = Turn()
-        self._busy = False
 
     @classmethod
     def from_pair(cls, pair: str | Path | Pair, *, dtype: Any = None, device: Any = None, **options: Any) -> Speculator:
@@ -241,7 +239,7 @@ class Speculator:
         refuse_unfit(self.target, request)
         ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
         check_order(self.rule, bool(config.do_sample), ordered)
-        with self._alone():
+        with self._turn.alone():
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
             cost = None if self.strict is None else self.strict.cost(request.input_ids.device)
@@ -259,21 +257,6 @@ class Speculator:
         if isinstance(out, Tensor):
             return out.to(input_ids.device)
         return out
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Waits for calls of other threads; a call from a callback of the call at hand would wait for itself."""
-        with self._turn:
-            if self._busy:
-                raise UnsupportedArgumentError(
-                    "this Speculator is already decoding, and this call comes from one of that call's callbacks: build "
-                    "another Speculator for it"
-                )
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
 
     def _stop_string_criteria(self, strings: Any, tokenizer: Any) -> StopStringCriteria:
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer

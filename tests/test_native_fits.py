@@ -69,3 +69,124 @@ def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_num_threads(before)
     assert run.usable_cores() == 2
+
+
+def _bias(model: Any, size: tuple[int, ...]) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.bias = torch.nn.Parameter(torch.full(size, 0.5))
+
+
+def _norm_of_one(model: Any) -> None:
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(1))
+
+
+def _head_bias(model: Any) -> None:
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(1))
+
+
+def _no_parameter(model: Any) -> None:
+    """A weight in another precision that `parameters()` does not list."""
+    layer = model.model.layers[1].self_attn.o_proj
+    bias = torch.linspace(-1, 1, 32)
+    del layer.bias
+    layer.bias = bias
+
+
+def _wide_bias(model: Any) -> None:
+    layer = model.model.layers[1].self_attn.o_proj
+    del layer.bias
+    layer.bias = torch.linspace(-1, 1, 32, dtype=torch.float64)
+
+
+def _frequencies(model: Any) -> None:
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:2]
+
+
+def _transposed(model: Any) -> None:
+    layer = model.model.layers[1].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().t().contiguous().t())
+
+
+def _every_second(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.bias = torch.nn.Parameter(torch.linspace(-1, 1, 2 * 48)[::2])
+
+
+def _other_head_size(model: Any) -> None:
+    model.model.layers[1].self_attn.head_dim = 4
+
+
+def _training_part(model: Any) -> None:
+    model.model.layers[1].self_attn.train()
+
+
+def _epsilon(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = torch.tensor(1e-6)
+
+
+MISFITS = {
+    "bias of one number": lambda m: _bias(m, (1,)),
+    "bias of one row": lambda m: _bias(m, (1, 48)),
+    "bias without a dimension": lambda m: _bias(m, ()),
+    "norm of one number": _norm_of_one,
+    "head's bias of one number": _head_bias,
+    "bias in float64": _wide_bias,
+    "fewer frequencies": _frequencies,
+    "another head size": _other_head_size,
+    "a part in training mode": _training_part,
+    "an epsilon that is a tensor": _epsilon,
+}
+"""What modules broadcast, compute otherwise or refuse, and a kernel would read wrong."""
+FITTING = {
+    "bias of every output": lambda m: _bias(m, (48,)),
+    "bias that is no parameter": _no_parameter,
+    "a transposed weight": _transposed,
+    "a bias of every second number": _every_second,
+}
+
+
+@pytest.mark.parametrize("change", MISFITS)
+def test_what_a_kernel_would_read_wrong_is_left_to_the_modules(change: str) -> None:
+    model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+    assert direct_pass(model) is not None
+    MISFITS[change](model)  # type: ignore[no-untyped-call]
+    assert direct_pass(model) is None
+    if change in ("bias in float64", "fewer frequencies", "another head size"):  # plain generate fails, too
+        return
+    same_as_plain(model)
+
+
+@pytest.mark.parametrize("change", FITTING)
+def test_what_fits_is_read_right(change: str) -> None:
+    """Control: the direct pass takes these; the native one only those that lie row by row."""
+    model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+    FITTING[change](model)  # type: ignore[no-untyped-call]
+    direct = direct_pass(model)
+    assert direct is not None
+    strided = change in ("a transposed weight", "a bias of every second number")
+    assert (run.native_pass(direct) is None) == strided
+    same_as_plain(model)
+
+
+def test_weights_changed_between_calls_are_the_ones_that_count() -> None:
+    model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+    spec = specdec.Speculator(model, "ngram", k=3)
+    same_as_plain(model, spec)
+    model.resize_token_embeddings(models.VOCAB + 23)
+    same_as_plain(model, spec)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 2, models.VOCAB + 23))
+    same_as_plain(model, spec)
+    model.model.layers[0].mlp.gate_proj.bias = torch.nn.Parameter(torch.ones(1))
+    same_as_plain(model, spec)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    model.model.rotary_emb.attention_scaling = 1.25
+    same_as_plain(model, spec)
+    model.double()
+    same_as_plain(model, spec)
+
+
+def same_as_plain(model: Any, spec: specdec.Speculator | None = None) -> None:
+    ids = models.prompts((6,), models.VOCAB, 3)[0]
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
+    found: Any = (spec or specdec.Speculator(model, "ngram", k=3)).generate(ids, max_new_tokens=12, do_sample=False)
+    assert found.tolist() == wanted.tolist()

@@ -7,7 +7,7 @@ order and rounding, in about half as many calls: results are bitwise those of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +84,7 @@ class _Layer:
         if self.normed:
             self.q_norm, self.k_norm = _Norm(attention.q_norm), _Norm(attention.k_norm)
         self.scaling, self.index = attention.scaling, attention.layer_idx
+        self.heads = attention.head_dim, attention.num_key_value_groups
 
     @property
     def products(self) -> tuple[_Linear, ...]:
@@ -128,6 +129,7 @@ class DirectPass:
         self.head = _Linear(model.lm_head, weights)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = inner.layers[0].self_attn.head_dim
+        self._frequencies = inner.rotary_emb.inv_freq
         self.static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
         self._table: Tensor | None = None
         self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -188,17 +190,37 @@ class DirectPass:
 
     @property
     def fits(self) -> bool:
-        """Are all weights of the sizes that the configuration says?"""
-        hidden = self.embed.shape[1]
+        """Is everything that is read of the size that the configuration says, and stored plainly, biases included?
+
+        Modules broadcast what is smaller; a kernel would read beyond it.
+        """
+        size, groups = self._head_dim, self._heads // self._kv_heads
+        if self.embed.dim() != 2 or groups * self._kv_heads != self._heads or self._frequencies.shape != (size // 2,):
+            return False
+        numbers = [norm.epsilon for layer in self.layers for norm in layer.norms] + [self.norm.epsilon]
+        numbers += [layer.scaling for layer in self.layers]
+        if not all(isinstance(number, float) for number in numbers):
+            return False
+        return all(layer.heads == (size, groups) for layer in self.layers) and all(
+            _plain(tensor, shape, self.embed.dtype) for tensor, shape in self._read()
+        )
+
+    def _read(self) -> Iterator[tuple[Tensor | None, tuple[int, ...]]]:
+        """Every parameter, and the shape it should have."""
+        (known, hidden), vocab = self.embed.shape, len(self.head.weight)
         own, kv = self._heads * self._head_dim, self._kv_heads * self._head_dim
         for layer in self.layers:
             inner = len(layer.gate.weight)
-            wanted = [(own, hidden), (kv, hidden), (kv, hidden), (hidden, own), *[(inner, hidden)] * 2, (hidden, inner)]
-            if [tuple(product.weight.shape) for product in layer.products] != wanted:
-                return False
-            if [norm.shape for norm in layer.norms] != [[hidden]] * 2 + [[self._head_dim]] * (len(layer.norms) - 2):
-                return False
-        return self.head.weight.shape[1] == hidden and self.norm.shape == [hidden]
+            sizes = [(own, hidden), (kv, hidden), (kv, hidden), (hidden, own), *[(inner, hidden)] * 2, (hidden, inner)]
+            for product, (outputs, inputs) in zip(layer.products, sizes, strict=True):
+                yield product.weight, (outputs, inputs)
+                yield product.bias, (outputs,)
+            for norm, width in zip(layer.norms, (hidden, hidden, self._head_dim, self._head_dim), strict=False):
+                yield norm.weight, (width,)
+        yield self.embed, (known, hidden)
+        yield self.norm.weight, (hidden,)
+        yield self.head.weight, (vocab, hidden)
+        yield self.head.bias, (vocab,)
 
     @property
     def shape(self) -> Shape | None:
@@ -237,6 +259,14 @@ class DirectPass:
     def _both(self, like: Tensor, positions: Tensor) -> Tensor:
         cos, sin = self._rotary(like, positions[None])
         return torch.cat([cos[0], _signed(sin[0])], dim=-1)
+
+
+def _plain(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a parameter, if there is one, is numbers in memory, of this shape and dtype."""
+    if tensor is None:
+        return True
+    stored = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return stored and tensor.dtype == dtype and tuple(tensor.shape) == shape and not tensor.is_neg()
 
 
 def _signed(sin: Tensor) -> Tensor:

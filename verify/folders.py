@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "SPECDEC_CACHE"
 """Environment variable that names the folder; "off" keeps nothing on disk."""
+
+
+PART = ".part"
+"""How files end that are being written."""
 
 
 def cache_folder() -> Path | None:
@@ -14,10 +20,31 @@ def cache_folder() -> Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen is not None and chosen.lower() in ("", "off", "0"):
         return None
-    if chosen:
-        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     try:
+        if chosen:
+            return Path(chosen).expanduser()
         return (Path(base) if base else Path.home() / ".cache") / "specdec"
     except RuntimeError:  # nobody's home
         return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whoever else writes it and whenever this process ends.
+
+    Raises:
+        OSError: no room, no permission; nothing is left behind then.
+    """
+    part: str | None = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=PART, delete=False, encoding="utf-8") as file:
+            part = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        if part is not None:
+            with suppress(OSError):
+                os.unlink(part)
+        raise

@@ -162,7 +162,7 @@ def _has_forms(weight: Tensor) -> bool:
 
 
 def _forward(layer: nn.Linear, weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    weight, features_in = layer.weight, layer.in_features
+    weight, features_in = layer.weight, layer.weight.shape[1]
     forms: dict[int, Form] = {}
 
     def forward(x: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ def _original(function: Any) -> bool:
 
 def _changed(part: nn.Module) -> bool:
     own = part.__dict__
+    if part.training and hasattr(part, "attention_dropout"):  # in a model that is otherwise in evaluation mode
+        return True
     if isinstance(part, nn.Embedding) and part.max_norm is not None:
         return True
     if isinstance(part, (nn.Linear, nn.Embedding)) and "weight" not in part._parameters:  # set by something else

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
+from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.limits import MOST_NODES, checked_count
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.verify.attention import attention_of
@@ -46,19 +47,20 @@ class StrictMode:
         width: nodes of every pass after the prefill, the root included.
 
     Raises:
-        UnsupportedArgumentError: a width below 2.
+        UnsupportedArgumentError: a width below 2 or above `MOST_NODES` + 1.
         UnsupportedModelError: a model in training mode, with hooks of accelerate, or with routed experts.
     """
 
     def __init__(self, model: PreTrainedModel, width: int = DEFAULT_WIDTH):
-        if width < 2:
-            raise UnsupportedArgumentError(
-                f"strict_width: expected at least 2 nodes (the root and one draft), got {width}; the default is "
-                f"{DEFAULT_WIDTH}"
-            )
+        self.width = checked_count(
+            "strict_width",
+            width,
+            2,
+            MOST_NODES + 1,
+            f"a pass has at least 2 nodes, the root and one draft; the default is {DEFAULT_WIDTH}",
+        )
         _check_model(model)
         self.model = model
-        self.width = width
         self._costs: dict[tuple[type, int, torch.dtype, torch.device], StrictCost] = {}
 
     def forward(self, name: str) -> StrictForward | NativeStrictForward:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import InvalidTreeError
+from specdec.kv.limits import MOST_NODES, checked_count, nodes_of_widths, shown
 
 
 @lru_cache(maxsize=1024)
@@ -40,27 +41,34 @@ class Topology:
     """The shape of one tree, shared by all rows and steps that use it: node 0 is the root, parents come first.
 
     Example: `parents=(-1, 0, 0, 1)` is a root with two children, the first of which has one child.
+
+    Raises:
+        InvalidTreeError: no tree in that order. UnsupportedArgumentError: more than `MOST_NODES` nodes below the root
+            (from `chain` and `widths`, too, before anything of that size is made).
     """
 
     parents: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        checked_count("nodes of the tree below its root", max(0, len(self.parents) - 1), 0, MOST_NODES)
         bad = [i for i, p in enumerate(self.parents) if not (p == -1 if i == 0 else 0 <= p < i)]
         if not self.parents or bad:
             raise InvalidTreeError(
-                f"expected parents[0] == -1 and 0 <= parents[i] < i, got parents={self.parents} (wrong at {bad})"
+                f"expected parents[0] == -1 and 0 <= parents[i] < i, got parents={shown(self.parents)} (wrong at "
+                f"{bad[:8]})"
             )
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def chain(length: int) -> Topology:
         """Root followed by `length` tokens, each the child of the one before."""
-        return Topology(tuple(range(-1, length)))
+        return Topology(tuple(range(-1, checked_count("tokens of the chain", length, 0, MOST_NODES))))
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def widths(widths: tuple[int, ...]) -> Topology:
         """A static tree in level order: every node of level d has `widths[d]` children."""
+        checked_count("nodes of the tree below its root", nodes_of_widths(widths), 0, MOST_NODES)
         parents, level = [-1], [0]
         for width in widths:
             first = len(parents)

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import specdec
+from specdec.cli.cache import cache
 from specdec.cli.chat import chat
 from specdec.cli.check import check
 from specdec.cli.doctor import doctor
@@ -73,6 +74,7 @@ app.command()(check)
 app.add_typer(accept, name="accept")
 app.command()(doctor)
 app.add_typer(pairs, name="pairs")
+app.add_typer(cache, name="cache")
 
 
 def _print_version(value: bool) -> None:

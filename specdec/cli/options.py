@@ -11,9 +11,12 @@ import typer
 
 from specdec.pairing import Pair, PairError, find_pair
 from specdec.pairing.runnable import refusal
-from specdec.pairing.schema import DTYPES, RULES
+from specdec.pairing.schema import DTYPES, MOST_NODES, MOST_THREADS, RULES, home_expanded, nodes_of_widths
+from specdec.pairing.tables import shown
 from specdec.shipped import DEFAULT_PAIR
 
+_DIGITS = 10
+"""A number of tokens with more digits than that is none."""
 _MODELS, _DRAFTS, _TEXT, _MACHINE = "Models", "Drafting", "Decoding", "Machine"
 
 
@@ -99,7 +102,9 @@ Dtype = Annotated[
     _option("--dtype", panel=_MACHINE, show_default=True, help="auto: float32 on a CPU, the checkpoint's on a GPU."),
 ]
 Device = Annotated[str, _option("--device", panel=_MACHINE, show_default=True, help="auto, cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int | None, _option("--threads", panel=_MACHINE, min=1, help="CPU threads (default: torch's).")]
+Threads = Annotated[
+    int | None, _option("--threads", panel=_MACHINE, min=1, max=MOST_THREADS, help="CPU threads (default: torch's).")
+]
 
 
 @dataclass(frozen=True)
@@ -224,9 +229,11 @@ def parse_length(text: int | str | None) -> int | None:
     """ "4" -> 4; "auto" -> None, which is how a Speculator is told to plan."""
     if text is None or text == "auto":
         return None
-    length = int(text) if str(text).isdecimal() else 0
-    if length < 1:
-        raise typer.BadParameter(f"--k: expected a number of tokens, at least 1, or auto, got {text!r}")
+    length = int(text) if str(text).isdecimal() and len(str(text)) < _DIGITS else 0
+    if not 1 <= length <= MOST_NODES:
+        raise typer.BadParameter(
+            f"--k: expected a number of tokens, at least 1, or auto, got {shown(text)}; at most {MOST_NODES}"
+        )
     return length
 
 
@@ -237,7 +244,11 @@ def parse_tree(text: str) -> tuple[int, ...]:
     except ValueError:
         widths = ()
     if not widths or min(widths) < 1:
-        raise typer.BadParameter(f"--tree: expected children per level such as 4,2,1, each at least 1, got {text!r}")
+        raise typer.BadParameter(
+            f"--tree: expected children per level such as 4,2,1, each at least 1, got {shown(text)}"
+        )
+    if nodes_of_widths(widths) > MOST_NODES:
+        raise typer.BadParameter(f"--tree: expected at most {MOST_NODES} nodes in all, got more: {shown(text)}")
     return widths
 
 
@@ -259,7 +270,7 @@ def _tree_text(pair: Pair) -> str | None:
 
 def _existing(option: str, name: str) -> str:
     """A folder that exists, or something that can be a hub id (`owner/name`)."""
-    folder = Path(name).expanduser()
+    folder = home_expanded(Path(name))
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or folder.exists():

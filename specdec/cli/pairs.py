@@ -15,6 +15,7 @@ from specdec.pairing.export import ENGINES, export_pair
 from specdec.pairing.registry import pair_table, pair_text, read_pair
 from specdec.pairing.roofline import Setting, estimate
 from specdec.pairing.schema import DTYPES, RULES, Drafting
+from specdec.pairing.tables import one_line
 
 pairs = typer.Typer(
     help="Draft/target pairs: list, show, check and write them; export them to other engines; estimate what they give.",
@@ -35,7 +36,7 @@ def list_pairs(as_json: AsJson = False) -> None:
     width = max(len(pair.name) for pair in found)
     typer.echo(f"{'pair':<{width}}  {'draft':<6}  {'parameters':>13}  summary")
     for pair in found:
-        typer.echo(f"{pair.name:<{width}}  {pair.draft.kind:<6}  {_sizes(pair):>13}  {pair.summary}")
+        typer.echo(f"{pair.name:<{width}}  {pair.draft.kind:<6}  {_sizes(pair):>13}  {one_line(pair.summary)}")
 
 
 @pairs.command()
@@ -67,7 +68,7 @@ def validate(
             wrong = [str(error)]
         failed += bool(wrong)
         for problem in wrong:
-            typer.echo(f"wrong  {name}: {problem}")
+            typer.echo(one_line(f"wrong  {name}: {problem}"))
         if not wrong:
             typer.echo(f"ok     {name}")
     if failed:

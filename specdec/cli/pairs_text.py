@@ -7,6 +7,7 @@ from typing import Any
 
 from specdec.pairing.roofline import Estimate, Setting, implied_tokens_per_pass, published_estimate
 from specdec.pairing.schema import Pair
+from specdec.pairing.tables import one_line
 
 LABEL = "ESTIMATE from bytes and operations (docs/pairs.md), not a measurement"
 
@@ -51,7 +52,7 @@ def estimate_text(pair: Pair, setting: Setting, result: Estimate) -> str:
         lines += [line for number in range(len(pair.published)) for line in _published_lines(pair, number)]
     for role, facts in (("target", pair.target.facts), ("draft", pair.draft.facts)):
         if facts is not None and facts.unchecked:
-            lines.append(f"unchecked facts of the {role}: {facts.unchecked}")
+            lines.append(one_line(f"unchecked facts of the {role}: {facts.unchecked}"))
     return "\n".join(lines)
 
 
@@ -74,4 +75,5 @@ def _published_lines(pair: Pair, number: int) -> list[str]:
         off = expected / entry.speedup - 1
         verdict = f"{entry.tokens_per_pass:.2f} tokens per pass, estimate {expected:.2f}x ({off:+.0%})"
     lines = [f"- {entry.speedup:.2f}x ({entry.what}); {verdict}", f"  {entry.source}"]
-    return lines if not entry.assumed else [*lines, f"  assumed: {entry.assumed}"]
+    lines += [f"  assumed: {entry.assumed}"] if entry.assumed else []
+    return [one_line(line) for line in lines]

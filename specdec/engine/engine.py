@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.engine.driving import StepThread
-from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError
+from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError, refuse_forked
 from specdec.engine.handle import Handle
 from specdec.engine.metrics import Counters, EngineMetrics
 from specdec.engine.params import Params, Preparation, prompt_ids
@@ -23,6 +24,7 @@ from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
 from specdec.engine.stepping import Stepping
 from specdec.engine.task import LaneKey, State, Task
+from specdec.forks import renewed_after_fork
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
 from specdec.parts import Draft, Target
@@ -82,16 +84,12 @@ class Engine:
     ):
         if num_bytes is not None and num_pages is not None:
             raise UnsupportedArgumentError("expected num_bytes or num_pages, got both")
-        if max_rows < 1 or max_waiting < 1 or max_step_tokens < 2 * max_rows:
-            raise UnsupportedArgumentError(
-                "expected max_rows, max_waiting >= 1 and max_step_tokens >= 2 * max_rows, got "
-                f"max_rows={max_rows}, max_waiting={max_waiting}, max_step_tokens={max_step_tokens}"
-            )
+        limits = Limits.checked(max_rows, max_step_tokens, max_waiting)
         self._preparation = Preparation(target, tokenizer=tokenizer)
         self.target = target = self._preparation.target
         named = named_drafters(target, draft, k, tree, drafters or {})
         self.drafters = tuple(named)
-        self.limits = Limits(max_rows, max_step_tokens, max_waiting)
+        self.limits = limits
         pooled = make_pool(target, named, num_bytes, num_pages, page_size)
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
@@ -103,6 +101,13 @@ class Engine:
         self._is_prepared = False
         self._thread = StepThread(self.step, lambda: self._stepping.scheduler.idle, self._work)
         self._closed = False
+        self._process = os.getpid()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """See `renewed_after_fork`."""
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
 
     @property
     def pool(self) -> KVPool:
@@ -176,6 +181,7 @@ class Engine:
 
     def step(self) -> bool:
         """One step for everybody who can run; returns whether anything is left to do."""
+        refuse_forked(self._process)
         with self._lock:
             if not self._stepping.scheduler.idle:
                 before = marks(self._tasks.values())
@@ -226,7 +232,10 @@ class Engine:
         self._thread.stop()
 
     def close(self) -> None:
-        """Cancel what is left, end the thread, let go of the models. Repeating it is no error."""
+        """Cancel what is left, end the thread, let go of the models. Repeating it is no error, nor is it in a forked
+        child, where there is nothing to end."""
+        if self._process != os.getpid():
+            return
         self.stop()
         with self._lock:
             self._closed = True
@@ -250,6 +259,7 @@ class Engine:
         await asyncio.to_thread(self.close)
 
     def _refuse_closed(self) -> None:
+        refuse_forked(self._process)
         if self._closed:
             raise EngineClosedError("expected an open engine, this one was closed: make another one")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from specdec.kv import SpecdecError
 
 
@@ -23,3 +25,16 @@ class EngineFaultError(SpecdecError, RuntimeError):
     def __init__(self, message: str, emitted: list[int]):
         super().__init__(message)
         self.emitted = emitted
+
+
+def refuse_forked(process: int) -> None:
+    """Requests, and the thread that may be in the middle of a step, are those of the process an engine was made in.
+
+    Raises:
+        EngineClosedError: this is a child of that process.
+    """
+    if process != os.getpid():
+        raise EngineClosedError(
+            "expected an engine of this process, this one was forked along with its requests: make one in each "
+            "process, after the fork"
+        )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from specdec.engine.task import State, Task
 from specdec.kv import OutOfPagesError, UnsupportedArgumentError
+from specdec.kv.limits import MOST_ROWS, MOST_STEP_TOKENS, MOST_WAITING, checked_count
 from specdec.kv.pool import KVPool
 
 
@@ -19,6 +20,19 @@ class Limits:
     max_rows: int = 16
     max_step_tokens: int = 512
     max_waiting: int = 1024
+
+    @staticmethod
+    def checked(max_rows: int, max_step_tokens: int, max_waiting: int) -> Limits:
+        """Limits an engine can keep.
+
+        Raises:
+            UnsupportedArgumentError: a number that is none, or out of its range.
+        """
+        rows = checked_count("max_rows", max_rows, 1, MOST_ROWS)
+        tokens = checked_count(
+            "max_step_tokens", max_step_tokens, 2 * rows, MOST_STEP_TOKENS, "two for each of max_rows at least"
+        )
+        return Limits(rows, tokens, checked_count("max_waiting", max_waiting, 1, MOST_WAITING))
 
     @property
     def prefill_share(self) -> int:

@@ -11,6 +11,7 @@ from specdec.drafters import Drafter, FallbackGuard, ModelDrafter
 from specdec.engine.params import PLAIN
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import KVPool
+from specdec.kv.pool_size import check_pages
 from specdec.kv.support import num_cache_layers
 from specdec.parts import Draft, make_drafter
 from specdec.target import TARGET
@@ -55,7 +56,8 @@ def make_pool(
     """One pool for the target and every drafter that keeps K/V. Drafters on one model share its K/V.
 
     Raises:
-        UnsupportedArgumentError: a size in bytes with a drafter whose K/V cannot be measured.
+        UnsupportedArgumentError: a size in bytes with a drafter whose K/V cannot be measured, or beyond the memory
+            there is.
     """
     layers, models, names = {TARGET: num_cache_layers(target)}, {TARGET: target}, {}
     owner: dict[int, str] = {}
@@ -74,5 +76,6 @@ def make_pool(
         if model is not None:
             models[own] = model
     if num_pages is not None:
+        check_pages(models, num_pages, page_size)
         return Pooled(KVPool(layers, num_pages, page_size), names)
     return Pooled(KVPool.sized(models, DEFAULT_BYTES if num_bytes is None else num_bytes, page_size), names)

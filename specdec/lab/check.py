@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.kv import UnsupportedArgumentError
+from specdec.kv.limits import MOST_THREADS, checked_count, checked_number
 from specdec.kv.support import text_config
 from specdec.lab.acceptance import NUM_SUMS, AcceptanceRecorder
 from specdec.lab.findings import CheckReport, Finding
@@ -83,10 +85,11 @@ def check(
     Raises:
         UnsupportedArgumentError: a lossy rule, a temperature or budget that is not positive, bad prompts.
     """
-    if not temperature > 0:
-        raise UnsupportedArgumentError(f"temperature: expected > 0 (greedy text is checked too), got {temperature}")
-    if not budget_s > 0 or max_rows < 1:
-        raise UnsupportedArgumentError(f"expected budget_s > 0 and max_rows >= 1, got {budget_s} and {max_rows}")
+    temperature = checked_number("temperature (greedy text is checked too)", temperature, 0.0, above=True)
+    budget_s = checked_number("budget_s", budget_s, 0.0, above=True)
+    max_rows = checked_count("max_rows", max_rows, 1, sys.maxsize)
+    if threads is not None:
+        threads = checked_count("threads", threads, 1, MOST_THREADS)
     if rule != "auto":
         chosen = make_rule(rule)
         if not chosen.lossless:

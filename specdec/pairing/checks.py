@@ -10,12 +10,28 @@ from pathlib import Path
 from specdec.pairing.devices import DEVICES, LAUNCHES
 from specdec.pairing.errors import PairError
 from specdec.pairing.folders import folder_facts
-from specdec.pairing.schema import DTYPES, KINDS, RULES, VOCABULARIES, Draft, Facts, Pair, Published, Target
+from specdec.pairing.schema import (
+    DTYPES,
+    KINDS,
+    MOST,
+    MOST_NODES,
+    RULES,
+    VOCABULARIES,
+    Draft,
+    Facts,
+    Pair,
+    Published,
+    Target,
+    nodes_of_widths,
+)
+from specdec.pairing.tables import shown
 
 MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_REVISION = re.compile(r"[^\s\x00-\x1f\x7f-][^\s\x00-\x1f\x7f]*")
+"""Not what a program could take for an option."""
 _POSITIVE = (
     "num_parameters", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
     "vocab_size",
@@ -43,9 +59,13 @@ def _drafting(pair: Pair) -> Iterator[str]:
     for name in ("k", "suggested_k"):
         value = getattr(drafting, name)
         if value is not None and value < 1:
-            yield f"[drafting] {name}: expected at least 1, got {value}; leave it out and the library chooses"
+            yield f"[drafting] {name}: expected at least 1, got {shown(value)}; leave it out and the library chooses"
+        elif value is not None and value > MOST_NODES:
+            yield f"[drafting] {name}: expected at most {MOST_NODES} tokens, got {shown(value)}"
     if drafting.tree is not None and (not drafting.tree or min(drafting.tree) < 1):
-        yield f"[drafting] tree: expected children per level such as [3, 2, 1], got {list(drafting.tree)}"
+        yield f"[drafting] tree: expected children per level such as [3, 2, 1], got {shown(list(drafting.tree))}"
+    elif drafting.tree is not None and nodes_of_widths(drafting.tree) > MOST_NODES:
+        yield f"[drafting] tree: expected at most {MOST_NODES} nodes in all, got more: {shown(list(drafting.tree))}"
     if drafting.tree is not None and pair.draft.kind == "ngram":
         yield "[drafting] tree: an n-gram drafter has no static tree; use k"
 
@@ -66,6 +86,11 @@ def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
         return
     if part.model is not None and not _HUB_ID.fullmatch(part.model):
         yield f"{where} model: expected a hub id such as owner/name, got {part.model!r}; a folder goes into path"
+    if part.path is not None and "\0" in part.path:
+        yield f"{where} path: expected a folder, got {part.path!r}"
+        return
+    if part.revision is not None and not _REVISION.fullmatch(part.revision):
+        yield f"{where} revision: expected a branch, tag or commit, got {part.revision!r}"
     if part.path is not None and part.revision is not None:
         yield f"{where} revision: a folder has none; leave it out"
     if part.facts is not None:
@@ -80,8 +105,9 @@ def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
 
 def _facts(facts: Facts) -> Iterator[str]:
     for name in _POSITIVE:
-        if getattr(facts, name) < 1:
-            yield f"{name}: expected at least 1, got {getattr(facts, name)}"
+        value = getattr(facts, name)
+        if not 1 <= value <= MOST:
+            yield f"{name}: expected at {'least 1' if value < 1 else f'most {MOST:.0e}'}, got {shown(value)}"
             return
     if facts.num_heads % facts.num_kv_heads:
         yield f"expected num_heads to be a multiple of num_kv_heads, got {facts.num_heads} and {facts.num_kv_heads}"
@@ -126,10 +152,12 @@ def _entry(entry: Published) -> Iterator[str]:
     yield from _one_of("device", entry.device, tuple(DEVICES))
     yield from _one_of("launch", entry.launch, LAUNCHES)
     for name, least in (("speedup", 0.0), ("weight_bits", 0.0)):
-        if not getattr(entry, name) > least:
+        if not least < getattr(entry, name) <= MOST:
             yield f"{name}: expected more than {least:g}, got {getattr(entry, name)}"
-    if entry.depth < 0 or entry.nodes < 1 or entry.num_devices < 1:
-        yield "expected depth >= 0, nodes >= 1 and num_devices >= 1"
+    if not 0 <= entry.temperature <= MOST:
+        yield f"temperature: expected at least 0, got {entry.temperature}"
+    if not 0 <= entry.depth <= MOST_NODES or not 1 <= entry.nodes <= MOST_NODES or not 1 <= entry.num_devices <= MOST:
+        yield f"expected depth 0 to {MOST_NODES}, nodes 1 to {MOST_NODES} and num_devices >= 1"
     if entry.tokens_per_pass is not None and not 1 <= entry.tokens_per_pass <= entry.nodes + 1:
         yield (
             f"tokens_per_pass: expected 1 to nodes + 1 = {entry.nodes + 1} (the target's own token counts), got "

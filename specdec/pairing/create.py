@@ -8,7 +8,7 @@ from pathlib import Path
 from specdec.pairing.errors import PairError
 from specdec.pairing.folders import folder_facts
 from specdec.pairing.registry import checked
-from specdec.pairing.schema import Draft, Drafting, Facts, Pair, Target
+from specdec.pairing.schema import Draft, Drafting, Facts, Pair, Target, home_expanded
 
 
 def new_pair(
@@ -55,7 +55,7 @@ def new_pair(
 
 def _where(model: str, base: Path) -> tuple[str | None, str | None]:
     """(model, path): one of them."""
-    folder = Path(model).expanduser()
+    folder = home_expanded(Path(model))
     if not folder.is_dir():
         if model.startswith((".", "~", "/")):
             raise PairError(f"expected a folder with a saved model or a hub id such as owner/name, got {model!r}")
@@ -66,7 +66,7 @@ def _where(model: str, base: Path) -> tuple[str | None, str | None]:
 
 def _facts(model: str, revision: str | None) -> Facts | None:
     """From a folder, or from what an earlier download left in the hub's cache; None where there is neither."""
-    folder = Path(model).expanduser()
+    folder = home_expanded(Path(model))
     if folder.is_dir():
         return folder_facts(folder)
     from huggingface_hub import try_to_load_from_cache

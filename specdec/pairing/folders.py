@@ -8,6 +8,7 @@ from typing import Any
 
 from specdec.pairing.errors import PairError
 from specdec.pairing.schema import Facts
+from specdec.pairing.tables import one_line
 
 _KEYS = {
     "num_layers": ("num_hidden_layers", "n_layer"),
@@ -28,7 +29,8 @@ def folder_facts(folder: Path) -> Facts:
         PairError: no or broken config.json, a field missing, no safetensors files.
     """
     config = _config(folder)
-    config = config.get("text_config", config)
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
     sizes = {name: _first(config, keys) for name, keys in _KEYS.items()}
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     if sizes["intermediate_size"] is None and hidden is not None:
@@ -37,8 +39,8 @@ def folder_facts(folder: Path) -> Facts:
         sizes["num_kv_heads"] = heads
     if sizes["head_dim"] is None and heads and hidden:
         sizes["head_dim"] = hidden // heads
-    missing = [name for name, value in sizes.items() if not isinstance(value, int)]
-    if missing or "model_type" not in config:
+    missing = [name for name, value in sizes.items() if value is None]
+    if missing or not isinstance(config.get("model_type"), str):
         lacking = ", ".join(_KEYS[name][0] for name in missing) or "model_type"
         raise PairError(f"{folder.name}/config.json: expected a decoder-only model's configuration, found no {lacking}")
     shapes = _shapes(folder)
@@ -55,7 +57,7 @@ def folder_facts(folder: Path) -> Facts:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PairError(f"{folder.name}/config.json: could not be read: {error}") from None
     if not isinstance(config, dict):
         raise PairError(f"{folder.name}/config.json: expected a JSON object, got {type(config).__name__}")
@@ -63,7 +65,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _first(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
-    return next((config[key] for key in keys if config.get(key) is not None), None)
+    """A whole number; None where there is none."""
+    value = next((config[key] for key in keys if config.get(key) is not None), None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _shapes(folder: Path) -> dict[str, int]:
@@ -76,8 +80,8 @@ def _shapes(folder: Path) -> dict[str, int]:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():
                     counts[name] = _product(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise PairError(f"{folder.name}/{path.name}: not a safetensors file: {error}") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise PairError(f"{folder.name}/{path.name}: not a safetensors file: {one_line(str(error))}") from None
     if not counts:
         raise PairError(f"{folder.name}: expected *.safetensors files, found none; other formats are not loaded")
     return counts

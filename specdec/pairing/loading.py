@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from specdec.pairing.errors import PairError
 from specdec.pairing.registry import checked, find_pair
 from specdec.pairing.runnable import refusal
 from specdec.pairing.schema import Pair
+from specdec.pairing.tables import one_line
 
 MIN_SHARED_IDS = 0.9
 """Share of token ids that must mean the same in both vocabularies. Families differ in a few control tokens."""
-_LOADING_ERRORS = (OSError, ValueError, KeyError, json.JSONDecodeError)
 
 
 def open_pair(
@@ -98,16 +97,26 @@ def load_model(
     """A causal language model from a folder or the hub.
 
     Raises:
-        SpecdecError: not found, not reachable, not allowed, or not a causal language model with safetensors weights.
+        SpecdecError: not found, not reachable, not allowed, or not a causal language model with all of its weights in
+            safetensors files.
     """
     _check_folder(role, name)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=revision or "main", trust_remote_code=False, use_safetensors=True,
-            local_files_only=Path(name).is_dir(),
+            local_files_only=Path(name).is_dir(), output_loading_info=True,
         )  # fmt: skip
-    except _LOADING_ERRORS as error:
+        model, found = loaded
+        lacking = sorted(found["missing_keys"])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # odd files make transformers fail anywhere, in any way
         raise SpecdecError(_explained(f"{role}: could not load a causal language model", name, error)) from error
+    if lacking:  # transformers draws them at random
+        raise SpecdecError(
+            f"{role}: could not load a causal language model from {name!r}: its files lack {len(lacking)} of its "
+            f"weights, such as {one_line(lacking[0])}"
+        )
     return model.to(device).eval()
 
 
@@ -118,7 +127,7 @@ def load_tokenizer(name: str, revision: str | None = None, role: str = "target")
         return AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=False, local_files_only=Path(name).is_dir()
         )
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # as above
         raise SpecdecError(_explained(f"{role}: could not load a tokenizer", name, error)) from error
 
 
@@ -179,7 +188,8 @@ def _explained(what: str, name: str, error: BaseException) -> str:
             f"`hf download {name}` where there is one, or give a folder"
         )
     else:
-        why = " ".join(str(error).split())
+        said = one_line(" ".join(str(error).split()))
+        why = said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}"
     return f"{what} from {name!r}: {why}"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from specdec.pairing.checks import problems
 from specdec.pairing.errors import PairError
-from specdec.pairing.schema import SCHEMA, Draft, Pair, Target
-from specdec.pairing.tables import read_table, to_toml, write_table
+from specdec.pairing.schema import SCHEMA, Draft, Pair, Target, home_expanded
+from specdec.pairing.tables import one_line, read_table, shown, to_toml, write_table
 
 SHIPPED = Path(__file__).parent.parent / "pairs"
 """One TOML file per shipped pair, and the weights of the small one."""
@@ -31,7 +32,7 @@ def find_pair(pair: str | Path) -> Pair:
         PairError: none of these, or a file with mistakes; all of them are in the message.
     """
     found = read_pair(pair)
-    return found if is_pair_folder(Path(pair).expanduser()) else checked(found)
+    return found if is_pair_folder(home_expanded(Path(pair))) else checked(found)
 
 
 def checked(pair: Pair) -> Pair:
@@ -52,7 +53,7 @@ def read_pair(pair: str | Path) -> Pair:
     Raises:
         PairError: nothing found, no TOML, unknown keys, wrong types, another version of the format.
     """
-    path = Path(pair).expanduser()
+    path = home_expanded(Path(pair))
     if is_pair_folder(path):
         return Pair(
             name=path.resolve().name or "pair",
@@ -62,7 +63,7 @@ def read_pair(pair: str | Path) -> Pair:
             dtype="auto",
             folder=path,
         )
-    if path.is_file():
+    if _is(Path.is_file, path):
         return _read_file(path)
     shipped = SHIPPED / f"{pair}.toml"
     if str(pair) in pair_names():
@@ -71,7 +72,7 @@ def read_pair(pair: str | Path) -> Pair:
 
 
 def is_pair_folder(folder: Path) -> bool:
-    return (folder / "target").is_dir() and (folder / "draft").is_dir()
+    return _is(Path.is_dir, folder / "target") and _is(Path.is_dir, folder / "draft")
 
 
 def pair_text(pair: Pair) -> str:
@@ -86,17 +87,26 @@ def pair_table(pair: Pair) -> dict[str, object]:
 
 def _read_file(path: Path) -> Pair:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PairError(f"{path.name}: expected a TOML file: {error}") from None
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, numbers of thousands of digits
+        raise PairError(f"{path.name}: expected a TOML file: {one_line(str(error))}") from None
     except OSError as error:
         raise PairError(f"{path.name}: could not be read: {error.strerror}") from None
     version = table.get("schema")
-    if version != SCHEMA:
+    if version != SCHEMA or isinstance(version, bool):
         raise PairError(
-            f"{path.name}: expected schema = {SCHEMA}, got {version!r}; this version of specdec reads schema {SCHEMA}"
+            f"{path.name}: expected schema = {SCHEMA}, got {shown(version)}; this version of specdec reads schema "
+            f"{SCHEMA}"
         )
     return replace(read_table(Pair, table, path.name, skip=_NOT_IN_FILES), folder=path.resolve().parent)
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    """kind: Path.is_file or Path.is_dir; False for what can be no path at all (too long, with a NUL in it)."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
 
 
 def _not_found(pair: str) -> str:
@@ -104,6 +114,7 @@ def _not_found(pair: str) -> str:
     near = difflib.get_close_matches(pair, names, n=3, cutoff=0.5)
     known = f"did you mean {' or '.join(near)}? " if near else ""
     return (
-        f"pair: expected a shipped pair, a .toml file, or a folder with target/ and draft/ in it, got {pair!r}; {known}"
+        f"pair: expected a shipped pair, a .toml file, or a folder with target/ and draft/ in it, got {shown(pair)}; "
+        f"{known}"
         f"`specdec pairs list` shows all {len(names)} shipped pairs"
     )

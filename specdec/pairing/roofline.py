@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from specdec.pairing.devices import LAUNCHES, device_of
 from specdec.pairing.errors import PairError
-from specdec.pairing.schema import Facts, Pair, Published
+from specdec.pairing.schema import MOST, Facts, Pair, Published
 
 BANDWIDTH_SHARE = 0.9
 """Of the data sheet's bandwidth that good kernels reach."""
@@ -59,9 +59,10 @@ class Setting:
         device_of(self.device)
         if self.launch not in LAUNCHES:
             raise PairError(f"launch: expected one of {', '.join(LAUNCHES)}, got {self.launch!r}")
-        if min(self.batch, self.num_devices) < 1 or self.context < 0:
+        given = (self.batch, self.num_devices, self.context)
+        if min(given[:2]) < 1 or self.context < 0 or max(given) > MOST:
             raise PairError(
-                "expected batch >= 1, num_devices >= 1 and context >= 0, got "
+                f"expected batch >= 1, num_devices >= 1 and context >= 0, none above {MOST:.0e}, got "
                 f"{self.batch}, {self.num_devices} and {self.context}"
             )
         if self.weight_bits is not None and not 1 <= self.weight_bits <= 64:

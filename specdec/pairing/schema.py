@@ -22,6 +22,29 @@ DEFAULT_LENGTHS = {"model": 4, "ngram": 10, "eagle": 4, "eagle3": 4}
 """Tokens drafted per step where a pair does not say and nothing measures: what exports write down."""
 NGRAM_MAX = 3
 """Longest n-gram looked up; the library's default."""
+MOST_NODES, MOST_THREADS = 1024, 1024
+"""Drafted tokens per step, and threads of a command (a test holds these to `kv/limits.py`, which imports torch)."""
+MOST = 10**15
+"""Any number about a model, a device or a published measurement."""
+
+
+def home_expanded(path: Path) -> Path:
+    """`path` with `~` replaced; as it is where nobody lives there."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def nodes_of_widths(widths: tuple[int, ...]) -> int:
+    """Drafted tokens of a tree with so many children per level; counting ends beyond MOST_NODES."""
+    total, level = 0, 1
+    for width in widths:
+        level *= width
+        total += level
+        if total > MOST_NODES:
+            break
+    return total
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,7 @@ class Pair:
     def location(self, part: Target | Draft) -> str:
         """Hub id or absolute folder of `part`."""
         if part.path is not None:
-            return str(((self.folder or Path()) / part.path).expanduser().resolve())
+            return str(home_expanded((self.folder or Path()) / part.path).resolve())
         return part.model or ""
 
     @property
@@ -164,10 +187,4 @@ class Pair:
     @property
     def num_nodes(self) -> int:
         """Drafted tokens per step: the draft length of a chain, all nodes of a tree."""
-        if self.drafting.tree is None:
-            return self.draft_length
-        total, level = 0, 1
-        for width in self.drafting.tree:
-            level *= width
-            total += level
-        return total
+        return self.draft_length if self.drafting.tree is None else nodes_of_widths(self.drafting.tree)

@@ -25,14 +25,14 @@ def read_table(kind: type[Record], table: Any, where: str, skip: frozenset[str] 
         PairError: not a table, an unknown key, a missing one, or a value of another type.
     """
     if not isinstance(table, dict):
-        raise PairError(f"{where}: expected a table, got {_shown(table)}")
+        raise PairError(f"{where}: expected a table, got {typed(table)}")
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name not in skip}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(key[:80], fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PairError(f"{where}: unknown key {key!r}, expected some of {', '.join(fields)}{hint}")
+            raise PairError(f"{where}: unknown key {shown(key)}, expected some of {', '.join(fields)}{hint}")
     missing = [name for name, field in fields.items() if _required(field) and name not in table]
     if missing:
         raise PairError(f"{where}: {', '.join(missing)} missing; add {'it' if len(missing) == 1 else 'them'}")
@@ -82,17 +82,33 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if typing.get_origin(hint) is tuple:
         (item,) = (part for part in typing.get_args(hint) if part is not Ellipsis)
         if not isinstance(value, list):
-            raise PairError(f"{where}: {key}: expected an array, got {_shown(value)}")
+            raise PairError(f"{where}: {key}: expected an array, got {typed(value)}")
         return tuple(_value(item, entry, where, f"{key}[{index}]") for index, entry in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise PairError(f"{where}: {key}: expected {_NAMES[hint]}, got {_shown(value)}")
+        raise PairError(f"{where}: {key}: expected {_NAMES[hint]}, got {typed(value)}")
     return value
 
 
 _NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"
+def typed(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value)}"
+
+
+def one_line(text: str) -> str:
+    """`text` with everything escaped that is not plainly readable: line breaks of all kinds, control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """`value` in a message: never longer than a line, whatever it is."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # integers of thousands of digits in it
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -18,6 +18,7 @@ from specdec.planner.history import Known
 from specdec.planner.measure import kept_processors, measure
 from specdec.planner.options import Options, PlannedBudget
 from specdec.planner.plan import Planner
+from specdec.planner.plausible import implausible
 from specdec.planner.rowwise import RowwisePlanner
 from specdec.planner.script import measured_depths
 from specdec.planner.store import STORE, describe, fingerprint, machine
@@ -170,7 +171,8 @@ class Plans:
 
     def _table(self, request: Request, rows: int, notes: list[str]) -> Costs:
         key = self._key(request, rows)
-        costs, note = STORE.get(key)
+        depths = {option.name: range(1, len(option.widths) + 1) for option in self.options.options}
+        costs, note = STORE.get(key, lambda found: implausible(found, rows, depths))
         notes += [] if note is None else [note]
         if costs is None:
             for model in (self._target, *self._models()):

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.history import Belief
 
+_MOST_DECISIONS = 1e9
+"""More of them nobody has seen while measuring, and a belief in so many would never change again."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -67,7 +70,7 @@ class Costs:
             found = {str(name): float(share) for name, share in data.get("found", {}).items()}
             costs = Costs(int(data["rows"]), float(data["plain"]), steps, float(data["draft_token"]),
                           float(data["prompt_token"]), beliefs, found)  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UnsupportedArgumentError(f"expected a cost table, got {type(error).__name__}: {error}") from None
         numbers = [costs.plain, *(ms for table in steps.values() for ms in table.values())]
         depths = [depth for table in steps.values() for depth in table]
@@ -100,6 +103,6 @@ class StepTimes(NamedTuple):
 def _counts(tried: Any, kept: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Decisions and acceptances by depth, checked."""
     seen = tuple(map(float, tried)), tuple(map(float, kept))
-    if len(seen[0]) != len(seen[1]) or not all(0 <= k <= t < float("inf") for t, k in zip(*seen, strict=True)):
+    if len(seen[0]) != len(seen[1]) or not all(0 <= k <= t < _MOST_DECISIONS for t, k in zip(*seen, strict=True)):
         raise ValueError("acceptances that do not fit the decisions")
     return seen

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -15,11 +14,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.forks import renewed_after_fork
 from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
 from specdec.planner.costs import Costs
 from specdec.planner.refine import Kind, refined
-from specdec.verify.folders import cache_folder
+from specdec.verify.folders import cache_folder, write_whole
 from specdec.verify.linear import is_dense
 from specdec.verify.strict_native import serves
 
@@ -100,6 +100,10 @@ class CostStore:
         self._refined: dict[str, int] = {}
         self._asked: dict[str, int] = {}
         self._lock = Lock()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._lock = Lock()
 
     def explores(self, key: Mapping[str, Any]) -> bool:
         """May the call that asks try other plans than the best? The first eight of a process, then every eighth."""
@@ -121,8 +125,14 @@ class CostStore:
         if count & (count - 1) == 0:
             self._write(name, key, new)
 
-    def get(self, key: Mapping[str, Any]) -> tuple[Costs | None, str | None]:
-        """The table and, if its file was no good, a sentence about it."""
+    def get(
+        self, key: Mapping[str, Any], wrong: Callable[[Costs], str | None] = lambda _: None
+    ) -> tuple[Costs | None, str | None]:
+        """The table and, if its file was no good, a sentence about it.
+
+        Args:
+            wrong: what is wrong with a table that was read from a file, if anything is.
+        """
         name = _name(key)
         if name in self._known:
             return self._known[name], None
@@ -134,12 +144,16 @@ class CostStore:
             data = json.loads(path.read_text())
             if data["schema"] != SCHEMA or data["key"] != key:
                 return None, None
-            self._known[name] = Costs.from_json(data["costs"])
+            found = Costs.from_json(data["costs"])
         except FileNotFoundError:
             return None, None
-        except (OSError, ValueError, KeyError, TypeError, UnsupportedArgumentError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, UnsupportedArgumentError) as error:
             return None, f"cost table {path.name} is not readable and is measured again ({error})"
-        return self._known[name], None
+        why = wrong(found)
+        if why is not None:
+            return None, f"cost table {path.name} cannot have been measured and is measured again ({why})"
+        self._known[name] = found
+        return found, None
 
     def put(self, key: Mapping[str, Any], costs: Costs) -> str | None:
         """Keep a table; a sentence when it could not be written (it is then known to this process only)."""
@@ -154,10 +168,7 @@ class CostStore:
         text = json.dumps({"schema": SCHEMA, "key": key, "costs": costs.to_json()}, indent=1)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Another process may be writing the same table: each writes its own file, the last rename stands.
-            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
-                file.write(text + "\n")
-            os.replace(file.name, folder / name)
+            write_whole(folder / name, text + "\n")
         except OSError as error:
             return f"cost table not written to {folder}: {error.strerror or error}"
         return None

@@ -7,9 +7,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +21,8 @@ SOURCE = Path(__file__).with_name("llama.c")
 
 _SECONDS = 120
 """A compiler that takes longer is given up."""
+_UNFINISHED = "building-"
+"""How folders begin in which something is being built."""
 
 
 class Unavailable(RuntimeError):
@@ -32,7 +37,7 @@ def entry() -> str:
 
 
 def compiled(folder: Path, processor: str = "native") -> Path:
-    """The library in `folder`, compiled if it is not there.
+    """The library in `folder`, compiled if it is not there or not as it was written (see `damage`).
 
     Args:
         processor: as the compiler's `-march` (`-mcpu` on Arm) has it; "native" is this one. A library for another
@@ -45,15 +50,40 @@ def compiled(folder: Path, processor: str = "native") -> Path:
         raise Unavailable("not supported on Windows")
     compiler = _compiler()
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS, check=False).stdout
+        version = _run([*compiler, "--version"])[1]
         flags = _flags(processor, threads=b"Free Software Foundation" in version)
         kept = folder / f"{_key(compiler, flags, version)}.so"
-        if not kept.exists():
+        if damage(kept) is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _sweep(folder)
             _compile(compiler, flags, kept)
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"cannot compile into {folder}: {error}") from error
     return kept
+
+
+def seal_of(library: Path) -> Path:
+    """The file beside a library that says how long it is and what its bytes hash to. It is written last: a library
+    without one is not finished."""
+    return library.with_name(f"{library.name}.sum")
+
+
+def damage(library: Path) -> str | None:
+    """What is wrong with a library's file, None where it is as it was written. A damaged one must not be loaded: a
+    page that is missing ends the process, and no exception says so."""
+    try:
+        size, digest = seal_of(library).read_text(encoding="ascii").split()
+        if library.stat().st_size != int(size):
+            return f"{library.name} is {library.stat().st_size} bytes long, it was {size}"
+        return None if _digest(library) == digest else f"{library.name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"{library.name} or {seal_of(library).name} cannot be read: {error}"
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _compiler() -> list[str]:
@@ -85,15 +115,59 @@ def _key(compiler: list[str], flags: list[str], version: bytes) -> str:
 
 
 def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
-    """Compile into a file of its own first: another process may be doing the same."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+    """Compile into a file of its own first: another process may be doing the same, and this one may be killed."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as place:
         built, linked = Path(place) / "llama.o", Path(place) / "llama.so"
         # Linked without OpenMP's library: its symbols are found in the one torch has loaded, and with them its threads.
         for command in (
             [*compiler, *flags, "-c", str(SOURCE), "-o", str(built)],
             [*compiler, "-shared", str(built), "-o", str(linked), "-lm"],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-            if done.returncode:
-                raise Unavailable(f"{compiler[0]} failed: {(done.stderr or done.stdout).strip()[:400]}")
-        os.replace(linked, target)
+            code, said = _run(command)
+            if code:
+                raise Unavailable(f"{compiler[0]} failed: {said.decode(errors='replace').strip()[:400]}")
+        seal = Path(place) / "seal"
+        seal.write_text(f"{linked.stat().st_size} {_digest(linked)}\n", encoding="ascii")
+        for file, name in ((linked, target), (seal, seal_of(target))):  # on disk before they have their names
+            _flush(file)
+            os.replace(file, name)
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds that were killed have left."""
+    for place in folder.glob(f"{_UNFINISHED}*"):
+        if time.time() - place.stat().st_mtime > 4 * _SECONDS:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _run(command: list[str]) -> tuple[int, bytes]:
+    """Exit code and output of a command.
+
+    A compiler is several processes: past the time limit all of them are ended, and none is waited for that keeps the
+    output open.
+
+    Raises:
+        subprocess.TimeoutExpired, OSError
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(_SECONDS)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        said.seek(0)
+        return code, said.read()

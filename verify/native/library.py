@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from specdec.verify.folders import cache_folder
-from specdec.verify.native.build import Unavailable, compiled, entry
+from specdec.verify.native.build import Unavailable, compiled, damage, entry, seal_of
 
 VARIABLE = "SPECDEC_NATIVE"
 """Environment variable: "0" never uses the native pass; a path names a library compiled elsewhere (by `compiled`)."""
@@ -96,16 +96,24 @@ def _private(path: Path) -> bool:
 def _compiled_into(folder: Path) -> Library:
     path = compiled(folder)
     try:
-        if _private(path):
+        if _private(path) and _private(seal_of(path)):
             return _load(path)
-    except Unavailable:  # damaged: once more
+    except (OSError, Unavailable):  # damaged in a way that its seal does not show: once more
         pass
-    path.unlink()
+    seal_of(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     return _load(compiled(folder))
 
 
 def _load(path: Path) -> Library:
-    """With torch in the process: its OpenMP is the one that is found."""
+    """With torch in the process: its OpenMP is the one that is found.
+
+    Raises:
+        Unavailable: no library, one that is not as it was written, or one of other sources.
+    """
+    wrong = damage(path)
+    if wrong is not None:
+        raise Unavailable(f"cannot load the compiled pass from {path}: {wrong}; compile it again, and copy both files")
     assert torch.get_num_threads() > 0
     try:
         loaded = ctypes.CDLL(str(path))

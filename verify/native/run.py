@@ -76,7 +76,7 @@ def native_pass(direct: DirectPass) -> NativePass | None:
         return None
     weights = [weight for layer in direct.layers for weight in _weights(layer)]
     ends = [direct.embed, direct.norm.weight, direct.head.weight, direct.head.bias]
-    if not all(weight is None or weight.is_contiguous() for weight in (*weights, *ends)):
+    if not all(weight is None or _readable(weight) for weight in (*weights, *ends)):
         return None
     return NativePass(direct, shape, weights, ends)
 
@@ -97,6 +97,11 @@ def _weights(layer: Any) -> list[Tensor | None]:
     norms = [norm.weight for norm in layer.norms]
     products = layer.products
     return [*(p.weight for p in products), *(p.bias for p in products), *norms, *[None] * (4 - len(norms))]
+
+
+def _readable(weight: Tensor) -> bool:
+    """Row by row from its address on (its shape is `DirectPass.fits`'s business)."""
+    return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 class NativePass:

@@ -8,6 +8,7 @@ from typing import Any
 
 from specdec.pairing.errors import PairError
 from specdec.pairing.schema import Pair
+from specdec.pairing.tables import one_line
 
 LARGE = 70e9
 """Bytes of weights above which a remark about several devices is due."""
@@ -30,9 +31,12 @@ class Export:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """Ready to paste: remarks as comments, files as here-documents, then the commands."""
-        parts = [f"# {note}" for note in self.notes]
-        parts += [f"cat > {shlex.quote(name)} <<'END'\n{text}END" for name, text in self.files.items()]
+        """Ready to paste: remarks as comments, files as here-documents, then the commands.
+
+        Whatever a pair's file says stays where it belongs: a remark on its own line, an argument in its quotes.
+        """
+        parts = [f"# {one_line(note)}" for note in self.notes]
+        parts += [_here_document(name, text) for name, text in self.files.items()]
         parts += [_wrapped(command) for command in self.commands]
         return "\n".join(parts)
 
@@ -85,6 +89,13 @@ def chain_note(pair: Pair, engine: str) -> list[str]:
 
 def refuse(pair: Pair, engine: str, why: str, instead: str) -> PairError:
     return PairError(f"pair {pair.name!r} cannot be exported to {engine}: {why}; {instead}")
+
+
+def _here_document(name: str, text: str) -> str:
+    end = "END"
+    while end in text.splitlines():
+        end += "_"
+    return f"cat > {shlex.quote(name)} <<'{end}'\n{text}{end}"
 
 
 def _wrapped(command: tuple[str, ...]) -> str:

@@ -62,4 +62,10 @@ def _total(pair: Pair) -> int:
 
 def _yaml(settings: dict[str, Any], indent: str = "") -> str:
     """Flat settings; a JSON scalar is a YAML scalar."""
-    return "".join(f"{indent}{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items())
+    return "".join(f"{indent}{name}: {_scalar(value)}\n" for name, value in settings.items())
+
+
+def _scalar(value: Any) -> str:
+    """JSON, with everything escaped that YAML takes for a line break or refuses, as YAML escapes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

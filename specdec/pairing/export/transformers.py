@@ -5,7 +5,6 @@ Names: GenerationConfig and generate of the installed transformers, against whic
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from specdec.pairing.export.base import Export, chain_note, lossy_note, refuse, shared_notes
@@ -42,7 +41,7 @@ def _script(pair: Pair, arguments: dict[str, Any]) -> str:
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"target_id = {json.dumps(pair.location(pair.target))}",
+        f"target_id = {pair.location(pair.target)!r}",
         f"tokenizer = AutoTokenizer.from_pretrained(target_id{_revision(pair.target.revision)})",
         f"target = AutoModelForCausalLM.from_pretrained(target_id, dtype={dtype!r}, device_map='auto'"
         f"{_revision(pair.target.revision)})",
@@ -51,7 +50,7 @@ def _script(pair: Pair, arguments: dict[str, Any]) -> str:
     if pair.draft.kind == "model":
         revision = _revision(pair.draft.revision)
         lines += [
-            f"draft_id = {json.dumps(pair.location(pair.draft))}",
+            f"draft_id = {pair.location(pair.draft)!r}",
             f"draft = AutoModelForCausalLM.from_pretrained(draft_id, dtype={dtype!r}, device_map='auto'{revision})",
         ]
         lines += [f"draft.generation_config.{name} = {value!r}" for name, value in arguments.items()]
