@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from specdec import Engine, Speculator
 from specdec.planner.store import fingerprint
@@ -23,7 +23,9 @@ IDS, MASK = models.prompts((9, 5, 7), 64, 2, 4)
 
 def base(family: str) -> Any:
     """Big enough for other forms of few-row products."""
-    sizes = dict(vocab_size=64, hidden_size=192, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256)
+    sizes: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=192, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256
+    )
     rest: dict[str, Any] = dict(num_hidden_layers=2, initializer_range=0.1, pad_token_id=0, eos_token_id=None)
     if family == "llama":
         return models.build(tf.LlamaForCausalLM, tf.LlamaConfig(**sizes, **rest), torch.float32, 1, "sdpa")
@@ -52,7 +54,7 @@ class Eighths(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["codes", "scale"], None
 
-    def __repr__(self, **options: Any) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return "Eighths"
 
     @classmethod
@@ -63,7 +65,9 @@ class Eighths(Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.ops.aten.detach.default:
             return cls(args[0].codes, args[0].scale)
         raise NotImplementedError(f"Eighths: {function}")
@@ -118,11 +122,15 @@ def weights(make: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
     return change
 
 
-def one(change: Callable[[nn.Linear], object]) -> Callable[[Any], None]:
-    return lambda model: [change(layer.mlp.up_proj) for layer in model.model.layers] and None
+def one(change: Callable[[Any], object]) -> Callable[[Any], None]:
+    def change_each(model: Any) -> None:
+        for layer in model.model.layers:
+            change(layer.mlp.up_proj)
+
+    return change_each
 
 
-def old_norm(layer: nn.Linear) -> None:
+def old_norm(layer: Any) -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         nn.utils.weight_norm(layer)
     layer.weight_g.data *= 2  # the weight itself is made anew before each pass only
@@ -140,7 +148,7 @@ def attribute(layer: nn.Linear) -> None:
     layer.__dict__["weight"] = weight
 
 
-def new_norm(layer: nn.Linear) -> None:
+def new_norm(layer: Any) -> None:
     parametrizations.weight_norm(layer)
     layer.parametrizations["weight"].original0.data *= 2
 
@@ -148,7 +156,7 @@ def new_norm(layer: nn.Linear) -> None:
 CHANGES: dict[str, Callable[[Any], None]] = {
     "int8 subclass": weights(Eighths.of),
     "lying subclass": weights(lambda weight: weight.as_subclass(Lying)),
-    "Linear subclass": one(lambda layer: layer.__setattr__("__class__", Doubled)),
+    "Linear subclass": one(lambda layer: setattr(layer, "__class__", Doubled)),
     "adapters": adapted,
     "parametrized": one(lambda layer: parametrize.register_parametrization(layer, "weight", Bent())),
     "weight_norm": one(new_norm),
@@ -169,11 +177,12 @@ def changed(family: str, name: str) -> Any:
 def compare(model: Any, drafts: tuple[Any, ...]) -> Tensor:
     """Drafted texts of one row, then of a padded batch; returns plain decoding's."""
     for rows in (slice(0, 1), slice(0, 3)):
-        options = dict(attention_mask=MASK[rows], max_new_tokens=7, do_sample=False)
+        options: dict[str, Any] = dict(attention_mask=MASK[rows], max_new_tokens=7, do_sample=False)
         plain: Tensor = model.generate(IDS[rows], **options)
         for draft in drafts:
             speculator = Speculator(model, draft, k=3)
-            assert torch.equal(speculator.generate(IDS[rows], **options), plain)
+            text: Any = speculator.generate(IDS[rows], **options)
+            assert torch.equal(text, plain)
             report = speculator.report
             assert report is not None
             assert report.num_drafter_faults == 0, report.last_drafter_fault
@@ -203,7 +212,8 @@ def test_planned_calls_and_engines() -> None:
     options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False)
     plain = model.generate(IDS[:1], attention_mask=MASK[:1], **options)
     for draft in ("ngram", [model]):
-        assert torch.equal(Speculator(model, draft).generate(IDS[:1], attention_mask=MASK[:1], **options), plain)
+        text: Any = Speculator(model, draft).generate(IDS[:1], attention_mask=MASK[:1], **options)
+        assert torch.equal(text, plain)
     with Engine(model, "ngram", num_pages=16) as engine:
         assert engine.submit(IDS[0].tolist(), **options).result().token_ids == plain[0, IDS.shape[1] :].tolist()
 
