@@ -149,20 +149,3 @@ def test_models_that_branch_on_the_name_keep_it(shape: dict[str, Any]) -> None:
     for drafting in ({"draft": None}, {"draft": target, "k": 3}, {"draft": target, "tree": (2, 2, 1)}):
         out: Any = specdec.Speculator(target, **drafting).generate(ids, **arguments)
         assert torch.equal(out, wanted)
-
-
-@pytest.mark.parametrize("own", ["sdpa", "eager"])
-def test_a_soft_cap_applies_where_plain_decoding_applies_it(own: str) -> None:
-    """Plain SDPA leaves it out, eager attention does not."""
-    config = models.BUILDERS["gemma3"]()[1]
-    config.attn_logit_softcapping = 0.5
-    target: Any = models.build(transformers.Gemma3ForCausalLM, config, torch.float64, 0, own)
-    other: Any = models.build(
-        transformers.Gemma3ForCausalLM, config, torch.float64, 0, {"sdpa": "eager", "eager": "sdpa"}[own]
-    )
-    ids = models.prompts((9,), models.VOCAB, 3, 3)[0]
-    arguments: dict[str, Any] = dict(max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
-    wanted = target.generate(ids, **arguments)
-    drafted: Any = specdec.Speculator(target, "ngram", k=3).generate(ids, **arguments)
-    assert torch.equal(drafted, wanted)
-    assert not torch.equal(other.generate(ids, **arguments), wanted)

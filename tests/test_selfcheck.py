@@ -99,7 +99,7 @@ class Speaking(Llama):
         return torch.zeros(len(input_ids), max_new_tokens, 2)
 
 
-QUIRKS = {
+QUIRKS: dict[Any, str] = {
     BySlot: "in a draft tree",
     ByColumn: "1 tokens after the prompt",
     MixingRows: "in a draft tree",
