@@ -1,4 +1,4 @@
-"""The classes whose text is held against plain `generate`'s by the tests; all others are tried before their first use."""
+"""The classes whose text the tests hold against plain `generate`'s; all others are tried before their first use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TESTED = frozenset(
         *("BertGenerationDecoder", "BertLMHeadModel", "GPT2LMHeadModel"),
     )
 )
-"""Class names, all of `transformers.models`; docs/models.md lists them, `tests/test_families.py` generates with each."""
+"""Class names, all of `transformers.models`; docs/models.md lists them, `tests/test_families.py` tests each."""
 
 
 _ENCODERS = ("Bert", "Electra", "MegatronBert", "RemBert", "Roberta")

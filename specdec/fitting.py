@@ -1,4 +1,4 @@
-"""What a call's lengths and padding ask of its target, refused before any work where plain decoding would do otherwise."""
+"""Lengths and masks that a target would decode differently from plain `generate`: refused before any work."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def _refuse_lengths(target: PreTrainedModel, request: Request) -> None:
     if longest + new - 1 <= limit:  # the last token is not read
         return
     name = type(target).__name__
-    where = (
-        f"a prompt of {longest} tokens is longer"
-        if longest > limit
-        else f"a prompt of {longest} tokens with max_new_tokens={new} may grow longer; max_new_tokens={limit + 1 - longest} fits"
-    )
+    where = f"a prompt of {longest} tokens is longer"
+    if longest <= limit:
+        fits = f"max_new_tokens={limit + 1 - longest} fits"
+        where = f"a prompt of {longest} tokens with max_new_tokens={new} may grow longer; {fits}"
     raise UnsupportedArgumentError(
         f"{name} has rotary frequencies that depend on the length of the pass (rope_type longrope or dynamic) beyond "
         f"{limit} tokens, so that a drafted token would change the law of those before it, and {where}. Use plain "
@@ -53,8 +52,8 @@ def _refuse_holes(target: PreTrainedModel, request: Request) -> None:
         return
     raise UnsupportedArgumentError(
         f"attention_mask: expected a mask without zeros between a row's tokens, got one with holes. Layers of "
-        f"{type(target).__name__} see a window of {window} columns, in which plain generate counts masked columns and a "
-        "cache without padding cannot: take the masked tokens out and pad on the left, or use plain generate."
+        f"{type(target).__name__} see a window of {window} columns, in which plain generate counts masked columns and "
+        "a cache without padding cannot: take the masked tokens out and pad on the left, or use plain generate."
     )
 
 

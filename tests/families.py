@@ -82,8 +82,12 @@ def small_model(name: str) -> Any:
 
 
 ENCODERS = ("BertLMHeadModel", "BertGenerationDecoder", "ElectraForCausalLM", "MegatronBertForCausalLM",
-            "RemBertForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM")  # fmt: skip
+            "RemBertForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM", "CamembertForCausalLM",
+            "ErnieForCausalLM", "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM", "Data2VecTextForCausalLM",
+            "RoCBertForCausalLM", "BigBirdForCausalLM", "BlipTextLMHeadModel")  # fmt: skip
 PLACED_ON_AXES = ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration",
-                  "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration")  # fmt: skip
+                  "Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration", "Qwen2VLForConditionalGeneration",
+                  "Qwen3VLMoeForConditionalGeneration", "Glm46VForConditionalGeneration",
+                  "PaddleOCRVLForConditionalGeneration", "HunYuanVLForConditionalGeneration")  # fmt: skip
 NAMES = tuple(sorted(TESTED))
 """Classes whose text was found to be plain `generate`'s."""

@@ -43,6 +43,10 @@ def scaled(kind: str) -> Any:
     return models.build(tf.Phi3ForCausalLM, config, torch.float64, 0, "sdpa")
 
 
+def drafted(model: Any, draft: Any, ids: Tensor, options: dict[str, Any]) -> Any:
+    return Speculator(model, draft, k=None if draft is None else 3).generate(ids, **options)
+
+
 KINDS = ("longrope", "phi3", "dynamic")
 
 
@@ -68,10 +72,12 @@ def test_up_to_the_last_position_the_text_is_plain_generates(kind: str) -> None:
     assert length_dependent_positions(model.config) == ORIGINAL
     for count, rows in ((1, 1), (5, 2), (ORIGINAL - 1, 1), (ORIGINAL, 1)):
         ids = models.prompts((count,) * rows, 41, count, 3)[0]
-        options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=ORIGINAL + 1 - count, do_sample=False)
+        options: dict[str, Any] = dict(
+            attention_mask=torch.ones_like(ids), max_new_tokens=ORIGINAL + 1 - count, do_sample=False
+        )
         plain = model.generate(ids, **options)
         for draft in (models.noisy_copy(model, 0.02), "ngram"):
-            assert torch.equal(Speculator(model, draft, k=4).generate(ids, **options), plain)
+            assert torch.equal(drafted(model, draft, ids, options), plain)
 
 
 def test_frequencies_that_have_grown_are_not_met() -> None:
@@ -80,7 +86,8 @@ def test_frequencies_that_have_grown_are_not_met() -> None:
     ids = models.prompts((ORIGINAL,), 41, 4, 3)[0]
     options: dict[str, Any] = dict(attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     fresh = model.generate(ids, **options)
-    for call in (Speculator(model, None).generate, model.generate):
+    calls: tuple[Any, ...] = (Speculator(model, None).generate, model.generate)
+    for call in calls:
         model.generate(models.prompts((60,), 41, 4)[0], max_new_tokens=2, do_sample=False)
         assert torch.equal(call(ids, **options), fresh)
 
@@ -144,10 +151,10 @@ def test_masks_with_holes_on_full_attention(family: str) -> None:
     model: Any = models.target(family)
     for i, mask in enumerate(masks(3, 11, 1)):
         ids = models.prompts((11,) * 3, models.VOCAB, i, 4)[0]
-        options = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
+        options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
         plain = model.generate(ids, **options)
         for draft in (models.draft("near", family), "ngram"):
-            assert torch.equal(Speculator(model, draft, k=3).generate(ids, **options), plain), (family, i)
+            assert torch.equal(drafted(model, draft, ids, options), plain), (family, i)
 
 
 @pytest.mark.parametrize("family", WINDOWED)
@@ -172,9 +179,9 @@ def test_other_masks_on_windowed_models(family: str) -> None:
     hole = torch.tensor([[1, 0, 1], [0, 1, 1]])
     cases = [models.prompts((9, 4), models.VOCAB, 3, 3), (models.prompts((3, 3), models.VOCAB, 4)[0], hole)]
     for (ids, mask), new in zip(cases, (12, window - 3), strict=True):
-        options = dict(attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
+        options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
         plain = model.generate(ids, **options)
-        assert torch.equal(Speculator(model, "ngram", k=3).generate(ids, **options), plain)
+        assert torch.equal(drafted(model, "ngram", ids, options), plain)
 
 
 def test_such_holes_really_change_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +193,7 @@ def test_such_holes_really_change_the_text(monkeypatch: pytest.MonkeyPatch) -> N
     different = 0
     for i, mask in enumerate(masks(3, 11, 1)):
         ids = models.prompts((11,) * 3, models.VOCAB, i, 4)[0]
-        options = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
+        options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=9, do_sample=False, eos_token_id=None)
         plain = model.generate(ids, **options)
-        different += not torch.equal(Speculator(model, None).generate(ids, **options), plain)
+        different += not torch.equal(drafted(model, None, ids, options), plain)
     assert different >= 2

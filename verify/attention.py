@@ -115,11 +115,9 @@ def fitting_attention(model: PreTrainedModel) -> str:
     """
     config = model.config.get_text_config(decoder=True)
     own = config._attn_implementation or "sdpa"
+    if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
+        return "eager"
     own = str(own.removeprefix("paged|"))
-    if config.model_type == "gpt_oss" or (
-        getattr(config, "attn_logit_softcapping", None) is not None and own != "sdpa"
-    ):
-        return "eager"  # plain SDPA leaves the soft cap out, and so does the folded one; all others apply it
     if own == "sdpa" and AttentionInterface()["sdpa"] is not sdpa_attention_forward:  # somebody put another one there
         return own
     usual = own in ("sdpa", NAME) or own.startswith(("flash_attention", "flex_attention")) or "/" in own

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import perf_counter
-from typing import TypeGuard, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ def few_row_linears(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def is_dense(weight: object) -> TypeGuard[Tensor]:
+def is_dense(weight: Any) -> TypeGuard[Tensor]:
     """Whether a weight is the numbers it holds: torch's own strided tensor. A subclass (torchao, quanto, bitsandbytes,
     a distributed tensor) has products of its own, and only its module knows them."""
     return type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided and not weight.is_quantized

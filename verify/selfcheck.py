@@ -1,4 +1,4 @@
-"""Before a class of models nobody has held against plain `generate` is used for the first time, it is: on a few tokens."""
+"""Before a class nobody has held against plain `generate` is used for the first time, it is: on a few tokens."""
 
 from __future__ import annotations
 

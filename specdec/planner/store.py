@@ -62,7 +62,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _numbers(weight: Tensor) -> Iterator[Tensor]:
-    """The dense tensors a weight consists of: itself, or those within a quantised one. None where they are elsewhere."""
+    """The dense tensors a weight consists of: itself, or those within a quantised one."""
     if weight.is_meta:
         return
     if is_dense(weight):
