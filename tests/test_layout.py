@@ -173,6 +173,22 @@ def test_no_path_of_one_machine() -> None:
     assert not found, f"absolute paths of one machine: {found}"
 
 
+def test_only_one_module_knows_what_a_cache_is_called() -> None:
+    """Whoever else wrote the name would work with half of the supported versions of transformers."""
+    pattern = re.compile(r"past_key_values=|[\"']past_key_values[\"']|\.past_key_values\b")
+    for code in ("model(past_key_values=x)", "out.past_key_values.layers", "f(**{'past_key_values': x})"):
+        assert pattern.search(code)
+    knowing = ("versions.py", "test_versions.py", "test_smoke_generate.py", "test_layout.py")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*_sources(), *(ROOT / "tests").rglob("*.py")]
+        if path.name not in knowing
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, f"take cached(), cache_of() and CACHE_KEYWORD from specdec.kv.versions: {found}"
+
+
 @pytest.mark.parametrize(
     "code",
     [
