@@ -31,6 +31,9 @@ _UNSUPPORTED_TYPES = {
     "git": "counts positions through the padding of a batch in plain `generate`, which a cache without padding cannot",
     "kosmos-2.5": "counts positions through the padding of a batch in plain `generate`, as Git does",
     "paligemma": "lets the tokens of a prompt attend to later ones",
+    "blt": "cuts its text into patches, so that a token's logits depend on the text around it",
+    "csm": "generates frames of speech, not text",
+    "xglm": "takes no attention mask that the rows of a batch share",
     "moshi": "gives other logits on the shared cache than in plain `generate`",
 }
 """`config.model_type`s that look supported and would give other texts than plain `generate`, and why."""

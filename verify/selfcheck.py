@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from specdec.kv.errors import UnsupportedModelError
 from specdec.kv.families import is_tested
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
+from specdec.kv.versions import cached
 from specdec.verify.forward import PREFILL_CHUNK
 from specdec.verify.linear import is_dense
 from specdec.verify.planned import forward_for
@@ -44,7 +45,7 @@ def check_text(model: PreTrainedModel, role: str) -> None:
 
     Plain greedy decoding of two prompts of 12 and 7 tokens in one left-padded batch gives four tokens and their logits;
     the passes of this library must give the same logits: after a prefill of rows of unequal length, for the nodes of a
-    tree (a stray branch against a pass without a cache over that text alone), and after a commit that moves slots. So
+    tree (a stray branch against one pass over that text alone), and after a commit that moves slots. So
     models are found whose tokens attend to later ones, are placed by cache slot or by column, depend on the rows or the
     siblings beside them, or keep more than K/V. A sliding window wider than these few tokens is not put to the test.
 
@@ -116,7 +117,7 @@ class _Trial:
                 )
             for node, step in ((0, 2), (1, 3)):
                 self._require(chain[row, node], wanted[row][step], "after a draft was kept in part")
-            alone = self._uncached([*texts[row][: _LENGTHS[row]], *strays[row]])
+            alone = self._at_once([*texts[row][: _LENGTHS[row]], *strays[row]])
             self._require(tree[row, 1], alone[-2], "beside a sibling in a draft tree")
             self._require(tree[row, 4], alone[-1], "below a sibling in a draft tree")
 
@@ -171,12 +172,13 @@ class _Trial:
         texts = [row[width - len(prompt) :].tolist() for row, prompt in zip(out.sequences, prompts, strict=True)]
         return texts, [[step[row] for step in out.logits] for row in range(len(texts))]
 
-    def _uncached(self, text: list[int]) -> Tensor:
-        """Logits `[tokens, vocab]` of a pass over the whole text that keeps nothing."""
+    def _at_once(self, text: list[int]) -> Tensor:
+        """Logits `[tokens, vocab]` of one pass over the whole text, with nothing in its cache before."""
         with torch.no_grad():
             ids = torch.tensor([text], device=self.device)
             places = torch.arange(len(text), device=self.device)[None]
-            out = self.model(input_ids=ids, position_ids=places, use_cache=False, return_dict=True)
+            fresh: Any = DynamicCache()
+            out = self.model(input_ids=ids, position_ids=places, return_dict=True, **cached(self.model, fresh))
         logits: Tensor = out.logits[0]
         return logits
 
