@@ -142,7 +142,7 @@ class Speculator:
         on_step: Callable[[StepTrace], None] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """`target.generate(...)`, faster: the same arguments, the same returns, the same law.
+        """`target.generate(...)`, faster: the same arguments in the same places, the same returns, the same law.
 
         Extra arguments:
             seed: makes sampling reproducible without touching torch's global generator. An int keys every row by
@@ -151,7 +151,8 @@ class Speculator:
             on_step: called with a `StepTrace` after every step.
 
         Raises:
-            UnsupportedArgumentError: beams, `use_cache=False` and others that cannot be honoured, by name.
+            UnsupportedArgumentError: beams, `use_cache=False` and others that cannot be honoured, by name. (Scores and
+                logits of a row that has ended are zeros; docs/models.md says what may be passed in which form.)
             TargetFaultError: the target failed; the tokens emitted so far are in the error.
             ValueError: whatever plain `generate` refuses (unknown arguments included).
         """
