@@ -151,17 +151,12 @@ class Speculator:
             on_step: called with a `StepTrace` after every step.
 
         Raises:
-            UnsupportedArgumentError: beams, `use_cache=False` and others that cannot be honoured, by name. (Scores and
-                logits of a row that has ended are zeros; docs/models.md says what may be passed in which form.)
+            UnsupportedArgumentError: beams, `use_cache=False` and others that cannot be honoured, by name.
             TargetFaultError: the target failed; the tokens emitted so far are in the error.
             ValueError: whatever plain `generate` refuses (unknown arguments included).
         """
-        others = {"assistant_model": assistant_model, "assistant_tokenizer": kwargs.pop("assistant_tokenizer", None)}
-        check_call(
-            inputs, generation_config, kwargs, **others, custom_generate=custom_generate, synced_gpus=synced_gpus
-        )
-        if negative_prompt_ids is not None:  # without guidance, which is refused, plain generate reads neither
-            kwargs["negative_prompt_ids"] = negative_prompt_ids
+        ways = {"assistant_model": assistant_model, "custom_generate": custom_generate, "synced_gpus": synced_gpus}
+        check_call(inputs, generation_config, kwargs, ways)
         carry_settings(self._given, self.target)
 
         def decode(

@@ -29,6 +29,10 @@ def target() -> Any:
     return copy.deepcopy(models.target("llama-gqa", "fp64"))
 
 
+def has_run(spec: Speculator) -> bool:
+    return spec.report is not None
+
+
 class Avoid(LogitsProcessor):
     def __init__(self, token: int):
         self.token = token
@@ -53,7 +57,7 @@ def test_positions_are_those_of_plain_generate(target: Any) -> None:
 
     with specdec.patch(target, "ngram", k=3) as spec:
         for stop in range(OWN_LOOP + 1):
-            arguments = (
+            everything: tuple[Any, ...] = (
                 config,
                 avoid,
                 None,
@@ -65,7 +69,7 @@ def test_positions_are_those_of_plain_generate(target: Any) -> None:
                 None,
                 None,
             )
-            arguments = arguments[:stop]
+            arguments = everything[:stop]
             rows = IDS[:1] if stop >= 7 else IDS
             spec.report = None
             texts = []
@@ -74,7 +78,7 @@ def test_positions_are_those_of_plain_generate(target: Any) -> None:
                 texts.append(generate(rows, *arguments, **({} if arguments else {"generation_config": config})))
             assert torch.equal(*texts)
             assert seen[-1] == seen[-2]
-            assert spec.report is not None
+            assert has_run(spec)
     assert max(map(len, seen)) == 10
 
 
@@ -94,9 +98,9 @@ def test_a_loop_of_the_users_own_runs_in_a_patched_model(target: Any, positional
     plain = target.generate(IDS, **GREEDY)
     with specdec.patch(target, "ngram", k=3) as spec:
         assert call(mine) == "mine, 2 rows"
-        assert spec.report is None
+        assert not has_run(spec)
         assert torch.equal(call(inside), plain)
-        assert spec.report is not None
+        assert has_run(spec)
         assert torch.equal(call(Speculator(target, "ngram", k=2)), plain)
         with pytest.raises(UnsupportedArgumentError, match="assistant_model: the drafter is given"):
             target.generate(IDS, None, None, None, None, None, target, **GREEDY)
@@ -115,10 +119,10 @@ def test_patches_nest_and_give_back_what_they_found(target: Any) -> None:
     with specdec.patch(target, "ngram", k=3) as outer:
         with specdec.patch(target, "ngram", k=2) as inner:
             assert torch.equal(target.generate(IDS, **GREEDY), plain)
-            assert outer.report is None
-            assert inner.report is not None
+            assert not has_run(outer)
+            assert has_run(inner)
         assert torch.equal(target.generate(IDS, **GREEDY), plain)
-        assert outer.report is not None
+        assert has_run(outer)
         assert target.generate(IDS, custom_generate=found) == found()
     assert target.generate is found
 
@@ -186,7 +190,7 @@ def test_a_call_that_fails_leaves_everything_as_it_was(target: Any, arguments: A
     target.generation_config.stop_strings = None
     target.generation_config.repetition_penalty = 1.1
     target.generate = target.generate  # an attribute of the user's
-    spec = Speculator(target, models.draft("near", "llama-gqa"), k=3)
+    spec: Any = Speculator(target, models.draft("near", "llama-gqa"), k=3)
     config = GenerationConfig(max_new_tokens=9, do_sample=False, top_k=7, mine=3)
 
     def attributes() -> dict[str, Any]:

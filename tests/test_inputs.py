@@ -149,7 +149,7 @@ TYPED = [
 def test_the_types_every_processor_returns_for_text_are_taken(name: str, types: str) -> None:
     torch.manual_seed(0)
     target = families.small_model(name)
-    speculator = Speculator(target, "ngram", k=3)
+    speculator: Any = Speculator(target, "ngram", k=3)
     for mask in (torch.ones_like(MASK), MASK):
         inputs = {**GREEDY, "attention_mask": mask}
         plain = target.generate(IDS, **inputs, **{types: torch.zeros_like(IDS)})

@@ -33,9 +33,9 @@ def target() -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_every_cache_that_can_be_named_is_served_or_refused(family: str, where: str, name: str) -> None:
     """Also beyond a sliding window. The text of a quantised cache is another; others only lie elsewhere."""
-    target = models.target(family, "fp64")
+    target: Any = models.target(family, "fp64")
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14}
-    plain = target.generate(IDS, attention_mask=MASK, **settings)  # type: ignore[arg-type]
+    plain = target.generate(IDS, attention_mask=MASK, **settings)
     own = target.generation_config
     try:
         target.generation_config = copy.deepcopy(own)
@@ -87,7 +87,7 @@ def _replaced_layer(target: Any) -> DynamicCache:
     ids=["static", "a user's own", "other layers"],
 )
 def test_caches_that_are_not_plain_kv_are_refused_as_objects_too(target: Any, make: Any, match: str) -> None:
-    spec = Speculator(target, "ngram", k=3)
+    spec: Any = Speculator(target, "ngram", k=3)
     cache = make(target)
     with pytest.raises(UnsupportedArgumentError, match=match):
         spec.generate(IDS, **{CACHE_KEYWORD: cache}, **GREEDY)

@@ -9,7 +9,8 @@ import models
 import pytest
 import torch
 
-from specdec import Speculator, UnsupportedModelError, patch
+import specdec
+from specdec import UnsupportedModelError
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own: it calls what transformers deprecates
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # peft's own: it calls what t
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
 TASK = "CAUSAL_LM"
+Speculator: Any = specdec.Speculator
+patch: Any = specdec.patch
 
 
 def fresh(family: str = "llama-gqa", dtype: str = "fp32") -> Any:
@@ -55,8 +58,9 @@ def test_text_is_the_wrappers(name: str, family: str) -> None:
     spec = Speculator(held, "ngram", k=3)
     assert torch.equal(spec.generate(IDS, **GREEDY), plain)
     assert torch.equal(held.generate(input_ids=IDS, custom_generate=spec, **GREEDY), plain)
-    drafted = Speculator(models.target(family, "fp32"), held, k=3)
-    assert torch.equal(drafted.generate(IDS, **GREEDY), models.target(family, "fp32").generate(IDS, **GREEDY))  # type: ignore[arg-type]
+    bare: Any = models.target(family, "fp32")
+    drafted = Speculator(bare, held, k=3)
+    assert torch.equal(drafted.generate(IDS, **GREEDY), bare.generate(IDS, **GREEDY))
     assert drafted.report is not None
     assert drafted.report.num_drafter_faults == 0
 
@@ -98,7 +102,7 @@ def test_a_mixed_model_and_a_compiled_one() -> None:
     mixed = adapted(lora("q_proj"), mixed=True)
     assert torch.equal(Speculator(mixed, "ngram", k=3).generate(IDS, **GREEDY), mixed.generate(IDS, **GREEDY))
     held = adapted(lora("q_proj"))
-    spec = Speculator(torch.compile(held), "ngram", k=3)  # type: ignore[arg-type]
+    spec = Speculator(torch.compile(held), "ngram", k=3)
     assert torch.equal(spec.generate(IDS, **GREEDY), held.generate(input_ids=IDS, **GREEDY))
 
 

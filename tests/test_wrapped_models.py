@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 import specdec
-from specdec import Engine, Speculator, UnsupportedModelError
+from specdec import UnsupportedModelError
+
+Speculator: Any = specdec.Speculator
+Engine: Any = specdec.Engine
+generate: Any = specdec.generate
+check: Any = specdec.check
+patch: Any = specdec.patch
+"""Wrapped models have no common type."""
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
@@ -69,24 +76,29 @@ class Adapted(nn.Module):
             layer.active = True
 
 
+def stock(family: str = "llama-gqa", dtype: str = "fp32") -> Any:
+    return models.target(family, dtype)
+
+
 def fresh(family: str = "llama-gqa", dtype: str = "fp32") -> Any:
+    """One that a test may change."""
     return copy.deepcopy(models.target(family, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_a_model_with_adapters_speaks_as_its_wrapper_does(dtype: str) -> None:
-    bare = models.target("llama-gqa", dtype).generate(IDS, **GREEDY)  # type: ignore[arg-type]
+    bare = stock(dtype=dtype).generate(IDS, **GREEDY)
     held = Adapted(fresh(dtype=dtype)).eval()
     adapted = held.generate(IDS, **GREEDY)
     assert not torch.equal(adapted, bare)
-    spec = Speculator(held, "ngram", k=3)  # type: ignore[arg-type]
+    spec = Speculator(held, "ngram", k=3)
     assert spec.target is held.get_base_model()
     assert torch.equal(spec.generate(IDS, **GREEDY), adapted)
     with held.disable_adapter():
         assert torch.equal(spec.generate(IDS, **GREEDY), bare)
     assert torch.equal(spec.generate(IDS, **GREEDY), adapted)
-    assert torch.equal(specdec.generate(held, "ngram", IDS, k=3, **GREEDY), adapted)  # type: ignore[arg-type]
-    drafted = Speculator(models.target("llama-gqa", dtype), held, k=3)  # type: ignore[arg-type]
+    assert torch.equal(generate(held, "ngram", IDS, k=3, **GREEDY), adapted)
+    drafted = Speculator(stock(dtype=dtype), held, k=3)
     assert torch.equal(drafted.generate(IDS, **GREEDY), bare)
     assert drafted.report is not None
     assert drafted.report.num_drafter_faults == 0
@@ -97,7 +109,7 @@ def test_a_generation_config_set_on_the_wrapper_counts() -> None:
     held = Adapted(fresh()).eval()
     settings = copy.deepcopy(held.get_base_model().generation_config)
     settings.max_new_tokens, settings.do_sample = 3, False
-    spec = Speculator(held, "ngram", k=3)  # type: ignore[arg-type]
+    spec = Speculator(held, "ngram", k=3)
     held.generation_config = settings
     ours = spec.generate(IDS)
     assert torch.equal(ours, held.generate(IDS))
@@ -107,7 +119,7 @@ def test_a_generation_config_set_on_the_wrapper_counts() -> None:
 def test_the_object_that_was_patched_speculates_and_no_other() -> None:
     held = Adapted(fresh()).eval()
     plain = held.generate(IDS, **GREEDY)
-    with specdec.patch(held, "ngram", k=3) as spec:  # type: ignore[arg-type]
+    with patch(held, "ngram", k=3) as spec:
         assert "generate" not in vars(held.get_base_model())
         assert torch.equal(held.generate(IDS, **GREEDY), plain)
         assert spec.report is not None
@@ -119,9 +131,9 @@ def test_the_object_that_was_patched_speculates_and_no_other() -> None:
 def test_engine_and_check_take_wrapped_models() -> None:
     held = Adapted(fresh()).eval()
     plain = held.generate(IDS, **GREEDY)
-    with Engine(held, "ngram", num_pages=64, page_size=16) as engine:  # type: ignore[arg-type]
+    with Engine(held, "ngram", num_pages=64, page_size=16) as engine:
         assert engine.submit(IDS[0].tolist(), **GREEDY).result().token_ids == plain[0, 4:].tolist()
-    assert specdec.check(held, "ngram", k=2, budget_s=0.5, max_rows=50).passed  # type: ignore[arg-type]
+    assert check(held, "ngram", k=2, budget_s=0.5, max_rows=50).passed
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "XLORA", "ADAPTION_PROMPT", "A_NEW_ONE"])
@@ -148,9 +160,9 @@ def test_holders_without_a_generate_say_what_to_pass(role: str) -> None:
         with pytest.raises(
             UnsupportedModelError, match=rf"{role}: .*DataParallel, which holds one: pass its `.module`"
         ):
-            Speculator(holder, "ngram") if role == "target" else Speculator(fresh(), holder, k=2)  # type: ignore[arg-type]
+            Speculator(holder, "ngram") if role == "target" else Speculator(fresh(), holder, k=2)
     with pytest.raises(UnsupportedModelError, match=r"pass its `\.model`"):
-        Speculator(SimpleNamespace(model=fresh()), "ngram")  # type: ignore[arg-type]
+        Speculator(SimpleNamespace(model=fresh()), "ngram")
 
 
 def _compiled(how: str, model: Any, ran: list[int]) -> Any:
@@ -174,14 +186,14 @@ def _compiled(how: str, model: Any, ran: list[int]) -> Any:
 @pytest.mark.parametrize("how", ["whole", "in place", "forward", "part"])
 @pytest.mark.parametrize("family", ["llama-gqa", "gemma2"])
 def test_compiled_models_run_as_they_were_written(how: str, family: str) -> None:
-    plain = models.target(family, "fp32").generate(IDS, **GREEDY)  # type: ignore[arg-type]
+    plain = stock(family).generate(IDS, **GREEDY)
     ran: list[int] = []
     inner = fresh(family)
     held = _compiled(how, inner, ran)
     spec = Speculator(held, held, k=3)
     assert spec.target is inner
     assert torch.equal(spec.generate(IDS, **GREEDY), plain)
-    with specdec.patch(held, "ngram", k=3) as patched:
+    with patch(held, "ngram", k=3) as patched:
         assert torch.equal(held.generate(IDS, **GREEDY), plain)
         assert patched.report is not None
     assert "generate" not in vars(inner)
@@ -200,10 +212,10 @@ def test_a_path_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     stopped = {**GREEDY, "stop_strings": ["d"]}
     expected = target.generate(IDS[:1], tokenizer=arguments.tokenizer(), **stopped)
     assert torch.equal(spec.generate(IDS[:1], **stopped), expected)
-    assert torch.equal(specdec.generate(str(tmp_path), "ngram", IDS, k=2, **GREEDY), plain)
+    assert torch.equal(generate(str(tmp_path), "ngram", IDS, k=2, **GREEDY), plain)
     with Engine(tmp_path, "ngram", num_pages=64, page_size=16) as engine:
         assert engine.submit(IDS[0].tolist(), **stopped).result().token_ids == expected[0, 4:].tolist()
-    assert specdec.check(tmp_path, "ngram", k=2, budget_s=0.5, max_rows=50).passed
+    assert check(tmp_path, "ngram", k=2, budget_s=0.5, max_rows=50).passed
 
 
 def test_a_model_saved_alone_or_in_half_precision_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
@@ -229,7 +241,7 @@ def test_a_model_saved_alone_or_in_half_precision_is_loaded_as_it_was_saved(tmp_
     ],
     ids=["folder", "relative", "empty", "hub", "not an id", "long", "file"],
 )
-@pytest.mark.parametrize("build", [Speculator, Engine, specdec.check, lambda name: Speculator(fresh(), name, k=2)])
+@pytest.mark.parametrize("build", [Speculator, Engine, check, lambda name: Speculator(fresh(), name, k=2)])
 def test_what_cannot_be_loaded_is_said_on_one_line(name: str, match: str, build: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(specdec.SpecdecError, match=match) as caught:
