@@ -200,6 +200,14 @@ def test_compiled_models_run_as_they_were_written(how: str, family: str) -> None
     assert not ran
 
 
+def test_a_generate_that_a_compiled_model_had_comes_back() -> None:
+    inner = fresh()
+    own = inner.generate = lambda *args, **kwargs: "own"
+    with patch(torch.compile(inner), "ngram", k=3):
+        assert inner.generate is not own
+    assert inner.generate is own
+
+
 def test_a_path_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     target = fresh()
     target.save_pretrained(tmp_path)
