@@ -102,7 +102,7 @@ def test_a_mixed_model_and_a_compiled_one() -> None:
     mixed = adapted(lora("q_proj"), mixed=True)
     assert torch.equal(Speculator(mixed, "ngram", k=3).generate(IDS, **GREEDY), mixed.generate(IDS, **GREEDY))
     held = adapted(lora("q_proj"))
-    spec = Speculator(torch.compile(held), "ngram", k=3)
+    spec = Speculator(torch.compile(held, backend="eager"), "ngram", k=3)
     assert torch.equal(spec.generate(IDS, **GREEDY), held.generate(input_ids=IDS, **GREEDY))
 
 
