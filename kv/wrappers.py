@@ -95,7 +95,7 @@ def _check_adapters(wrapper: Any, role: str) -> None:
 
 def _refuse_holders(holder: Any, role: str) -> None:
     for attribute in ("module", "model"):
-        inner = getattr(holder, attribute, None)
+        inner: Any = getattr(holder, attribute, None)
         while hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         if isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config"):

@@ -18,16 +18,16 @@ _ONLY_COLLECTED = {"output_attentions", "output_hidden_states"}
 """What a call without return_dict_in_generate asks for and plain `generate` throws away (with it: `refuse_config`)."""
 
 
-def check_call(inputs: Any, config: Any, kwargs: Mapping[str, Any], **others: Any) -> None:
+def check_call(inputs: Any, config: Any, kwargs: Mapping[str, Any], ways: Mapping[str, Any]) -> None:
     """Name what cannot be meant for this library, and what `transformers` would stumble over without a word on it.
 
     Args:
-        others: arguments of `generate` that name other ways to decode.
+        ways: arguments of `generate` that name other ways to decode.
 
     Raises:
         UnsupportedArgumentError
     """
-    for name, value in others.items():
+    for name, value in {**ways, "assistant_tokenizer": kwargs.get("assistant_tokenizer")}.items():
         if name == "synced_gpus" and value:
             raise UnsupportedArgumentError("synced_gpus=True (ZeRO-3, FSDP) is not supported")
         if name != "synced_gpus" and value is not None:

@@ -142,7 +142,7 @@ class Speculator:
         on_step: Callable[[StepTrace], None] | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """`target.generate(...)`, faster: the same arguments, the same returns, the same law.
+        """`target.generate(...)`, faster: the same arguments in the same places, the same returns, the same law.
 
         Extra arguments:
             seed: makes sampling reproducible without touching torch's global generator. An int keys every row by
@@ -155,12 +155,8 @@ class Speculator:
             TargetFaultError: the target failed; the tokens emitted so far are in the error.
             ValueError: whatever plain `generate` refuses (unknown arguments included).
         """
-        others = {"assistant_model": assistant_model, "assistant_tokenizer": kwargs.pop("assistant_tokenizer", None)}
-        check_call(
-            inputs, generation_config, kwargs, **others, custom_generate=custom_generate, synced_gpus=synced_gpus
-        )
-        if negative_prompt_ids is not None:  # without guidance, which is refused, plain generate reads neither
-            kwargs["negative_prompt_ids"] = negative_prompt_ids
+        ways = {"assistant_model": assistant_model, "custom_generate": custom_generate, "synced_gpus": synced_gpus}
+        check_call(inputs, generation_config, kwargs, ways)
         carry_settings(self._given, self.target)
 
         def decode(

@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 from checker import Case, Drafting
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
@@ -58,6 +58,41 @@ def test_scores_logits_and_sequences_equal_plain(family: str, drafting: Drafting
                 rows = [row for row, count in enumerate(counts) if t < count]
                 # Both sides hand out float32 copies of float64 logits: one rounding apart at most.
                 torch.testing.assert_close(got[rows], wanted[rows], rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "drafting", [*DRAFTINGS[:3], Drafting("chain", "self", k=6)], ids=lambda d: f"{d.kind}-{d.model}"
+)
+def test_scores_behind_a_rows_end_are_zero(drafting: Drafting) -> None:
+    case = Case("llama-gqa", "fp64", (6, 3, 4), drafting, new_tokens=14, prompt_seed=11)
+    eos = {2, 5, 9, 17}
+    _, ours = both(case, eos_token_id=sorted(eos), **ALL)
+    counts = live_tokens(ours.sequences, 6, eos)
+    assert len(set(counts)) > 1
+    for name in ("scores", "logits"):
+        for t, values in enumerate(ours[name]):
+            assert [bool((row != 0).any()) for row in values] == [t < count for count in counts]
+
+
+class RowsEndApart(StoppingCriteria):
+    """Without an end-of-sequence rule: stops row `i` of a batch, or a row alone, once its own text is long enough."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([len(set(row[6:])) >= 3 for row in input_ids.tolist()])
+
+
+@pytest.mark.parametrize("drafting", DRAFTINGS, ids=lambda drafting: drafting.kind)
+@pytest.mark.parametrize("new_tokens", [4, 14])
+def test_where_no_row_is_padded_every_score_is_plains(drafting: Drafting, new_tokens: int) -> None:
+    """Finished rows go on while others run: what they are given there is part of the output."""
+    case = Case("llama-gqa", "fp64", (6, 3, 4), drafting, new_tokens=new_tokens, prompt_seed=11)
+    for criteria in ([], [RowsEndApart()]):
+        plain, ours = both(case, eos_token_id=None, stopping_criteria=StoppingCriteriaList(criteria), **ALL)
+        assert torch.equal(ours.sequences, plain.sequences)
+        for name in ("scores", "logits"):
+            assert len(ours[name]) == len(plain[name]) == plain.sequences.shape[1] - 6
+            for got, wanted in zip(ours[name], plain[name], strict=True):
+                torch.testing.assert_close(got, wanted, rtol=2e-7, atol=1e-9)
 
 
 def test_transition_scores_can_be_computed_from_our_output() -> None:
