@@ -194,6 +194,17 @@ class PoolMachine(RuleBasedStateMachine):
         row.wanted = (*row.text, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
         row.drop_tail()
 
+    @on_rows()
+    def rewrite(self, data: st.DataObject) -> None:
+        """Another end for a text that is published: nobody else holds its pages, and still they are not one's own."""
+        number, row = self._pick(data)
+        self._publish(number, row)
+        row.length = data.draw(st.integers(0, row.length))
+        self.pool.truncate(number, row.length)
+        row.drop_tail()
+        row.wanted = (*row.text, 2, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
+        self._prefill("target", [number], 99)
+
     @on_rows(count=st.integers(0, 9))
     def extend(self, data: st.DataObject, count: int) -> None:
         number, _ = self._pick(data)
