@@ -57,7 +57,12 @@ def outcomes(folder: Path, source: str) -> list[str]:
     environment = {"PYTHONPATH": str(TESTS), "PATH": "", "SPECDEC_EXIT_SECONDS": "1"}
     running = [
         subprocess.Popen(
-            [*command, *options], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*command, *options],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for options in ((), ("-n", "1"))
     ]

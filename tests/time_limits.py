@@ -1,4 +1,4 @@
-"""A time limit for every test (pytest-timeout): what hangs fails, with the stacks of all threads, and the suite goes on.
+"""A time limit for every test (pytest-timeout): what hangs fails with the stacks of all threads, and the suite goes on.
 
 A test's own limit: `@pytest.mark.timeout(seconds)`. Three things hang differently:
 
