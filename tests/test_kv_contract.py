@@ -99,6 +99,9 @@ class Pair:
         states = fresh.expand(rows, HEADS, width, DIM)
         with self.cache.writing(name, starts, width, valid) as read:
             assert read == max(starts) + width
+            view = self.cache.view(name)
+            assert view.get_seq_length() == read - width  # what some models count positions from
+            assert view.get_mask_sizes(width, 0) == (read, 0)
             for layer in range(LAYERS[name]):
                 keys, values = self.cache.view(name).update(states + 0.25 * layer, -states, layer)
                 assert keys.shape == values.shape == (rows, HEADS, read, DIM)
@@ -108,6 +111,20 @@ class Pair:
             assert keys[row, 0, : start + count, 0].tolist() == [
                 value + 0.25 * (LAYERS[name] - 1) for value in self.lists.slots[name][row]
             ]
+
+    def write_row(self, name: str, row: int, start: int, width: int) -> None:
+        """A pass over one row alone."""
+        known = self.lists.text[row][start : start + width]
+        fresh = torch.tensor(known + self.lists.fresh(width - len(known)), dtype=torch.float64)
+        states = fresh[None, None, :, None].expand(1, HEADS, width, DIM)
+        alone = self.cache.row(row)
+        held = self.lists.slots[name][row]
+        self.lists.slots[name][row] = held[:start] + fresh.tolist()
+        with alone.writing(name, [start], width) as read:
+            for layer in range(LAYERS[name]):
+                keys, _ = alone.view(name).update(states + 0.25 * layer, -states, layer)
+            assert read == start + width
+        assert keys[0, 0, :, 0].tolist() == [value + 0.25 * layer for value in self.lists.slots[name][row]]
 
     def check(self) -> None:
         lists, cache = self.lists, self.cache
@@ -133,6 +150,13 @@ def _write(pair: Pair, draw: Callable[..., Any]) -> None:
         starts.append(draw(st.integers(min(held, lists.lengths[row]), held)))
         valid.append(draw(st.integers(1, width)))
     pair.write(name, starts, width, valid)
+
+
+def _write_row(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    name, row = draw(st.sampled_from(NAMES)), draw(st.integers(0, lists.num_rows - 1))
+    held = len(lists.slots[name][row])
+    pair.write_row(name, row, draw(st.integers(min(held, lists.lengths[row]), held)), draw(st.integers(1, 4)))
 
 
 def _commit(pair: Pair, draw: Callable[..., Any]) -> None:
@@ -200,7 +224,7 @@ def _fork(pair: Pair, draw: Callable[..., Any]) -> None:
         lists.slots = {name: [list(held) for held in rows for _ in range(2)] for name, rows in lists.slots.items()}
 
 
-STEPS = (_write, _write, _write, _commit, _commit, _place, _rollback, _truncate, _retire, _forget, _fork)
+STEPS = (_write, _write, _write, _write_row, _commit, _commit, _place, _rollback, _truncate, _retire, _forget, _fork)
 
 
 @everywhere
@@ -238,6 +262,49 @@ def test_a_failed_pass_moves_nothing(kind: str) -> None:
     with pytest.raises(RuntimeError, match="out of something"), pair.cache.writing("target", [3, 2], 4):
         raise RuntimeError("out of something")
     assert pair.cache.filled("target") == [3, 2]
+
+
+def _fill(cache: KVCache, starts: list[int], value: float, width: int) -> torch.Tensor:
+    """The draft's keys as a pass reads them that writes `value`."""
+    states = torch.full((2, HEADS, width, DIM), value, dtype=torch.float64)
+    with cache.writing("draft", starts, width):
+        keys, values = cache.view("draft").update(states, -states, 0)
+    assert torch.equal(keys, -values) or bool(keys.isnan().any())
+    return keys
+
+
+@everywhere
+def test_nothing_is_left_of_a_sick_tail_or_of_a_sick_model(kind: str) -> None:
+    """Slots behind a row's end are read, hidden: as 0 * value, and 0 * NaN is NaN. Committed ones stay."""
+    cache = CACHES[kind](LAYERS, 2)
+    _fill(cache, [0, 0], 1.0, 3)
+    for row, length in enumerate((3, 1)):
+        cache.set_length(row, length)
+    _fill(cache, [3, 1], float("nan"), 4)
+    cache.scrub("draft")
+    assert cache.filled("draft") == [3, 1]
+    keys = _fill(cache, [3, 1], 2.0, 1)[:, 0, :, 0]
+    assert keys[0].tolist() == [1.0, 1.0, 1.0, 2.0]
+    assert keys[1, :2].tolist() == [1.0, 2.0]
+    assert not bool(keys.isnan().any())
+    _fill(cache, [0, 0], float("nan"), 9)
+    cache.forget("draft")
+    assert cache.filled("draft") == [0, 0]
+    _fill(cache, [0, 0], 1.0, 2)
+    assert not bool(_fill(cache, [2, 0], 1.0, 2).isnan().any())
+
+
+def test_storage_doubles_up_to_what_is_expected_and_then_gives_what_is_needed() -> None:
+    cache = SharedKVCache(LAYERS, 2, capacity=4, most=10)
+    sizes = []
+    for width in (4, 1, 4, 1, 1, 2):
+        _fill(cache, cache.filled("draft"), float(width), width)
+        sizes.append(cache.store("draft").capacity)
+    assert sizes == [4, 8, 10, 10, 11, 13]
+    for row in range(2):
+        cache.set_length(row, 13)
+        kept = [keys[0, :, 0].tolist() for keys, _ in cache.layers("draft", row)]
+        assert kept == [[4.0] * 4 + [1.0] + [4.0] * 4 + [1.0, 1.0, 2.0, 2.0]]
 
 
 @everywhere

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pool_calls import LAYERS, keys_of, prefill, write
+import torch
+from pool_calls import DIM, HEADS, LAYERS, keys_of, prefill, write
 
 from specdec.kv import KVPool, PagedKVCache
 from specdec.kv.pool_pages import SequencePages
@@ -135,3 +136,88 @@ def test_the_text_used_longest_ago_goes_first_and_its_last_page_before_its_first
     assert found == [
         [4, 6, 6], [4, 4, 6], [4, 2, 6], [4, 0, 6], [4, 0, 4], [4, 0, 2], [4, 0, 0], [2, 0, 0], [0, 0, 0],
     ]  # fmt: skip
+
+
+def test_declaring_the_length_there_is_leaves_the_tail() -> None:
+    pool = KVPool(LAYERS, page_size=4)
+    row = pool.open()
+    prefill(pool, row, 3)
+    write(pool, "target", [row], [3], 2.0, 3)
+    pool.set_length(row, 3)
+    assert pool.filled(row, "target") == 6
+    pool.set_length(row, 5)
+    assert keys_of(pool, row) == [1.0] * 3 + [2.0] * 2
+
+
+def test_a_row_that_leaves_takes_no_retired_one_along() -> None:
+    pool = KVPool(LAYERS, page_size=4)
+    rows = [pool.open() for _ in range(4)]
+    cache = PagedKVCache(pool, rows)
+    cache.retire(3)
+    assert cache.leave(0) == rows[0]
+    assert cache.sequences == [rows[2], rows[1], rows[3]]
+    assert cache.num_rows == 2
+    cache.revive()
+    assert cache.num_rows == 3
+
+
+def test_what_was_held_at_most_counts_texts_that_were_found_again() -> None:
+    pool = KVPool(LAYERS, page_size=4)
+    for text in (TEXT, [50, 51, 52, 53]):
+        row = pool.open(text)
+        prefill(pool, row, len(text))
+        pool.close(row, text)
+    assert pool.peak_bytes_held == 2 * pool.page_bytes
+    pool.open(TEXT)
+    pool.open([50, 51, 52, 53])
+    assert pool.peak_bytes_held == 3 * pool.page_bytes == pool.bytes_held
+
+
+def test_a_model_that_comes_late_has_room_for_every_page() -> None:
+    pool = KVPool({"target": 2}, page_size=4, first_pages=1)
+    row = pool.open()
+    prefill(pool, row, 30)
+    pool.add_model("draft", 1)
+    assert pool.filled(row, "draft") == 0
+    write(pool, "draft", [row], [0], 5.0, 30)
+    assert keys_of(pool, row, "draft") == [5.0] * 30
+
+
+def test_a_page_of_a_gone_text_is_nobodys_settled_text() -> None:
+    """A page that was published, evicted and taken again is filled by its new holder, also for those who share it."""
+    pool = KVPool(LAYERS, num_pages=2, page_size=4)
+    row = pool.open(TEXT)
+    prefill(pool, row, 8)
+    pool.close(row, TEXT)
+    pool.evict()
+    own = pool.open()
+    prefill(pool, own, 1, 2.0)
+    copies = [own, pool.fork(own)]
+    for copy in copies:
+        pool.set_length(copy, 1)
+    write(pool, "draft", copies, [0, 0], 3.0, 1)
+    assert [keys_of(pool, copy, "draft") for copy in copies] == [[3.0]] * 2
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("width", [1, 4, 5])
+def test_passes_end_and_begin_anywhere_in_a_page(length: int, width: int) -> None:
+    """Two rows, one of them padded to the other's width: what is stored, what is read, and which pages are taken."""
+    pool = KVPool(LAYERS, page_size=4)
+    rows = [pool.open(), pool.open()]
+    for row in rows:
+        prefill(pool, row, length, value=float(row))
+    cache = PagedKVCache(pool, rows)
+    states = torch.arange(2.0 * width, dtype=torch.float64).view(2, 1, width, 1).expand(2, HEADS, width, DIM) + 100
+    with cache.writing("target", [length, length - 2], width, [width, 1]) as read:
+        for layer in range(2):
+            keys, _ = cache.view("target").update(states, -states, layer)
+    assert read == length + width
+    assert keys[0, 0, :, 0].tolist() == [float(rows[0])] * length + states[0, 0, :, 0].tolist()
+    assert keys[1, 0, : length - 1, 0].tolist() == [float(rows[1])] * (length - 2) + [100.0 + width]
+    assert pool.filled(rows[1], "target") == length - 1
+    table = pool.stores["target"].plan.block_table.tolist()  # type: ignore[union-attr]
+    assert table[0] == pool.sequence(rows[0]).pages
+    assert [len(pool.sequence(row).pages) for row in rows] == [-(-(length + width) // 4), -(-length // 4)]
+    pool.check_integrity()

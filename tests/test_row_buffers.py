@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from specdec.kv import UnsupportedArgumentError
 from specdec.verify.rows import Rows
 
 
@@ -99,9 +98,3 @@ def test_every_index_is_handed_out_before_the_buffer_grows() -> None:
         rows.leave(0)
         rows.join([7])
     assert rows.batch_size == 8
-
-
-def test_no_row_joins_padded_prompts() -> None:
-    rows = Rows(torch.tensor([[0, 5], [4, 6]]), torch.tensor([[False, True], [True, True]]), 4)
-    with pytest.raises(UnsupportedArgumentError, match="without pads"):
-        rows.join([3])

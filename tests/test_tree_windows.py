@@ -68,6 +68,24 @@ def test_grown_in_pieces(family: str) -> None:
     check(family, "contiguous", cuts=(0, 1, 8, 9, 18))
 
 
+@pytest.mark.parametrize("lengths", [(4, 4), (5, 5), (6, 6), (7, 7), (8, 5)])
+@pytest.mark.parametrize("width", [1, 2, 6, 7])
+def test_plain_text_at_the_edge_of_the_window(lengths: tuple[int, int], width: int) -> None:
+    """Where the first token leaves the window: with and without a mask, rows alike or not, from nothing or behind."""
+    model: Any = models.target("mistral-window")
+    text = models.prompts((16, 16), models.VOCAB, 5)[0]
+    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 2), TreeForward(model, "target")
+    with torch.no_grad(), attention_of(model):
+        forward.prefill(cache, text, [0, 0], list(lengths), chunk=99)
+        behind = torch.stack([text[row, length : length + width] for row, length in enumerate(lengths)])
+        found = forward.causal(cache, behind, lengths, None, keep=0)
+        first = forward.causal(cache, text[:, :width], [0, 0], None, keep=0)
+        for row, length in enumerate(lengths):
+            plain = model(text[row : row + 1, : length + width], use_cache=False).logits[0]
+            torch.testing.assert_close(found[row], plain[length:], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(first[row], plain[:width], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("off", [-1, 1])
 def test_a_window_one_too_wide_or_too_narrow_is_caught(off: int, monkeypatch: pytest.MonkeyPatch) -> None:
     original = masks.additive_masks
