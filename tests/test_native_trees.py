@@ -12,6 +12,7 @@ from test_native import caches, error, forward_of, native
 from test_native import pytestmark as pytestmark
 from torch import Tensor
 
+from specdec.kv import PagedKVCache
 from specdec.verify import DraftTree
 from specdec.verify.direct import direct_pass
 
@@ -67,6 +68,8 @@ def test_random_trees_are_those_of_the_direct_pass(heads: tuple[int, int]) -> No
         for cache in caches(model, rows):  # contiguous and in pages
             found = logits_of(model, ours, cache, lengths, tree, text)
             assert error(found, wanted) < 3e-5, (seed, shapes)
+            if isinstance(cache, PagedKVCache):  # what pads a row was written nowhere, not to the page of zeros either
+                cache.pool.check_integrity()
 
 
 def test_the_trees_are_wide_enough_for_every_kind_of_group() -> None:

@@ -221,3 +221,17 @@ def test_passes_end_and_begin_anywhere_in_a_page(length: int, width: int) -> Non
     assert table[0] == pool.sequence(rows[0]).pages
     assert [len(pool.sequence(row).pages) for row in rows] == [-(-(length + width) // 4), -(-length // 4)]
     pool.check_integrity()
+
+
+@pytest.mark.parametrize("reserved", [0, 8])
+def test_text_that_no_model_holds_is_not_published(reserved: int) -> None:
+    """A length that was declared ahead of the passes, with pages for it or without."""
+    pool = KVPool(LAYERS, page_size=4)
+    row = pool.open(TEXT)
+    pool.extend(row, reserved)
+    pool.set_length(row, 8)
+    assert pool.publish(row, TEXT) == 0
+    write(pool, "draft", [row], [0], 1.0, 5)  # one model, one page and a slot of the next
+    assert pool.publish(row, TEXT) == 4
+    assert pool.match_prefix(TEXT) == 4
+    pool.check_integrity()
