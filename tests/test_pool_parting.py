@@ -66,6 +66,51 @@ def test_a_draft_in_a_published_page_is_scrubbed_in_a_copy() -> None:
     pool.check_integrity()
 
 
+def test_a_scrub_leaves_published_slots_behind_a_cut() -> None:
+    pool, row = published()
+    pool.truncate(row, 6)
+    PagedKVCache(pool, [row]).scrub("target")
+    assert keys_of(pool, pool.open(TEXT)) == [1.0] * 8
+
+
+def test_what_a_lagging_drafter_adds_to_a_published_page_is_found_with_it() -> None:
+    pool = KVPool(LAYERS, page_size=4)
+    row = pool.open(TEXT)
+    prefill(pool, row, 8)
+    pool.publish(row, TEXT)
+    write(pool, "draft", [row], [0], 4.0, 8)
+    other = pool.open(TEXT)
+    assert pool.filled(other, "draft") == 8
+    assert keys_of(pool, other, "draft") == [4.0] * 8
+
+
+def test_the_last_holder_of_a_page_needs_no_copy() -> None:
+    """Both part in one pass: one goes to the only page left, the other one stays."""
+    pool = KVPool(LAYERS, num_pages=2, page_size=4)
+    row = pool.open()
+    prefill(pool, row, 3)
+    copy = pool.fork(row)
+    write(pool, "target", [row, copy], [3, 3], 2.0, 1)
+    assert pool.num_held_pages == 2
+    pool.check_integrity()
+
+
+def test_a_dropped_draft_is_no_text_that_others_rely_on() -> None:
+    """It lay in a page when that was shared; the token declared for its slot is written all the same."""
+    pool = KVPool(LAYERS, page_size=4)
+    row = pool.open()
+    prefill(pool, row, 3)
+    write(pool, "draft", [row], [0], 1.0, 3)
+    write(pool, "draft", [row], [3], 7.0, 1)
+    pool.fork(row)
+    pool.rollback()
+    pool.set_length(row, 4)
+    pool.fork(row)
+    write(pool, "draft", [row], [3], 9.0, 1)
+    assert keys_of(pool, row, "draft") == [1.0] * 3 + [9.0]
+    pool.check_integrity()
+
+
 def test_a_kept_branch_is_moved_in_a_copy_of_what_a_fork_holds() -> None:
     """Commit moves slots: in pages that another holder of the same tail still reads."""
     pool = KVPool(LAYERS, page_size=4)
