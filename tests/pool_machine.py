@@ -184,26 +184,19 @@ class PoolMachine(RuleBasedStateMachine):
         for number in numbers:
             self.rows[number].drop_tail()
 
-    @on_rows(declare=st.booleans())
-    def truncate(self, data: st.DataObject, declare: bool) -> None:
-        """A shorter text, by either call."""
+    @on_rows(declare=st.booleans(), rewrite=st.booleans())
+    def truncate(self, data: st.DataObject, declare: bool, rewrite: bool) -> None:
+        """A shorter text, by either call; or another end for one that is published: its pages are not its own."""
         number, row = self._pick(data)
+        if rewrite:
+            self._publish(number, row)
         length = data.draw(st.integers(0, row.length))
         (self.pool.set_length if declare and length < row.length else self.pool.truncate)(number, length)
         row.length = length
-        row.wanted = (*row.text, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
+        row.wanted = (*row.text, *(2,) * rewrite, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
         row.drop_tail()
-
-    @on_rows()
-    def rewrite(self, data: st.DataObject) -> None:
-        """Another end for a text that is published: nobody else holds its pages, and still they are not one's own."""
-        number, row = self._pick(data)
-        self._publish(number, row)
-        row.length = data.draw(st.integers(0, row.length))
-        self.pool.truncate(number, row.length)
-        row.drop_tail()
-        row.wanted = (*row.text, 2, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
-        self._prefill("target", [number], 99)
+        if rewrite:
+            self._prefill("target", [number], 99)
 
     @on_rows(count=st.integers(0, 9))
     def extend(self, data: st.DataObject, count: int) -> None:

@@ -41,6 +41,32 @@ def test_a_placed_tail_moves_with_its_row(kind: str, moved: str) -> None:
 
 
 @everywhere
+@pytest.mark.parametrize("dropped", ["rolled back", "truncated", "forgotten", "committed"])
+def test_a_tail_that_is_gone_is_placed_no_longer(kind: str, dropped: str) -> None:
+    cache = CACHES[kind](LAYERS, 2)
+    fill(cache, [0, 0], 1.0, 1)
+    for row in range(2):
+        cache.set_length(row, 1)
+    fill(cache, [1, 1], 2.0, 2)
+    cache.place("draft", [[1, 0], [1, 0]])
+    if dropped == "rolled back":
+        cache.rollback()
+    elif dropped == "truncated":
+        for row in range(2):
+            cache.truncate(row, 1)
+    elif dropped == "forgotten":
+        cache.forget("draft")
+        fill(cache, [0, 0], 1.0, 1)
+    else:
+        cache.commit([[], []])
+    for node in range(2):
+        fill(cache, [1 + node, 1 + node], 10.0 + node, 1)
+    cache.commit([[0], [1]])
+    kept = [next(iter(cache.layers("draft", row)))[0][0, :, 0].tolist() for row in range(2)]
+    assert kept == [[1.0, 10.0], [1.0, 11.0]]
+
+
+@everywhere
 def test_nothing_is_left_of_a_sick_tail_or_of_a_sick_model(kind: str) -> None:
     """Slots behind a row's end are read, hidden: as 0 * value, and 0 * NaN is NaN. Committed ones stay."""
     cache = CACHES[kind](LAYERS, 2)
