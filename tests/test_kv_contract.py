@@ -78,7 +78,8 @@ class Lists:
 
     def retire(self, row: int) -> None:
         last = self.num_rows - 1
-        for values in (self.text, *self.slots.values(), *([self.places] if self.places else [])):
+        kept: list[list[Any]] = [self.text, *self.slots.values(), *([self.places] if self.places else [])]
+        for values in kept:
             values[row], values[last] = values[last], values[row]
         self.num_rows = last
 
