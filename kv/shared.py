@@ -97,7 +97,7 @@ class SharedKVCache(KVCache):
     def place(self, name: str, slots: Sequence[Sequence[int]]) -> None:
         if len(slots) != self.num_rows:
             raise CacheStateError(f"expected slots for each of {self.num_rows} active rows, got {len(slots)}")
-        self._stores[name].places = slots
+        self._stores[name].places = list(slots)
 
     def rollback(self) -> None:
         for store in self._stores.values():
@@ -110,7 +110,7 @@ class SharedKVCache(KVCache):
             raise CacheStateError(f"row {row} holds {self.lengths[row]} committed tokens, cannot truncate to {length}")
         self.lengths[row] = length
         for store in self._stores.values():
-            store.filled[row] = min(store.filled[row], length)
+            store.cut(row, length)
 
     def set_length(self, row: int, length: int) -> None:
         """Declare `length` committed tokens after a prefill or an adopted cache (models may lag)."""

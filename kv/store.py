@@ -61,7 +61,7 @@ class ModelStore:
         self._moves: dict[int, int] = {}
         self.filled = [0] * num_rows
         self.plan: WritePlan | None = None
-        self.places: Sequence[Sequence[int]] | None = None
+        self.places: list[Sequence[int] | None] | None = None
         """Tail slot of each node, per active row, where they differ (see `KVCache.place`)."""
         self.view = StoreView(self)
         self._row_numbers = torch.empty(0, 1, dtype=torch.int64)
@@ -128,6 +128,8 @@ class ModelStore:
         moves = self._moves
         moves[first], moves[second] = moves.get(second, second), moves.get(first, first)
         self.filled[first], self.filled[second] = self.filled[second], self.filled[first]
+        if self.places is not None:
+            self.places[first], self.places[second] = self.places[second], self.places[first]
 
     def _settle(self) -> None:
         """Carry out the swaps noted so far, one gather per tensor."""
@@ -145,9 +147,17 @@ class ModelStore:
     def fork(self, repeats: int) -> None:
         self.num_rows *= repeats
         self.filled = [count for count in self.filled for _ in range(repeats)]
+        if self.places is not None:
+            self.places = [own for own in self.places for _ in range(repeats)]
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):
                 tensors[i] = None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget what one row holds from slot `length` on, its tail with it."""
+        self.filled[row] = min(self.filled[row], length)
+        if self.places is not None:
+            self.places[row] = None
 
     def clear(self) -> None:
         """Zero everything: masked slots still enter the softmax-weighted sum as 0 * value, and 0 * NaN is NaN."""

@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 from specdec.verify.native.build import Unavailable, compiled
 from specdec.verify.native.library import VARIABLE
 
+pytest_plugins = ["time_limits"]
+
 torch.set_num_threads(1)
 
 if VARIABLE not in os.environ:  # compiled once, for the commands that tests start as well

@@ -30,6 +30,7 @@ def history(forward: TreeForward, cache: Any, lengths: Sequence[int]) -> list[Te
         out.append(forward.causal(cache, text[:, :5], starts, None, keep=1))
         out.append(forward.causal(cache, text[:, :1], starts, None, keep=1))
         out.append(forward.causal(cache.row(0), text[:1, :3], starts[:1], None, keep=0))
+        out.append(forward.causal(cache.row(rows - 1), text[-1:, 2:6], starts[:1], None, keep=0))
     for row in range(rows):
         out += [states for layer in cache.layers("target", row) for states in layer]
     return out

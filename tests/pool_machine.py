@@ -15,9 +15,6 @@ from pool_model import DIM, HEADS, LAYERS, PROMPTS, Row, Text, Values
 
 from specdec.kv import KVPool, OutOfPagesError, PagedKVCache
 
-_CATCH_UP = st.sampled_from([99, 2, 1])
-"""Tokens a lagging drafter reads at once."""
-
 
 def on_rows(**arguments: Any) -> Callable[[Any], Any]:
     """A rule for pools with open sequences."""
@@ -43,8 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
     def open(self, prompt: Text) -> None:
         found = self.pool.match_prefix(prompt)
         number = self.pool.open(prompt)
-        assert self.pool.length(number) == found
-        assert found % self.pool.page_size == 0
+        assert (self.pool.length(number), found % self.pool.page_size) == (found, 0)
         assert found == 0 or prompt[:found] in self.published
         row = Row(prompt, found)
         for name in LAYERS:
@@ -153,7 +149,8 @@ class PoolMachine(RuleBasedStateMachine):
         PagedKVCache(self.pool, numbers).rollback()
         for number in numbers:
             self.rows[number].drop_tail()
-        if not self._prefill("target", numbers, 99) or not self._prefill("draft", numbers, data.draw(_CATCH_UP)):
+        at_once = data.draw(st.sampled_from([99, 2, 1]))  # tokens that a lagging drafter reads
+        if not self._prefill("target", numbers, 99) or not self._prefill("draft", numbers, at_once):
             return
         self._draft(data, numbers)
         self._commit(data, numbers)
@@ -193,6 +190,17 @@ class PoolMachine(RuleBasedStateMachine):
         row.length = length
         row.wanted = (*row.text, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
         row.drop_tail()
+
+    @on_rows()
+    def rewrite(self, data: st.DataObject) -> None:
+        """Another end for a text that is published: nobody else holds its pages, and still they are not one's own."""
+        number, row = self._pick(data)
+        self._publish(number, row)
+        row.length = data.draw(st.integers(0, row.length))
+        self.pool.truncate(number, row.length)
+        row.drop_tail()
+        row.wanted = (*row.text, 2, *data.draw(st.lists(st.integers(0, 1), max_size=4)))
+        self._prefill("target", [number], 99)
 
     @on_rows(count=st.integers(0, 9))
     def extend(self, data: st.DataObject, count: int) -> None:
@@ -242,9 +250,8 @@ class PoolMachine(RuleBasedStateMachine):
         tables = {number: pool.sequence(number).pages for number in self.rows}
         assert set(pool.sequences) == set(self.rows)
         holders = Counter(page for table in tables.values() for page in table)
-        assert pool.num_held_pages == len(holders)
         assert pool.num_pages is not None
-        assert pool.num_free_pages == pool.num_pages - len(holders)
+        assert (pool.num_held_pages, pool.num_free_pages) == (len(holders), pool.num_pages - len(holders))
         assert pool.num_resting_pages <= pool.num_free_pages
         for number, row in self.rows.items():
             assert pool.length(number) == row.length

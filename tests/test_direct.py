@@ -66,6 +66,14 @@ def test_angles_outgrow_their_first_table() -> None:
     assert torch.equal(out[0], out[1])
 
 
+def test_the_table_of_angles_holds_every_position_asked_for() -> None:
+    """One too few would be an address behind its end for the native pass."""
+    direct = direct_pass(models.target("llama-gqa"))
+    assert direct is not None
+    for count in (1, 512, 513, 1026, 1027, 2055):
+        assert len(direct.angle_table(direct.embed, count)) >= count
+
+
 @pytest.mark.parametrize("family", MODULES + WINDOWED)
 def test_other_families_go_through_their_modules(family: str) -> None:
     forward = TreeForward(models.target(family), "target")

@@ -40,6 +40,8 @@ class Lists:
         self.num_rows = rows
         self.text: list[list[float]] = [[] for _ in range(rows)]
         self.slots: dict[str, list[list[float]]] = {name: [[] for _ in range(rows)] for name in NAMES}
+        self.places: list[list[int] | None] | None = None
+        """Tail slots of the drafter's nodes where it ran them in another order, per active row."""
         self._last = 0.0
 
     @property
@@ -55,7 +57,7 @@ class Lists:
         text = self.text[row]
         self.text[row] = text[:length] + self.fresh(length - len(text))
 
-    def commit(self, paths: list[list[int]], places: dict[str, list[list[int]]]) -> None:
+    def commit(self, paths: list[list[int]]) -> None:
         for row, path in enumerate(paths):
             base = self.lengths[row]
             for name in NAMES:
@@ -63,18 +65,21 @@ class Lists:
                 if len(held) < base:
                     continue
                 tail, kept = held[base:], []
+                own = self.places[row] if self.places and name == "draft" else None
+                own = list(range(len(tail))) if own is None else own
                 for node in path:
-                    own = places[name][row] if name in places else list(range(len(tail)))
                     slot = own[node] if node < len(own) else -1
                     if not 0 <= slot < len(tail):
                         break
                     kept.append(tail[slot])
                 self.slots[name][row] = held[:base] + kept
             self.text[row] += self.fresh(len(path))
+        self.places = None
 
     def retire(self, row: int) -> None:
         last = self.num_rows - 1
-        for values in (self.text, *self.slots.values()):
+        kept: list[list[Any]] = [self.text, *self.slots.values(), *([self.places] if self.places else [])]
+        for values in kept:
             values[row], values[last] = values[last], values[row]
         self.num_rows = last
 
@@ -95,6 +100,9 @@ class Pair:
         states = fresh.expand(rows, HEADS, width, DIM)
         with self.cache.writing(name, starts, width, valid) as read:
             assert read == max(starts) + width
+            view = self.cache.view(name)
+            assert view.get_seq_length() == read - width  # what some models count positions from
+            assert view.get_mask_sizes(width, 0) == (read, 0)
             for layer in range(LAYERS[name]):
                 keys, values = self.cache.view(name).update(states + 0.25 * layer, -states, layer)
                 assert keys.shape == values.shape == (rows, HEADS, read, DIM)
@@ -104,6 +112,20 @@ class Pair:
             assert keys[row, 0, : start + count, 0].tolist() == [
                 value + 0.25 * (LAYERS[name] - 1) for value in self.lists.slots[name][row]
             ]
+
+    def write_row(self, name: str, row: int, start: int, width: int) -> None:
+        """A pass over one row alone."""
+        known = self.lists.text[row][start : start + width]
+        fresh = torch.tensor(known + self.lists.fresh(width - len(known)), dtype=torch.float64)
+        states = fresh[None, None, :, None].expand(1, HEADS, width, DIM)
+        alone = self.cache.row(row)
+        held = self.lists.slots[name][row]
+        self.lists.slots[name][row] = held[:start] + fresh.tolist()
+        with alone.writing(name, [start], width) as read:
+            for layer in range(LAYERS[name]):
+                keys, _ = alone.view(name).update(states + 0.25 * layer, -states, layer)
+            assert read == start + width
+        assert keys[0, 0, :, 0].tolist() == [value + 0.25 * layer for value in self.lists.slots[name][row]]
 
     def check(self) -> None:
         lists, cache = self.lists, self.cache
@@ -131,6 +153,13 @@ def _write(pair: Pair, draw: Callable[..., Any]) -> None:
     pair.write(name, starts, width, valid)
 
 
+def _write_row(pair: Pair, draw: Callable[..., Any]) -> None:
+    lists = pair.lists
+    name, row = draw(st.sampled_from(NAMES)), draw(st.integers(0, lists.num_rows - 1))
+    held = len(lists.slots[name][row])
+    pair.write_row(name, row, draw(st.integers(min(held, lists.lengths[row]), held)), draw(st.integers(1, 4)))
+
+
 def _commit(pair: Pair, draw: Callable[..., Any]) -> None:
     lists = pair.lists
     paths = []
@@ -138,18 +167,24 @@ def _commit(pair: Pair, draw: Callable[..., Any]) -> None:
         nodes = max(0, len(lists.slots["target"][row]) - lists.lengths[row])
         chosen = draw(st.lists(st.booleans(), min_size=nodes, max_size=nodes))
         paths.append([node for node, keep in enumerate(chosen) if keep])
-    places: dict[str, list[list[int]]] = {}
-    if draw(st.booleans()):  # the drafter ran its nodes in another order, or not at all
-        slots = st.lists(st.integers(-1, 9), max_size=9, unique_by=lambda slot: slot if slot >= 0 else object())
-        places["draft"] = [draw(slots) for _ in range(lists.num_rows)]
-        pair.cache.place("draft", places["draft"])
+    if draw(st.booleans()):
+        _place(pair, draw)
     pair.cache.commit(paths)
-    lists.commit(paths, places)
+    lists.commit(paths)
+
+
+def _place(pair: Pair, draw: Callable[..., Any]) -> None:
+    """The drafter ran its nodes in another order, or not at all."""
+    slots = st.lists(st.integers(-1, 9), max_size=9, unique_by=lambda slot: slot if slot >= 0 else object())
+    places: list[list[int]] = [draw(slots) for _ in range(pair.lists.num_rows)]
+    pair.lists.places = list(places)
+    pair.cache.place("draft", places)
 
 
 def _rollback(pair: Pair, draw: Callable[..., Any]) -> None:
     lists = pair.lists
     pair.cache.rollback()
+    lists.places = None
     for name in NAMES:
         for row in range(lists.num_rows):
             del lists.slots[name][row][lists.lengths[row] :]
@@ -161,6 +196,8 @@ def _truncate(pair: Pair, draw: Callable[..., Any]) -> None:
     length = draw(st.integers(0, lists.lengths[row]))
     pair.cache.truncate(row, length)
     del lists.text[row][length:]
+    if lists.places:
+        lists.places[row] = None
     for name in NAMES:
         del lists.slots[name][row][length:]
 
@@ -174,6 +211,7 @@ def _retire(pair: Pair, draw: Callable[..., Any]) -> None:
 
 def _forget(pair: Pair, draw: Callable[..., Any]) -> None:
     pair.cache.forget("draft")
+    pair.lists.places = None
     pair.lists.slots["draft"] = [[] for _ in pair.lists.text]
 
 
@@ -183,10 +221,11 @@ def _fork(pair: Pair, draw: Callable[..., Any]) -> None:
         pair.cache.fork(2)
         lists.num_rows *= 2
         lists.text = [list(text) for text in lists.text for _ in range(2)]
+        lists.places = lists.places and [own for own in lists.places for _ in range(2)]
         lists.slots = {name: [list(held) for held in rows for _ in range(2)] for name, rows in lists.slots.items()}
 
 
-STEPS = (_write, _write, _write, _commit, _commit, _rollback, _truncate, _retire, _forget, _fork)
+STEPS = (_write, _write, _write, _write_row, _commit, _commit, _place, _rollback, _truncate, _retire, _forget, _fork)
 
 
 @everywhere
@@ -212,7 +251,7 @@ def test_a_non_first_branch_is_moved_down_for_both_models(kind: str) -> None:
     pair.write("target", [3, 2], 6, [6, 6])
     pair.write("draft", [3, 2], 3, [3, 3])  # a drafter never runs its deepest level
     pair.cache.commit([[0, 2, 5], [0, 1]])
-    pair.lists.commit([[0, 2, 5], [0, 1]], {})
+    pair.lists.commit([[0, 2, 5], [0, 1]])
     pair.check()
     assert pair.cache.filled("draft") == [5, 4]  # row 0 lags behind lengths 6: it never ran node 5
 

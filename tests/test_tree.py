@@ -176,3 +176,20 @@ def test_growing_a_tree_level_by_level_equals_one_pass() -> None:
             ]
         outputs.append(torch.cat(parts, 1))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_last_position_of_a_table_is_used_and_none_behind_it() -> None:
+    """Drafted nodes beyond it cost nothing: they can never be emitted."""
+    model: Any = models.target("gpt2")
+    count = model.config.n_positions
+    text = torch.randint(3, models.VOCAB, (1, count), generator=torch.Generator().manual_seed(0))
+    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 1), TreeForward(model, "target")
+    tree = DraftTree.build(Topology.widths((2, 1)), text[:, -1:].expand(1, 5).contiguous())
+    with torch.no_grad(), attention_of(model):
+        forward.prefill(cache, text, [0], [count - 1], chunk=64)
+        cache.set_length(0, count - 1)
+        logits = forward.tree(cache, tree)
+        torch.testing.assert_close(logits[0, 0], model(text).logits[0, -1], rtol=1e-9, atol=1e-9)
+        cache.commit([[0]])
+        with pytest.raises(ValueError, match=f"has {count} positions"):
+            forward.tree(cache, tree)

@@ -89,7 +89,8 @@ class Rows:
         tokens = [token for run in runs for token in run]
         columns = [self.ends[row] + i for row, run in pairs for i in range(len(run))]
         places = [self.num_tokens[row] + i for row, run in pairs for i in range(len(run))]
-        row, new, column, place = torch.tensor([rows, tokens, columns, places], device=self.device)
+        both = torch.tensor([rows, tokens, columns, places], dtype=torch.int64, device=self.device)
+        row, new, column, place = both
         self.ids[row, column] = new
         if self.text is not self.ids:
             self.text[row, place] = new
