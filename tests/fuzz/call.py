@@ -111,6 +111,8 @@ class Call:
             yield replace(self, look="keywords")
         if self.draft != "none" and not self.options:
             yield replace(self, draft="none")
+        if self.draft not in ("none", "near"):
+            yield replace(self, draft="near", options={"k": 3})
         if max(self.lengths) > 2:
             yield replace(self, lengths=tuple(max(1, length // 2) for length in self.lengths))
         if self.family != "llama-gqa":

@@ -50,7 +50,7 @@ def outcome(side: Callable[[Log], Any]) -> Outcome:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with watchdog():
+            with watchdog(SECONDS):
                 found.value = side(found.log)
         except (Exception, Hang) as error:
             found.error = error
@@ -60,7 +60,7 @@ def outcome(side: Callable[[Log], Any]) -> Outcome:
 
 
 @contextmanager
-def watchdog(seconds: float = SECONDS) -> Iterator[None]:
+def watchdog(seconds: float) -> Iterator[None]:
     """Raises `Hang` in the main thread; an alarm that was set before goes on afterwards."""
 
     def ring(number: int, frame: Any) -> None:

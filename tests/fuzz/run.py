@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
+from typing import Any
 
-from fuzz.draw import draw
+from fuzz.draw import draw, sensible
 from fuzz.oracle import Finding, judge
 from fuzz.shrink import shrink
 from fuzz.subjects import Subjects
@@ -20,3 +22,13 @@ def fuzz(seed: int, indices: Iterable[int], most: int = 5) -> list[Finding]:
             if len(findings) >= most:
                 break
     return findings
+
+
+def fuzz_among(fields: dict[str, Any], indices: Iterable[int]) -> Finding | None:
+    """The first finding, as it is, among sensible calls with these fields."""
+    subjects = Subjects()
+    for index in indices:
+        found = judge(sensible(random.Random(index), f"number {index}", **fields), subjects, thorough=index % 4 == 3)
+        if found is not None:
+            return found
+    return None

@@ -105,8 +105,8 @@ class Subjects:
     def _engine(self, call: Call, positional: tuple[torch.Tensor, ...], named: dict[str, Any]) -> list[int]:
         """One request among others, whose texts are known."""
         engine = self.engine(call)
-        prompt = positional[0] if positional else named.pop("input_ids")
-        named.pop("attention_mask", None)
+        prompt = positional[0] if positional else named["input_ids"]
+        named = {name: value for name, value in named.items() if name not in ("input_ids", "attention_mask")}
         rule = {"rule": call.options["rule"]} if "rule" in call.options else {}
         with companions(engine, call):
             result = engine.submit(prompt, **rule, **named).result(timeout=20)
