@@ -8,8 +8,9 @@ from typing import Any
 
 import models
 import torch
-from fuzz.log import Log
 from torch import Tensor
+
+from fuzz.log import Log
 
 
 @dataclass(frozen=True)

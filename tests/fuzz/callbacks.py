@@ -7,10 +7,11 @@ from typing import Any
 
 import models
 import torch
-from fuzz.call import Fresh
-from fuzz.log import Log, UsersError
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
+
+from fuzz.call import Fresh
+from fuzz.log import Log, UsersError
 
 
 class Logged(LogitsProcessor):

@@ -1,10 +1,11 @@
-"""Arguments that make no sense, or that cannot be honoured: an answer has to be plain `generate`'s, or a clear error."""
+"""Arguments that make no sense, or that cannot be honoured: the answer is plain `generate`'s, or a clear error."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
 from fuzz.call import Fresh
 from fuzz.callbacks import AvoidsLast
 
@@ -16,6 +17,9 @@ def _fresh(text: str, make: Any) -> Fresh:
 
 
 _IDS = torch.tensor([[5, 6, 7, 8]])
+_NO_WORDS: tuple[Any, ...] = ([], [[]], [[999]], [5], [[-1]], "x")
+_NO_BIASES: tuple[Any, ...] = ({}, [[[999], 1.0]], [[[5], "x"]], {(5,): 1.5}, [])
+_NO_TREES: tuple[Any, ...] = ((), (0,), (-1, 2), "x", 3, [[5]], [[]], (40, 40, 40, 40), (2.5,))
 
 ARGUMENTS: list[dict[str, Any]] = [
     *({"temperature": value, "do_sample": True} for value in (-1.0, 0.0, NAN, "hot")),
@@ -27,8 +31,8 @@ ARGUMENTS: list[dict[str, Any]] = [
     *({"min_new_tokens": value} for value in (30, -2, "few")),
     *({"eos_token_id": value} for value in (999, -1, "eos", [], [[2]], 2.5)),
     *({"pad_token_id": value} for value in (-1, 999, "pad", None)),
-    *({"bad_words_ids": value} for value in ([], [[]], [[999]], [5], [[-1]], "x")),
-    *({"sequence_bias": value} for value in ({}, [[[999], 1.0]], [[[5], "x"]], {(5,): 1.5}, [])),
+    *({"bad_words_ids": value} for value in _NO_WORDS),
+    *({"sequence_bias": value} for value in _NO_BIASES),
     *({"suppress_tokens": value} for value in ([999], [-1], "x", [], list(range(41)))),
     *({"begin_suppress_tokens": value} for value in ([999], [])),
     *({"forced_bos_token_id": value} for value in (999, "x")),
@@ -96,7 +100,7 @@ ARGUMENTS: list[dict[str, Any]] = [
 
 OPTIONS: list[dict[str, Any]] = [
     *({"k": value} for value in (0, -1, "x", 2.5, True, 10**6)),
-    *({"tree": value} for value in ((), (0,), (-1, 2), "x", 3, [[5]], [[]], (40, 40, 40, 40), (2.5,))),
+    *({"tree": value} for value in _NO_TREES),
     *({"rule": value} for value in ("x", None, 3, "typical", "block", "budget_flow", "traversal")),
     *({"exactness": value} for value in ("x", None, 1)),
     *({"strict_width": value, "exactness": "strict"} for value in (0, -1, "x", 2**31)),

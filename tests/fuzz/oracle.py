@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import models
-
 import torch
+from torch import Tensor
+
+import specdec
 from fuzz.call import Call
 from fuzz.log import Log, UsersError, apart, difference
 from fuzz.outcome import Hang, Outcome, Script, TextGoesOn, outcome
 from fuzz.refusals import documented
 from fuzz.subjects import Subjects
 from fuzz.unharmed import still_works, unharmed
-from torch import Tensor
-
-import specdec
 
 OURS_MAY_WARN = {"DrafterFaultWarning", "DraftContextWarning"}
 CLEAR = (ValueError, TypeError, specdec.SpecdecError, UsersError, NotImplementedError)
@@ -129,7 +128,7 @@ def _compare(call: Call, plain: Outcome, ours: Outcome) -> None:
     if ours.notes - plain.notes - OURS_MAY_WARN:
         raise Mismatch("warnings", str(ours.notes - plain.notes))
     if call.samples and call.options.get("rule") == "coupled" and call.draft != "none" and call.form != "engine":
-        undrafted = specdec.Speculator(call.model, rule="coupled")
+        undrafted: Any = specdec.Speculator(call.model, rule="coupled")
         positional, named = call.built(Log())
         alone = undrafted.generate(*positional, **named, seed=call.seed)
         alone = getattr(alone, "sequences", alone)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fuzz.log import Log
 from torch import Tensor
+
+from fuzz.log import Log
 
 SECONDS = 30
 """A call that takes longer hangs: the slowest of these takes less than two."""

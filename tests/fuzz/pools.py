@@ -6,9 +6,10 @@ from typing import Any
 
 import arguments
 import models
+from transformers import GenerationConfig
+
 from fuzz.call import Fresh
 from fuzz.callbacks import PREFIXES, PROCESSORS, STOPS, criterion, prefix_function, processor, streamer
-from transformers import GenerationConfig
 
 LENGTHS: list[dict[str, Any]] = [
     {"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_new_tokens": 9}, {"max_new_tokens": 17},

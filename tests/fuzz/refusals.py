@@ -6,7 +6,6 @@ import re
 from typing import NamedTuple
 
 from fuzz.call import Call
-
 from specdec import SpecdecError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import fault_cases
 import models
 import torch
-from fuzz.call import Call
 
 import specdec
+from fuzz.call import Call
 from specdec.drafters import BestFirst, DySpec, NgramDrafter
 
 SPOILT = ("exception", "q is NaN", "q does not sum to 1", "ids too large", "wrong root", "num_nodes zero", "nothing")
@@ -26,9 +26,7 @@ def _grown(shape: Callable[[], Any]) -> Callable[[str], Any]:
 
 
 def _faulty(name: str) -> Callable[[str], Any]:
-    return lambda family: fault_cases.Faulty(
-        fault_cases.SPOILS[name], {0, 2, 3, 7}, models.draft("near", family), k=3
-    )
+    return lambda family: fault_cases.Faulty(fault_cases.SPOILS[name], {0, 2, 3, 7}, models.draft("near", family), k=3)
 
 
 MODELS = ("near", "far", "other", "self", "padded-vocab")
@@ -42,9 +40,7 @@ DRAFTS: dict[str, Callable[[str], Any]] = {
     "near or ngram": lambda family: [models.draft("near", family), "ngram"],
     "best first": _grown(lambda: BestFirst(depth=3, top_k=3, num_nodes=8)),
     "dyspec": _grown(lambda: DySpec(depth=3, num_nodes=8)),
-    "mixed children": lambda family: specdec.ModelDrafter(
-        models.draft("far", family), tree=(3, 2), children="mixed"
-    ),
+    "mixed children": lambda family: specdec.ModelDrafter(models.draft("far", family), tree=(3, 2), children="mixed"),
     "sampled children": lambda family: specdec.ModelDrafter(
         models.draft("far", family), tree=(2, 2), children="sampled"
     ),
@@ -91,7 +87,8 @@ class Subjects:
 
     def _one_shot(self, call: Call, positional: tuple[torch.Tensor, ...], named: dict[str, Any]) -> Any:
         options = {name: value for name, value in call.options.items() if name in ONE_SHOT}
-        return specdec.generate(call.model, DRAFTS[call.draft](call.family), *positional, **options, **named)
+        generate: Any = specdec.generate
+        return generate(call.model, DRAFTS[call.draft](call.family), *positional, **options, **named)
 
     def _hook(self, call: Call, positional: tuple[torch.Tensor, ...], named: dict[str, Any]) -> Any:
         named = {"spec_streamer" if name == "streamer" else name: value for name, value in named.items()}
