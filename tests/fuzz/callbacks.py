@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+import specdec
 from fuzz.call import Fresh
-from fuzz.log import Log, UsersError
+from fuzz.log import STREAMER, Log, UsersError
 
 
 class Logged(LogitsProcessor):
@@ -114,6 +115,29 @@ class NothingLeft(Logged):
         return torch.full_like(scores, float("-inf")) if ids.shape[1] > 8 else scores
 
 
+@specdec.pure
+class Parity(LogitsProcessor):
+    """Declared pure, so that nobody counts its calls: allows tokens of the parity of the prefix's sum."""
+
+    def __init__(self, log: Log, name: str):
+        pass
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        odd = input_ids.sum(1, keepdim=True) % 2
+        return scores.masked_fill(torch.arange(scores.shape[1]) % 2 != odd, -30.0)
+
+
+@specdec.pure
+class PureByRow(Parity):
+    """Declared pure, too: knows the rows of its batch by position, and one of them is forbidden almost everything."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        bias = torch.arange(scores.numel()).view_as(scores) * 7 % 5
+        scores = scores + bias.to(scores.dtype)
+        scores[0] = scores[0].masked_fill(torch.arange(scores.shape[1]) % 9 != input_ids.shape[1] % 9, float("-inf"))
+        return scores
+
+
 class Stops(StoppingCriteria):
     """A user's criterion that tells the log what it is shown."""
 
@@ -139,15 +163,22 @@ STOPS: dict[str, Callable[[Stops, Tensor], Any]] = {
     "fourth call": lambda self, ids: torch.full((len(ids),), self.calls >= 4),
     "raises at its third call": _third_call_fails,
 }
-PROCESSORS = (AvoidsLast, InPlace, ByRow, Counts, Remembers, Grammar, RaisesLate, NothingLeft)
+PROCESSORS: tuple[type[Any], ...] = (
+    AvoidsLast, InPlace, ByRow, Counts, Remembers, Grammar, Parity, PureByRow, RaisesLate, NothingLeft,
+)  # fmt: skip
 
 
-def processor(kind: type[Logged]) -> Fresh:
+def processor(kind: type[Any]) -> Fresh:
     return Fresh(f"{kind.__name__}()", lambda log: kind(log, kind.__name__))
 
 
 def criterion(name: str) -> Fresh:
     return Fresh(f"Stops({name!r})", lambda log: Stops(log, f"Stops {name}", STOPS[name]))
+
+
+def pure_criterion(name: str) -> Fresh:
+    """The same, declared pure: its calls go into a log that nobody reads."""
+    return Fresh(f"pure(Stops({name!r}))", lambda log: specdec.pure(Stops(Log(), name, STOPS[name])))
 
 
 def _by_row(batch_id: int, prefix: Tensor) -> list[int]:
@@ -172,6 +203,11 @@ PREFIXES: dict[str, Callable[[int, Tensor], Any]] = {
 }
 
 
+def pure_prefix_function(name: str) -> Fresh:
+    """Declared pure."""
+    return Fresh(f"pure prefix function {name!r}", lambda log: specdec.pure(lambda *asked: PREFIXES[name](*asked)))
+
+
 def prefix_function(name: str) -> Fresh:
     def make(log: Log) -> Callable[[int, Tensor], Any]:
         def allowed(batch_id: int, prefix: Tensor) -> Any:
@@ -190,13 +226,13 @@ class Recorder:
         self.log, self.fails, self.puts = log, fails, 0
 
     def put(self, value: Tensor) -> None:
-        self.log.add("streamer", value)
+        self.log.add(STREAMER, value)
         self.puts += 1
         if self.puts == self.fails:
             raise UsersError("the user's streamer failed")
 
     def end(self) -> None:
-        self.log.add("streamer", "end")
+        self.log.add(STREAMER, "end")
 
 
 def streamer(fails: int | None = None) -> Fresh:

@@ -31,38 +31,45 @@ class Log:
         shown = ids.tolist() if isinstance(ids, Tensor) else ids
         self.events.append(Event(who, shown, None if scores is None else scores.detach().clone()))
 
-    def of(self, who: str) -> list[Event]:
-        return [event for event in self.events if event.who == who]
+    def streamed(self) -> list[Event]:
+        """What streamers saw. Ours hear of several tokens at a time, so that only their own order is plain's."""
+        return [event for event in self.events if event.who == STREAMER]
+
+    def asked(self) -> list[Event]:
+        """What all others saw."""
+        return [event for event in self.events if event.who != STREAMER]
 
 
-def difference(plain: Log, ours: Log) -> str | None:
-    """Where two runs of the same callbacks part, in words."""
-    for i, (theirs, mine) in enumerate(zip(plain.events, ours.events, strict=False)):
+STREAMER = "streamer"
+
+
+def difference(plain: list[Event], ours: list[Event], text: Tensor | None) -> str | None:
+    """Where two runs of the same callbacks part, in words.
+
+    Args:
+        text: int64 `[rows, columns]`, the final text of both; None where there is none, as after an error.
+    """
+    for i, (theirs, mine) in enumerate(zip(plain, ours, strict=False)):
         if theirs[:2] != mine[:2]:
             return f"event {i}: plain {theirs[:2]}, ours {mine[:2]}"
-        if (theirs.scores is None) != (mine.scores is None):
-            return f"event {i} of {mine.who}: scores for one side only"
         if theirs.scores is not None and mine.scores is not None:
-            gap = shown_apart(theirs, mine)
+            running = _running(theirs.ids, text)
+            gap = apart(theirs.scores[running], mine.scores[running])
             if gap is not None:
                 return f"event {i} of {mine.who}: {gap}"
-    if len(plain.events) != len(ours.events):
-        longer = plain if len(plain.events) > len(ours.events) else ours
-        extra = longer.events[min(len(plain.events), len(ours.events))]
-        return f"plain has {len(plain.events)} events, ours {len(ours.events)}; the first one more: {extra[:2]}"
+    if len(plain) != len(ours):
+        extra = max(plain, ours, key=len)[min(len(plain), len(ours))]
+        return f"plain has {len(plain)} events, ours {len(ours)}; the first one more: {extra[:2]}"
     return None
 
 
-def shown_apart(theirs: Event, mine: Event) -> str | None:
-    """Rows that are over show what nobody reads (they end in a pad): only the others count."""
-    assert theirs.scores is not None
-    assert mine.scores is not None
-    if theirs.scores.dtype != mine.scores.dtype or theirs.scores.shape != mine.scores.shape:
-        return f"plain shows {theirs.scores.dtype} {tuple(theirs.scores.shape)}, ours {mine.scores.dtype} " + str(
-            tuple(mine.scores.shape)
-        )
-    live = torch.tensor([row[-1] != models.PAD for row in theirs.ids])
-    return apart(theirs.scores[live], mine.scores[live])
+def _running(shown: list[list[int]], text: Tensor | None) -> Tensor:
+    """Bool `[rows]`: rows that go on. What is shown of those that are over (only pads follow), nobody reads."""
+    if len(shown) == 1:
+        return torch.ones(1, dtype=torch.bool)
+    if text is None:
+        return torch.zeros(len(shown), dtype=torch.bool)
+    return (text[:, len(shown[0]) :] != models.PAD).any(1)
 
 
 def apart(theirs: Tensor, mine: Tensor) -> str | None:

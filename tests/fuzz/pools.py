@@ -9,7 +9,17 @@ import models
 from transformers import GenerationConfig
 
 from fuzz.call import Fresh
-from fuzz.callbacks import PREFIXES, PROCESSORS, STOPS, criterion, prefix_function, processor, streamer
+from fuzz.callbacks import (
+    PREFIXES,
+    PROCESSORS,
+    STOPS,
+    criterion,
+    prefix_function,
+    processor,
+    pure_criterion,
+    pure_prefix_function,
+    streamer,
+)
 
 LENGTHS: list[dict[str, Any]] = [
     {"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_new_tokens": 9}, {"max_new_tokens": 17},
@@ -61,10 +71,13 @@ STOP_STRINGS: list[dict[str, Any]] = [
 CALLBACKS: list[dict[str, Any]] = [
     *({"logits_processor": [processor(kind)]} for kind in PROCESSORS),
     *({"logits_processor": [processor(first), processor(second)]} for first, second in zip(
-        PROCESSORS[:6], PROCESSORS[1:6] + PROCESSORS[:1], strict=True)),
+        PROCESSORS[:8], PROCESSORS[1:8] + PROCESSORS[:1], strict=True)),
     *({"stopping_criteria": [criterion(name)]} for name in STOPS),
     {"stopping_criteria": [criterion("token%5"), criterion("columns>=9")]},
+    {"stopping_criteria": [pure_criterion("token%5"), pure_criterion("columns>=9")]},
+    {"stopping_criteria": [pure_criterion("pair%7")]},
     *({"prefix_allowed_tokens_fn": prefix_function(name)} for name in PREFIXES),
+    *({"prefix_allowed_tokens_fn": pure_prefix_function(name)} for name in ("by row", "nothing later")),
 ]  # fmt: skip
 STREAMERS: list[dict[str, Any]] = [{"streamer": streamer()}, {"streamer": streamer()}, {"streamer": streamer(fails=3)}]
 

@@ -17,6 +17,8 @@ from fuzz.log import Log
 from fuzz.refusals import documented
 from fuzz.subjects import Subjects
 
+_KEPT_BY_TRANSFORMERS = {"_previous_max_cache_length"}  # its own preparation of a static cache sets it
+
 
 def state_of(model: Any) -> dict[str, Any]:
     """Everything of a model that a call could leave changed, weights excepted."""
@@ -36,7 +38,7 @@ def state_of(model: Any) -> dict[str, Any]:
             for module in model.modules()
         ],
         "classes": [type(module) for module in model.modules()],
-        "names": set(vars(model)),
+        "names": set(vars(model)) - _KEPT_BY_TRANSFORMERS,
     }
 
 
