@@ -9,7 +9,9 @@ from typing import Any
 import models
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+import specdec
 from fuzz.log import Log
 
 
@@ -42,7 +44,7 @@ class Call:
 
     draft: a name from `subjects.DRAFTS`; options: of the Speculator or Engine. lengths: tokens per row of the prompt,
     padded on the left. look: how the prompt is handed over (see `inputs`). cached: columns that a cache of the caller's
-    holds already, None for no cache. seed: of a sampled call, None for a greedy one.
+    holds already, None for no cache; cached_by_us: who filled it. seed: of a sampled call, None for a greedy one.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Call:
     period: int = 0
     look: str = "keywords"
     cached: int | None = None
+    cached_by_us: bool = False
     seed: int | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -70,12 +73,22 @@ class Call:
         """int64 `[rows, columns]` ids and mask."""
         return models.prompts(self.lengths, self.model.config.vocab_size, self.prompt_seed, self.period)
 
+    def noise(self) -> dict[str, Any]:
+        """Where ours takes randomness from: one seed, one for each row, or a generator."""
+        if self.seed is None:
+            return {}
+        if self.seed % 5 == 0 and self.form != "engine":
+            return {"generator": torch.Generator().manual_seed(self.seed)}
+        if self.seed % 5 == 1 and self.form != "engine" and "num_return_sequences" not in self.arguments:
+            return {"seed": [self.seed + row for row in range(len(self.lengths))]}
+        return {"seed": self.seed}
+
     def inputs(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Positional and named arguments that hold the prompt."""
         ids, mask = self.prompt()
         named: dict[str, Any] = {"attention_mask": mask}
         if self.cached is not None:
-            named["past_key_values"] = filled_cache(self.model, ids, mask, self.cached)
+            named["past_key_values"] = filled_cache(self.model, ids, mask, self.cached, self.cached_by_us)
         if self.look == "positional":
             return (ids,), named
         if self.look == "no mask":
@@ -108,6 +121,8 @@ class Call:
             yield replace(self, options={key: value for key, value in self.options.items() if key != name})
         if self.cached is not None:
             yield replace(self, cached=None)
+        if self.cached_by_us:
+            yield replace(self, cached_by_us=False)
         if self.look != "keywords":
             yield replace(self, look="keywords")
         if self.draft != "none" and not self.options:
@@ -128,10 +143,14 @@ _MASKS = {"bool mask": torch.bool, "float mask": torch.float32}
 LOOKS = ("keywords", "positional", "int32", "no mask", *_MASKS)
 
 
-def filled_cache(model: Any, ids: Tensor, mask: Tensor, columns: int) -> Any:
-    """A cache as an earlier call leaves it, with `columns` of the prompt in it."""
-    from transformers import DynamicCache
-
+def filled_cache(model: Any, ids: Tensor, mask: Tensor, columns: int, ours: bool) -> Any:
+    """A cache as an earlier call leaves it, plain or `ours`, with `columns` of the prompt in it."""
+    if ours and columns and bool(mask[:, columns - 1].all()):
+        earlier: Any = specdec.Speculator(model, "ngram", k=2)
+        return earlier.generate(
+            ids[:, :columns], attention_mask=mask[:, :columns], max_new_tokens=1, do_sample=False,
+            return_dict_in_generate=True,
+        ).past_key_values  # fmt: skip
     cache = DynamicCache(config=model.config)
     if columns:
         places = (mask.cumsum(1) - 1).clamp(min=0)

@@ -58,7 +58,7 @@ def sensible(rng: random.Random, name: str, **fixed: Any) -> Call:
     drawn = dict(
         name=name, family=family, form=form, draft=draft, options=options, lengths=lengths,
         prompt_seed=rng.randrange(10**6), period=rng.choice([0, 2]), look=look,
-        cached=cached if cached is None else min(cached, max(lengths) - 1),
+        cached=cached if cached is None else min(cached, max(lengths) - 1), cached_by_us=rng.random() < 0.5,
         seed=rng.randrange(10**6) if sampled else None, arguments=arguments,
     )  # fmt: skip
     return Call(**{**drawn, **fixed})
@@ -83,7 +83,9 @@ def with_nonsense(rng: random.Random, name: str) -> Call:
     call = sensible(rng, name, lengths=(4,), cached=None, look="keywords")
     strange = rng.choice(nonsense.ARGUMENTS)
     kept = dict(rng.sample(sorted(call.arguments.items(), key=str), min(len(call.arguments), rng.choice([0, 0, 1]))))
-    seed = 1 if strange.get("do_sample") is True else call.seed
+    seed = 2 if strange.get("do_sample") else call.seed
+    if "assistant_model" in strange:  # transformers keeps it to itself before it calls a hook
+        call = replace(call, form="speculator")
     return replace(call, seed=seed, arguments={**kept, **strange})
 
 

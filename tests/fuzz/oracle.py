@@ -131,7 +131,7 @@ def _compare(call: Call, plain: Outcome, ours: Outcome) -> None:
     if call.samples and call.options.get("rule") == "coupled" and call.draft != "none" and call.form != "engine":
         undrafted: Any = specdec.Speculator(call.model, rule="coupled")
         positional, named = call.built(Log())
-        alone = undrafted.generate(*positional, **named, seed=call.seed)
+        alone = undrafted.generate(*positional, **named, **call.noise())
         alone = getattr(alone, "sequences", alone)
         if alone.tolist() != ours.sequences.tolist():
             raise Mismatch("coupled text depends on the draft", f"without one: {alone.tolist()}")

@@ -79,8 +79,7 @@ class Subjects:
 
     def run(self, call: Call, positional: tuple[torch.Tensor, ...], named: dict[str, Any]) -> Any:
         """The call in its form. An engine's answer is a list of tokens, those of every other form what plain gives."""
-        named = named if call.seed is None else {**named, "seed": call.seed}
-        return getattr(self, "_" + call.form.replace("-", "_"))(call, positional, named)
+        return getattr(self, "_" + call.form.replace("-", "_"))(call, positional, {**named, **call.noise()})
 
     def _speculator(self, call: Call, positional: tuple[torch.Tensor, ...], named: dict[str, Any]) -> Any:
         return self.speculator(call).generate(*positional, **named)
