@@ -35,6 +35,8 @@ REFUSALS = (
     Refusal(r"not taken by an engine|stop_strings needs the tokenizer", "arguments that belong elsewhere"),
     Refusal(r"^(prompt|draft|k|tree|exactness|strict_width|cache|page_size|monitor|lossy)\b", "options of ours"),
     Refusal(r"^k and tree|expected k or tree|expected a chain length", "options of ours"),
+    Refusal(r"NaN in its logits|NaN in", "of NaN none is the largest"),
+    Refusal(r"^seed", "one seed, or one per row"),
     Refusal(r"logits processor .*: expected it to return scores", "scores of another shape or type"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import fault_cases
@@ -106,22 +107,44 @@ class Subjects:
         rule = {"rule": call.options["rule"]} if "rule" in call.options else {}
         with companions(engine, call):
             result = engine.submit(prompt, **rule, **named).result(timeout=20)
+        check_reason(call, result)
         emitted: list[int] = result.token_ids
         return emitted
 
 
+def check_reason(call: Call, result: Any) -> None:
+    """Where nothing but length and ends of text can stop a request, its last token says which it was."""
+    ends = call.arguments.get("eos_token_id", models.EOS)
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if {"stopping_criteria", "generation_config", "max_time"} & call.arguments.keys() or not isinstance(ends, list):
+        return
+    wanted = "stop" if result.token_ids and result.token_ids[-1] in ends else "length"
+    assert result.finish_reason == wanted, f"{result.token_ids} ended by {result.finish_reason!r}, not {wanted!r}"
+
+
+COMPANIONS = ([5, 6, 7], [9, 8])
+SIMPLE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": models.PAD}
+
+
+@lru_cache(maxsize=64)
+def known_texts(family: str) -> list[list[int]]:
+    """Plain greedy decoding of the companions' prompts."""
+    model: Any = models.target(family)
+    prompts = [torch.tensor([text]) for text in COMPANIONS]
+    return [
+        model.generate(ids, attention_mask=torch.ones_like(ids), **SIMPLE)[0, ids.shape[1] :].tolist()
+        for ids in prompts
+    ]
+
+
 @contextmanager
 def companions(engine: Any, call: Call) -> Iterator[None]:
-    """Two other requests before this one and after it: whatever becomes of it, they get their texts."""
-    simple = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": models.PAD}
-    texts = [[5, 6, 7], [9, 8]]
-    handles = [engine.submit(text, **simple) for text in texts]
+    """Two other requests beside this one: whatever becomes of it, they get their texts."""
+    handles = [engine.submit(text, **SIMPLE) for text in COMPANIONS]
     try:
         yield
     finally:
-        for text, handle in zip(texts, handles, strict=True):
-            ids = torch.tensor([text])
-            wanted = call.model.generate(ids, attention_mask=torch.ones_like(ids), **simple)[0, len(text) :].tolist()
+        for wanted, handle in zip(known_texts(call.family), handles, strict=True):
             try:
                 got = handle.result(timeout=20).token_ids
             except Exception as error:
