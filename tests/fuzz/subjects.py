@@ -103,7 +103,8 @@ class Subjects:
         """One request among others, whose texts are known."""
         engine = self.engine(call)
         prompt = positional[0] if positional else named["input_ids"]
-        named = {name: value for name, value in named.items() if name not in ("input_ids", "attention_mask")}
+        usual = {"input_ids"} if "attention_mask" in call.arguments else {"input_ids", "attention_mask"}
+        named = {name: value for name, value in named.items() if name not in usual}
         rule = {"rule": call.options["rule"]} if "rule" in call.options else {}
         with companions(engine, call):
             result = engine.submit(prompt, **rule, **named).result(timeout=20)

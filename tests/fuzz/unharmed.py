@@ -59,7 +59,7 @@ def state_of_arguments(positional: tuple[Any, ...], named: dict[str, Any]) -> An
 
     def kept(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.tolist()
+            return str(value.tolist())  # as text: NaN is not equal to itself
         if isinstance(value, GenerationConfig):
             return repr(value)
         if isinstance(value, (list, tuple)):
