@@ -69,6 +69,14 @@ class Call:
     def samples(self) -> bool:
         return self.seed is not None
 
+    @property
+    def pad(self) -> int:
+        """What finished rows are filled up with: without a pad of its own, a model's end of text."""
+        given = self.arguments.get("pad_token_id", models.PAD)
+        ends = self.arguments.get("eos_token_id", models.EOS)
+        given = given if given is not None else ends[0] if isinstance(ends, list) and ends else ends
+        return given if isinstance(given, int) else models.PAD
+
     def prompt(self) -> tuple[Tensor, Tensor]:
         """int64 `[rows, columns]` ids and mask."""
         return models.prompts(self.lengths, self.model.config.vocab_size, self.prompt_seed, self.period)

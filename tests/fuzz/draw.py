@@ -84,7 +84,8 @@ def with_nonsense(rng: random.Random, name: str) -> Call:
     strange = rng.choice(nonsense.ARGUMENTS)
     kept = dict(rng.sample(sorted(call.arguments.items(), key=str), min(len(call.arguments), rng.choice([0, 0, 1]))))
     seed = 2 if strange.get("do_sample") else call.seed
-    if "assistant_model" in strange:  # transformers keeps it to itself before it calls a hook
+    # transformers keeps assistants to itself before it calls a hook; an engine takes prompts in more shapes.
+    if "assistant_model" in strange or "input_ids" in strange:
         call = replace(call, form="speculator")
     return replace(call, seed=seed, arguments={**kept, **strange})
 

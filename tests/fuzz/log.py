@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import models
 import torch
 from torch import Tensor
 
@@ -43,17 +42,18 @@ class Log:
 STREAMER = "streamer"
 
 
-def difference(plain: list[Event], ours: list[Event], text: Tensor | None) -> str | None:
+def difference(plain: list[Event], ours: list[Event], text: Tensor | None, pad: int) -> str | None:
     """Where two runs of the same callbacks part, in words.
 
     Args:
         text: int64 `[rows, columns]`, the final text of both; None where there is none, as after an error.
+        pad: what finished rows of it are filled up with.
     """
     for i, (theirs, mine) in enumerate(zip(plain, ours, strict=False)):
         if theirs[:2] != mine[:2]:
             return f"event {i}: plain {theirs[:2]}, ours {mine[:2]}"
         if theirs.scores is not None and mine.scores is not None:
-            running = _running(theirs.ids, text)
+            running = _running(theirs.ids, text, pad)
             gap = apart(theirs.scores[running], mine.scores[running])
             if gap is not None:
                 return f"event {i} of {mine.who}: {gap}"
@@ -63,13 +63,13 @@ def difference(plain: list[Event], ours: list[Event], text: Tensor | None) -> st
     return None
 
 
-def _running(shown: list[list[int]], text: Tensor | None) -> Tensor:
+def _running(shown: list[list[int]], text: Tensor | None, pad: int) -> Tensor:
     """Bool `[rows]`: rows that go on. What is shown of those that are over (only pads follow), nobody reads."""
     if len(shown) == 1:
         return torch.ones(1, dtype=torch.bool)
     if text is None:
         return torch.zeros(len(shown), dtype=torch.bool)
-    return (text[:, len(shown[0]) :] != models.PAD).any(1)
+    return (text[:, len(shown[0]) :] != pad).any(1)
 
 
 def apart(theirs: Tensor, mine: Tensor) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import models
 import torch
 from torch import Tensor
 
@@ -101,16 +100,16 @@ def _plain(call: Call, ours: Outcome) -> Outcome:
     if isinstance(found.error, TextGoesOn):
         raise Mismatch("text ends early", str(found.error))
     if found.error is None:
-        _check_chances(tokens, script.chances)
+        _check_chances(tokens, script.chances, call.pad)
         if engine:
             found.value = found.sequences[0, call.lengths[0] :].tolist()
     return found
 
 
-def _check_chances(tokens: Tensor, chances: Tensor) -> None:
+def _check_chances(tokens: Tensor, chances: Tensor, pad: int) -> None:
     """No token of probability zero (or NaN) before a row's end."""
     for row, (line, found) in enumerate(zip(tokens, chances, strict=True)):
-        real = int((line != models.PAD).nonzero().max()) + 1 if bool((line != models.PAD).any()) else 0
+        real = int((line != pad).nonzero().max()) + 1 if bool((line != pad).any()) else 0
         if not bool((found[:real] > 0).all()):
             raise Mismatch("impossible token", f"row {row}: {line.tolist()} has probabilities {found.tolist()}")
 
@@ -123,7 +122,7 @@ def _compare(call: Call, plain: Outcome, ours: Outcome) -> None:
         raise Mismatch("accepts what plain refuses", "")
     _compare_texts(call, plain, ours)
     for theirs, mine in ((plain.log.asked(), ours.log.asked()), (plain.log.streamed(), ours.log.streamed())):
-        gap = difference(theirs, mine, None if call.form == "engine" else plain.sequences)
+        gap = difference(theirs, mine, None if call.form == "engine" else plain.sequences, call.pad)
         if gap is not None:
             raise Mismatch("callbacks saw something else", gap)
     if ours.notes - plain.notes - OURS_MAY_WARN:
@@ -154,7 +153,7 @@ def _compare_errors(call: Call, plain: Outcome, ours: Outcome) -> None:
         if not documented(call, error):
             raise Mismatch("the user's own error is lost", "")
     if isinstance(wanted, UsersError) and isinstance(error, UsersError) and not call.samples and "fails=3" not in told:
-        gap = difference(plain.log.asked(), ours.log.asked(), None)
+        gap = difference(plain.log.asked(), ours.log.asked(), None, call.pad)
         if gap is not None:
             raise Mismatch("callbacks saw something else", gap)
     if not isinstance(error, CLEAR) and type(error) is not type(wanted):
@@ -179,20 +178,20 @@ def _compare_texts(call: Call, plain: Outcome, ours: Outcome) -> None:
         wanted, found = plain.value.get(name), ours.value.get(name)
         if name in ("scores", "logits"):
             if name == "scores" or "InPlace" not in str(call.arguments):  # plain keeps what a processor writes into
-                _compare_scores(name, theirs, wanted, found)
+                _compare_scores(name, theirs, wanted, found, call.pad)
         elif name != "sequences" and type(wanted) is not type(found):
             raise Mismatch("other fields returned", f"{name}: plain {type(wanted)}, ours {type(found)}")
         if name == "past_key_values" and wanted.get_seq_length() != found.get_seq_length():
             raise Mismatch("other cache", f"plain {wanted.get_seq_length()}, ours {found.get_seq_length()} columns")
 
 
-def _compare_scores(name: str, sequences: Tensor, wanted: Any, found: Any) -> None:
+def _compare_scores(name: str, sequences: Tensor, wanted: Any, found: Any, pad: int) -> None:
     """Behind a row's end ours are zero (documented); what plain computes there nobody can use."""
     if (wanted is None) != (found is None) or (wanted is not None and len(wanted) != len(found)):
         raise Mismatch(f"other number of {name}", "")
     for step, (theirs, mine) in enumerate(zip(wanted or (), found or (), strict=True)):
         column = sequences.shape[1] - len(wanted) + step
-        over = (sequences[:, column:] == models.PAD).all(1)
+        over = (sequences[:, column:] == pad).all(1)
         gap = apart(theirs[~over], mine[~over])
         if gap is not None:
             raise Mismatch(f"other {name}", f"step {step}: {gap}")

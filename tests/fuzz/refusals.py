@@ -36,6 +36,7 @@ REFUSALS = (
     Refusal(r"^(prompt|draft|k|tree|exactness|strict_width|cache|page_size|monitor|lossy)\b", "options of ours"),
     Refusal(r"^k and tree|expected k or tree|expected a chain length", "options of ours"),
     Refusal(r"NaN in its logits|NaN in", "of NaN none is the largest"),
+    Refusal(r"^max_new_tokens, max_length: expected a whole number", "texts end after whole tokens"),
     Refusal(r"^seed", "one seed, or one per row"),
     Refusal(r"logits processor .*: expected it to return scores", "scores of another shape or type"),
 )
