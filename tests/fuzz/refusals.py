@@ -18,6 +18,7 @@ class Refusal(NamedTuple):
 
 REFUSALS = (
     Refusal(r"num_beams|generation mode", "beams share no single text to draft for"),
+    Refusal(r"prefill_chunk_size", "chunks of no token"),
     Refusal(r"use_cache=False", "drafts are verified on a K/V cache"),
     Refusal(r"prompt_lookup_num_tokens", "another drafter"),
     Refusal(r"guidance_scale", "its processor runs the model itself"),
