@@ -11,20 +11,40 @@ from __future__ import annotations
 import os
 
 import pytest
-from fuzz import outcome, planted
+from fuzz import nonsense, outcome, planted, pools
+from fuzz.call import LOOKS
+from fuzz.draw import FORMS, draw
 from fuzz.oracle import judge
 from fuzz.run import fuzz, fuzz_among
-from fuzz.subjects import Subjects
+from fuzz.subjects import DRAFTS, Subjects
 
-CALLS = int(os.environ.get("FUZZ_CALLS", "300"))
+CALLS = int(os.environ.get("FUZZ_CALLS", "400"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 ONLY = os.environ.get("FUZZ_ONLY")
 
 
 def test_random_calls() -> None:
     indices = range(CALLS) if ONLY is None else [int(number) for number in ONLY.split(",")]
-    findings = fuzz(SEED, indices)
+    subjects = Subjects()
+    findings = fuzz(SEED, indices, subjects)
     assert not findings, "\n\n".join(map(str, findings))
+    if ONLY is None:  # refusals are cheap: most calls must be served, and compared
+        assert subjects.answers["served"] > 0.6 * len(indices), subjects.answers
+        assert subjects.answers["refused"] < 0.2 * len(indices), subjects.answers
+
+
+def test_the_calls_are_of_every_kind() -> None:
+    calls = [draw(0, index) for index in range(8000)]
+    assert {call.draft for call in calls} == set(DRAFTS)
+    assert {call.form for call in calls} == set(FORMS)
+    assert {call.look for call in calls} == set(LOOKS)
+    given = str([call.arguments for call in calls])
+    for entry in [entry for pool in (*pools.SENSIBLE, pools.WARPERS, nonsense.ARGUMENTS) for entry in pool]:
+        assert any(repr(value) in given for value in entry.values()), entry
+    for option in nonsense.OPTIONS:
+        assert any(option.items() <= call.options.items() for call in calls), option
+    assert sum(call.samples for call in calls) > 1600
+    assert sum(len(call.lengths) > 1 for call in calls) > 1600
 
 
 @pytest.mark.parametrize("name", planted.FAULTS)

@@ -49,13 +49,13 @@ def judge(call: Call, subjects: Subjects, thorough: bool = False) -> Finding | N
         if isinstance(ours.error, (Hang, AssertionError)):
             raise Mismatch("hang" if isinstance(ours.error, Hang) else "harm or internal error", "")
         plain = _plain(call, ours)
-        _compare(call, plain, ours)
+        _compare(call, plain, ours, subjects)
         if thorough or ours.error is not None:
             again = outcome(lambda log: still_works(call, subjects))
             if again.error is not None and not _cannot_be_built(call, subjects):
                 raise Mismatch("broken afterwards", again.told())
     except Mismatch as found:
-        subjects.forget(call)
+        subjects.forget()
         kind, details = found.args
         told = f"{details}\n  plain: {plain.told()}\n  ours:  {ours.told()}"
         return Finding(kind, call, told if ours.error is None else f"{told}\n{ours.where}")
@@ -114,12 +114,13 @@ def _check_chances(tokens: Tensor, chances: Tensor, pad: int) -> None:
             raise Mismatch("impossible token", f"row {row}: {line.tolist()} has probabilities {found.tolist()}")
 
 
-def _compare(call: Call, plain: Outcome, ours: Outcome) -> None:
+def _compare(call: Call, plain: Outcome, ours: Outcome, subjects: Subjects) -> None:
     if ours.error is not None:
-        _compare_errors(call, plain, ours)
+        _compare_errors(call, plain, ours, subjects)
         return
     if plain.error is not None:
         raise Mismatch("accepts what plain refuses", "")
+    subjects.answers["served"] += 1
     _compare_texts(call, plain, ours)
     for theirs, mine in ((plain.log.asked(), ours.log.asked()), (plain.log.streamed(), ours.log.streamed())):
         gap = difference(theirs, mine, None if call.form == "engine" else plain.sequences, call.pad)
@@ -136,16 +137,18 @@ def _compare(call: Call, plain: Outcome, ours: Outcome) -> None:
             raise Mismatch("coupled text depends on the draft", f"without one: {alone.tolist()}")
 
 
-def _compare_errors(call: Call, plain: Outcome, ours: Outcome) -> None:
+def _compare_errors(call: Call, plain: Outcome, ours: Outcome, subjects: Subjects) -> None:
     error = ours.error
     assert error is not None
     cause = error.__cause__
     if plain.error is None:
         if documented(call, error):
+            subjects.answers["refused"] += 1
             return
         if call.samples and (isinstance(error, UsersError) or isinstance(cause, UsersError)):
             return  # what the user's code raised depends on what was drawn
         raise Mismatch(f"refuses what plain serves: {type(error).__name__}", "")
+    subjects.answers["both refuse"] += 1
     wanted, told = plain.error, str(call.arguments)
     if not str(error).strip() and str(wanted).strip():
         raise Mismatch("error without a message", "")

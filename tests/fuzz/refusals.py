@@ -10,39 +10,57 @@ from specdec import SpecdecError
 
 
 class Refusal(NamedTuple):
-    """pattern: of the message, which names the argument; why: what is documented."""
+    """pattern: of the message, which names what is refused. given: arguments or options, one of which the call must
+    have for this. why: what is documented."""
 
     pattern: str
+    given: tuple[str, ...]
     why: str
 
 
+_TEXT_ONLY = ("token_type_ids", "inputs_embeds", "labels", "draft", "k")
+_SCORING = (
+    "logits_processor", "exponential_decay_length_penalty", "repetition_penalty", "temperature", "sequence_bias",
+    "top_p",
+)  # fmt: skip
 REFUSALS = (
-    Refusal(r"num_beams|generation mode", "beams share no single text to draft for"),
-    Refusal(r"prefill_chunk_size", "chunks of no token"),
-    Refusal(r"use_cache=False", "drafts are verified on a K/V cache"),
-    Refusal(r"prompt_lookup_num_tokens", "another drafter"),
-    Refusal(r"guidance_scale", "its processor runs the model itself"),
-    Refusal(r"token_healing", "it rewrites the prompt with the model"),
-    Refusal(r"output_attentions|output_hidden_states", "not collected from tree passes"),
-    Refusal(r"synced_gpus|assistant_model|custom_generate", "other ways to drive a model"),
-    Refusal(r"cache_implementation", "caches that cannot be rolled back"),
-    Refusal(r"position_ids: only consecutive", "a token's cache slot is its position"),
-    Refusal(r"past_key_values with num_return_sequences", "repeat the prompt and cache first"),
-    Refusal(r"past_key_values", "a cache that cannot be continued"),
-    Refusal(r"attention_mask", "masks with holes, on the right, or of another shape"),
-    Refusal(r"model inputs \[", "only text prompts can be drafted for"),
-    Refusal(r"expected a prompt of at least one token", "there is nothing to go on from"),
-    Refusal(r"^rule\b|rule=|rule '|rule: ", "a rule that cannot take what the drafter proposes"),
-    Refusal(r"not taken by an engine|stop_strings needs the tokenizer", "arguments that belong elsewhere"),
-    Refusal(r"^(prompt|draft|k|tree|exactness|strict_width|cache|page_size|monitor|lossy)\b", "options of ours"),
-    Refusal(r"^k and tree|expected k or tree|expected a chain length", "options of ours"),
-    Refusal(r"NaN in its logits|NaN in", "of NaN none is the largest"),
-    Refusal(r"^max_new_tokens, max_length: expected a whole number", "texts end after whole tokens"),
-    Refusal(r"^seed", "one seed, or one per row"),
-    Refusal(r"logits processor .*: expected it to return scores", "scores of another shape or type"),
+    Refusal(r"num_beams", ("num_beams",), "beams share no single text to draft for"),
+    Refusal(r"generation mode", ("num_beams", "penalty_alpha", "assistant_model"), "not verified token by token"),
+    Refusal(r"prefill_chunk_size", ("prefill_chunk_size",), "chunks of no token"),
+    Refusal(r"use_cache", ("use_cache",), "drafts are verified on a K/V cache"),
+    Refusal(r"prompt_lookup_num_tokens", ("prompt_lookup_num_tokens",), "another drafter"),
+    Refusal(r"guidance_scale", ("guidance_scale",), "its processor runs the model itself"),
+    Refusal(
+        r"output_attentions|output_hidden_states",
+        ("output_attentions", "output_hidden_states"),
+        "not collected from tree passes",
+    ),
+    Refusal(r"synced_gpus|assistant_model", ("synced_gpus", "assistant_model"), "other ways to drive a model"),
+    Refusal(r"cache_implementation", ("cache_implementation",), "caches that cannot be rolled back"),
+    Refusal(r"position_ids", ("position_ids",), "a token's cache slot is its position"),
+    Refusal(r"past_key_values with num_return", ("num_return_sequences",), "repeat the prompt and cache first"),
+    Refusal(r"past_key_values|cache", ("past_key_values",), "a cache that cannot be continued"),
+    Refusal(r"attention_mask", ("attention_mask",), "masks with holes, on the right, or of another shape"),
+    Refusal(r"model inputs|token_type_ids|inputs_embeds|prompt", (*_TEXT_ONLY, "input_ids"), "only text has drafts"),
+    Refusal(r"rule", ("rule",), "a rule that cannot take what is proposed, or must ask processors about drafts"),
+    Refusal(r"k\b", ("k",), "lengths that cannot be served"),
+    Refusal(r"tree|branch|children|token", ("tree",), "trees that cannot be served"),
+    Refusal(r"exactness|strict_width", ("exactness", "strict_width"), "modes that are none"),
+    Refusal(r"cache|page_size", ("cache", "page_size"), "layouts that are none"),
+    Refusal(r"monitor", ("monitor",), "no monitor"),
+    Refusal(r"lossy", ("lossy",), "no flag"),
+    Refusal(r"NaN in|NaN", _SCORING, "of NaN none is the largest"),
+    Refusal(r"expected a whole number", ("max_new_tokens", "max_length"), "texts end after whole tokens"),
+    Refusal(r"logits processor .*: expected it to return scores", ("logits_processor",), "scores of another shape"),
+    Refusal(r"streamer", ("streamer",), "no streamer"),
 )
 
 
 def documented(call: Call, error: BaseException) -> bool:
-    """Is this refusal one of the list? It must be ours, and its message must name what it refuses."""
-    return isinstance(error, SpecdecError) and any(re.search(entry.pattern, str(error)) for entry in REFUSALS)
+    """Is this refusal one of the list? It is ours, its message names what it refuses, and the call has that."""
+    given = call.arguments.keys() | call.options.keys()
+    if isinstance(error, TypeError):  # Python's own answer to an option that there is not
+        return any(f"unexpected keyword argument {name!r}" in str(error) for name in call.options)
+    return isinstance(error, SpecdecError) and any(
+        re.search(entry.pattern, str(error)) and given.intersection(entry.given) for entry in REFUSALS
+    )

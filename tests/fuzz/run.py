@@ -12,9 +12,9 @@ from fuzz.shrink import shrink
 from fuzz.subjects import Subjects
 
 
-def fuzz(seed: int, indices: Iterable[int], most: int = 5) -> list[Finding]:
+def fuzz(seed: int, indices: Iterable[int], subjects: Subjects, most: int = 5) -> list[Finding]:
     """Judge the calls of these numbers; the first `most` findings, made small."""
-    subjects, findings = Subjects(), []
+    findings: list[Finding] = []
     for index in indices:
         found = judge(draw(seed, index), subjects, thorough=index % 10 == 0)
         if found is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -55,6 +56,7 @@ class Subjects:
     """Every Speculator and engine of a fuzz run: the same objects serve thousands of calls, as a user's would."""
 
     def __init__(self) -> None:
+        self.answers: Counter[str] = Counter()  # how calls ended: "served", "refused" by ours, or "both refuse"
         self._speculators: dict[str, Any] = {}
         self._engines: dict[str, Any] = {}
 
@@ -73,7 +75,7 @@ class Subjects:
             )
         return self._engines[key]
 
-    def forget(self, call: Call) -> None:
+    def forget(self) -> None:
         """What a call may have broken is not used again: one fault is one finding."""
         self._speculators.clear()
         self._engines.clear()
