@@ -18,6 +18,8 @@ class Refusal(NamedTuple):
     why: str
 
 
+A_CACHE = "a cache"
+"""Stands for a caller's cache with tokens in it, which is no argument of its own here."""
 _TEXT_ONLY = ("token_type_ids", "inputs_embeds", "labels", "draft", "k")
 _SCORING = (
     "logits_processor", "exponential_decay_length_penalty", "repetition_penalty", "temperature", "sequence_bias",
@@ -40,6 +42,8 @@ REFUSALS = (
     Refusal(r"position_ids", ("position_ids",), "a token's cache slot is its position"),
     Refusal(r"past_key_values with num_return", ("num_return_sequences",), "repeat the prompt and cache first"),
     Refusal(r"past_key_values|cache", ("past_key_values",), "a cache that cannot be continued"),
+    Refusal(r"past_key_values.*dropped tokens", (A_CACHE,), "what a window dropped cannot be rolled back"),
+    Refusal(r"attention_mask|position_ids", ("input_ids",), "a mask that is longer than its prompt"),
     Refusal(r"attention_mask", ("attention_mask",), "masks with holes, on the right, or of another shape"),
     Refusal(r"model inputs|token_type_ids|inputs_embeds|prompt", (*_TEXT_ONLY, "input_ids"), "only text has drafts"),
     Refusal(r"rule", ("rule",), "a rule that cannot take what is proposed, or must ask processors about drafts"),
@@ -58,7 +62,7 @@ REFUSALS = (
 
 def documented(call: Call, error: BaseException) -> bool:
     """Is this refusal one of the list? It is ours, its message names what it refuses, and the call has that."""
-    given = call.arguments.keys() | call.options.keys()
+    given = {*call.arguments, *call.options, *([A_CACHE] if call.cached else [])}
     if isinstance(error, TypeError):  # Python's own answer to an option that there is not
         return any(f"unexpected keyword argument {name!r}" in str(error) for name in call.options)
     return isinstance(error, SpecdecError) and any(
