@@ -29,7 +29,7 @@ def test_random_calls() -> None:
     findings = fuzz(SEED, indices, subjects)
     assert not findings, "\n\n".join(map(str, findings))
     if ONLY is None:  # refusals are cheap: most calls must be served, and compared
-        assert subjects.answers["served"] > 0.6 * len(indices), subjects.answers
+        assert subjects.answers["served"] > 0.55 * len(indices), subjects.answers
         assert subjects.answers["refused"] < 0.2 * len(indices), subjects.answers
 
 
