@@ -84,8 +84,8 @@ def with_nonsense(rng: random.Random, name: str) -> Call:
     strange = rng.choice(nonsense.ARGUMENTS)
     kept = dict(rng.sample(sorted(call.arguments.items(), key=str), min(len(call.arguments), rng.choice([0, 0, 1]))))
     seed = 2 if strange.get("do_sample") else call.seed
-    # transformers keeps assistants to itself before it calls a hook; an engine takes prompts in more shapes.
-    if "assistant_model" in strange or "input_ids" in strange:
+    # A hook does not hear of what transformers keeps to itself, and an engine takes prompts in more shapes.
+    if {"assistant_model", "synced_gpus", "input_ids"} & strange.keys():
         call = replace(call, form="speculator")
     return replace(call, seed=seed, arguments={**kept, **strange})
 
@@ -102,7 +102,9 @@ def of_nonsense(rng: random.Random, name: str) -> Call:
 def _drafting(rng: random.Random, family: str, form: str, sampled: bool) -> tuple[str, dict[str, Any]]:
     plannable = family == PLANNED_FAMILY  # every pair of models is measured once, and that takes a second
     names = [*DRAFTS, "ngram", "near", "near", "near", "far", "far"]
-    draft = rng.choice([name for name in names if plannable or name not in PLANNED])
+    if not plannable or form == "engine":  # nor does an engine plan
+        names = [name for name in names if name not in PLANNED]
+    draft = rng.choice(names)
     options: dict[str, Any] = {}
     shape = rng.random()
     if draft in MODELS and (shape < 0.92 or draft != "near" or not plannable):

@@ -25,6 +25,9 @@ _SCORING = (
     "logits_processor", "exponential_decay_length_penalty", "repetition_penalty", "temperature", "sequence_bias",
     "top_p",
 )  # fmt: skip
+_NOT_FOR_ENGINES = (
+    "attention_mask", "inputs", "num_return_sequences", "past_key_values", "return_dict_in_generate", "streamer",
+)  # fmt: skip
 REFUSALS = (
     Refusal(r"num_beams", ("num_beams",), "beams share no single text to draft for"),
     Refusal(r"generation mode", ("num_beams", "penalty_alpha", "assistant_model"), "not verified token by token"),
@@ -38,6 +41,7 @@ REFUSALS = (
         "not collected from tree passes",
     ),
     Refusal(r"synced_gpus|assistant_model", ("synced_gpus", "assistant_model"), "other ways to drive a model"),
+    Refusal(r"not taken by an engine", _NOT_FOR_ENGINES, "engines return tokens and counts, and keep K/V themselves"),
     Refusal(r"cache_implementation", ("cache_implementation",), "caches that cannot be rolled back"),
     Refusal(r"position_ids", ("position_ids",), "a token's cache slot is its position"),
     Refusal(r"past_key_values with num_return", ("num_return_sequences",), "repeat the prompt and cache first"),
