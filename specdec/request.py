@@ -78,13 +78,16 @@ def refuse_config(config: GenerationConfig) -> str | None:
         raise UnsupportedArgumentError(f"{argument} cannot be combined with speculative decoding: {why}")
 
     mode = config.get_generation_mode()
-    if (config.num_beams or 1) == 1 and mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if config.num_beams in (None, 1) and mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         if config.prompt_lookup_num_tokens is None:
             refuse(f"generation mode {mode.value!r}", "only greedy decoding and sampling are verified token by token.")
-    if (config.num_beams or 1) > 1:
+    if config.num_beams not in (None, 1):
         refuse(f"num_beams={config.num_beams}", "beams share no single text to draft for. Use num_beams=1.")
     if config.use_cache is False:
         refuse("use_cache=False", "drafts are verified on a KV cache. Leave use_cache at True.")
+    chunk = getattr(config, "prefill_chunk_size", None)
+    if chunk is not None and not (isinstance(chunk, int) and chunk > 0):
+        refuse(f"prefill_chunk_size={chunk!r}", "a prompt is read in chunks of at least one token. Leave it out.")
     if config.prompt_lookup_num_tokens is not None:
         refuse("prompt_lookup_num_tokens", 'it is another drafter. Use Speculator(target, "ngram") instead.')
     if config.guidance_scale is not None and config.guidance_scale != 1:

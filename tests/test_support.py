@@ -47,6 +47,9 @@ def static_cache(tokens: int) -> Any:
 
 REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     "num_beams": lambda: {"num_beams": 3},
+    "num_beams=0": lambda: {"num_beams": 0},
+    "num_beams=-1": lambda: {"num_beams": -1},
+    "prefill_chunk_size=0": lambda: {"prefill_chunk_size": 0},
     "use_cache": lambda: {"use_cache": False},
     "assistant_model": lambda: {"assistant_model": models.target("llama-mha")},
     "prompt_lookup_num_tokens": lambda: {"prompt_lookup_num_tokens": 3},
