@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
 
 from specdec import Speculator, UnsupportedArgumentError
+from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
 TARGET: Any = models.target("llama-gqa", "fp64", 0)
 FAST: Any = models.target("llama-gqa", "fp32", 0)
@@ -97,8 +98,8 @@ REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     r"attention_mask: expected 1 for tokens": lambda: {"inputs": IDS, "attention_mask": MASK - 0.5},
     r"attention_mask: expected 1": lambda: {"inputs": IDS, "attention_mask": MASK / torch.tensor([0.0, 1, 1, 1])},
     r"position_ids: expected a tensor .* got list": lambda: {"inputs": IDS, "position_ids": [[0, 1, 2, 3]] * 2},
-    r"past_key_values: expected .* got tuple": lambda: {"inputs": IDS, "past_key_values": ((IDS, IDS),)},
-    r"past_key_values: expected .* got str": lambda: {"inputs": IDS, "past_key_values": "cache"},
+    rf"{CACHE_KEYWORD}: expected .* got tuple": lambda: {"inputs": IDS, CACHE_KEYWORD: ((IDS, IDS),)},
+    rf"{CACHE_KEYWORD}: expected .* got str": lambda: {"inputs": IDS, CACHE_KEYWORD: "cache"},
     r"generation_config: expected .* got dict": lambda: {"inputs": IDS, "generation_config": {"do_sample": False}},
     r"logits_to_keep: expected": lambda: {"inputs": IDS, "logits_to_keep": torch.tensor([0])},
     r"whole number, got a limit of 6.5 columns": lambda: {"inputs": IDS, "max_new_tokens": 2.5},
@@ -175,20 +176,20 @@ def test_columns_of_a_callers_cache_are_left_as_they_are_pads_included() -> None
     """What the cache holds at pads is arbitrary; the text does not depend on it, and it is the caller's."""
     first = TARGET.generate(IDS, attention_mask=MASK, return_dict_in_generate=True, min_new_tokens=3, **GREEDY)
     mask = torch.cat([MASK, torch.ones(2, 7, dtype=torch.int64)], dim=1)
-    width = first.past_key_values.get_seq_length()
+    width = cache_of(first).get_seq_length()
 
     def copy() -> DynamicCache:
         cache = DynamicCache()
-        for i, layer in enumerate(first.past_key_values.layers):
+        for i, layer in enumerate(cache_of(first).layers):
             cache.update(layer.keys.clone(), layer.values.clone(), i)
         return cache
 
     ours, theirs = copy(), copy()
     fresh: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
-    plain = TARGET.generate(first.sequences, past_key_values=theirs, **fresh)
-    same(plain, spec().generate(first.sequences, past_key_values=ours, **fresh))
+    plain = TARGET.generate(first.sequences, **{CACHE_KEYWORD: theirs}, **fresh)
+    same(plain, spec().generate(first.sequences, **{CACHE_KEYWORD: ours}, **fresh))
     assert ours.get_seq_length() == theirs.get_seq_length() > width
-    for mine, other, before in zip(ours.layers, theirs.layers, first.past_key_values.layers, strict=True):
+    for mine, other, before in zip(ours.layers, theirs.layers, cache_of(first).layers, strict=True):
         for name in ("keys", "values"):
             kept, held = getattr(mine, name), getattr(before, name)
             assert torch.equal(kept[:, :, :width], held)
