@@ -109,7 +109,7 @@ def refuse_config(config: GenerationConfig) -> str | None:
     if config.return_dict_in_generate:
         refuse(
             f"cache_implementation={kind!r} with return_dict_in_generate=True",
-            "past_key_values would not be of that kind. Leave one of them out.",
+            f"{CACHE_KEYWORD} would not be of that kind. Leave one of them out.",
         )
     return f"cache_implementation={kind!r} made no difference: drafts are verified on a cache of the library's own"
 

@@ -43,7 +43,7 @@ class TakesCache(tf.LlamaForCausalLM):
         return plain_forward(self, input_ids, attention_mask, position_ids, cache, rest)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = prepared_inputs(self, *args, **kwargs)
         return {"cache": inputs.pop(versions.CACHE_KEYWORD, None), **inputs}
 
 
@@ -57,13 +57,18 @@ class TakesPastKeyValues(tf.LlamaForCausalLM):
         return plain_forward(self, input_ids, attention_mask, position_ids, past_key_values, rest)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = prepared_inputs(self, *args, **kwargs)
         return {"past_key_values": inputs.pop(versions.CACHE_KEYWORD, None), **inputs}
 
 
 class TakesNeither(tf.LlamaForCausalLM):
     def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **rest: Any) -> Any:
         return plain_forward(self, input_ids, attention_mask, position_ids, tf.DynamicCache(), rest)
+
+
+def prepared_inputs(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    found: dict[str, Any] = tf.LlamaForCausalLM.prepare_inputs_for_generation(model, *args, **kwargs)
+    return found
 
 
 def plain_forward(model: Any, ids: Any, mask: Any, positions: Any, cache: Any, rest: dict[str, Any]) -> Any:
@@ -85,7 +90,7 @@ def encoder_decoder() -> Any:
 @pytest.mark.parametrize("drafts", [{"k": 3}, {"tree": (2, 2)}], ids=["chain", "tree"])
 def test_a_model_gets_its_cache_under_its_own_name(kind: type[Any], drafts: dict[str, Any]) -> None:
     model = built(kind)
-    spec = specdec.Speculator(model, models.noisy_copy(model, 0.05), **drafts)
+    spec: Any = specdec.Speculator(model, models.noisy_copy(model, 0.05), **drafts)
     assert torch.equal(spec.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
     assert spec.report is not None
     assert spec.report.num_drafter_faults == 0
@@ -186,7 +191,7 @@ def test_a_callers_cache_under_either_name(name: str) -> None:
 def test_an_engine_takes_a_cache_under_no_name(name: str) -> None:
     with specdec.Engine(models.target("llama-gqa"), "ngram", k=2, num_bytes=1 << 20) as engine:
         with pytest.raises(specdec.UnsupportedArgumentError, match=f"^{name} is not taken by an engine"):
-            engine.submit([3, 4, 5], max_new_tokens=2, **{name: tf.DynamicCache()})
+            engine.submit([3, 4, 5], None, max_new_tokens=2, **{name: tf.DynamicCache()})
 
 
 def test_the_cache_of_an_output_is_found_or_missed_by_name() -> None:

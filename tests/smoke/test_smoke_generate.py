@@ -44,14 +44,14 @@ def test_greedy_text_is_plain_generates(name: str) -> None:
     model = small_model(name)
     if name in BOTH_WAYS and not hasattr(sys.modules[type(model).__module__], "create_causal_mask"):
         pytest.skip("its masks are not causal in this version, so it is refused")
-    spec = specdec.Speculator(model, "ngram", k=3)
+    spec: Any = specdec.Speculator(model, "ngram", k=3)
     assert torch.equal(spec.generate(IDS, **GREEDY), model.generate(IDS, **GREEDY))
 
 
 def test_the_comparison_sees_another_models_text() -> None:
     """Negative control: a model a short way off the target writes something else."""
     model = small_model("LlamaForCausalLM")
-    other = specdec.Speculator(noisy_copy(model, 0.15), "ngram", k=3).generate(IDS, **GREEDY)
+    other: Any = specdec.Speculator(noisy_copy(model, 0.15), "ngram", k=3).generate(IDS, **GREEDY)
     assert not torch.equal(other, model.generate(IDS, **GREEDY))
 
 
@@ -81,7 +81,8 @@ def test_a_cache_is_continued_and_returned_as_plain_does() -> None:
     ids, _ = prompts((6,), 41, seed=2)
     more, _ = prompts((3,), 41, seed=5)
     ends = []
-    for generate in (model.generate, specdec.Speculator(model, draft("near", "llama-gqa"), k=3).generate):
+    spec: Any = specdec.Speculator(model, draft("near", "llama-gqa"), k=3)
+    for generate in (model.generate, spec.generate):
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
         mine = tf.DynamicCache()
         first = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **{name: mine}, **options)
