@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import InvalidTreeError
+from specdec.kv.faults import described, from_outside
 from specdec.kv.limits import MOST_NODES, MOST_SLOTS, checked_count
 from specdec.verify.kinds import DraftKind
 from specdec.verify.tree import DraftTree, Verdict
@@ -92,6 +93,8 @@ class FallbackGuard(Drafter):
         self._consecutive = 0
         self._warned = False
         self._session: Session | None = None
+        self._serves_many = False
+        self._unprepared: list[BaseException] = []  # one list for all clones
 
     @property
     def notes(self) -> Sequence[str]:  # type: ignore[override]  # read only here
@@ -103,7 +106,7 @@ class FallbackGuard(Drafter):
 
     @property
     def num_uniforms(self) -> int:
-        return self.inner.num_uniforms
+        return self._asked(lambda: self.inner.num_uniforms, 0)
 
     @property
     def kind(self) -> DraftKind | None:
@@ -111,17 +114,24 @@ class FallbackGuard(Drafter):
 
     @property
     def tail_slots(self) -> int:
-        return self.inner.tail_slots
+        return self._asked(lambda: self.inner.tail_slots, self.max_nodes + 1)
 
     def nodes_within(self, depth: int) -> int:
-        return min(self.max_nodes, self.inner.nodes_within(depth))
+        return min(self.max_nodes, self._asked(lambda: self.inner.nodes_within(depth), self.max_nodes))
 
     @property
     def num_cache_layers(self) -> int:
         return self.inner.num_cache_layers
 
-    def running(self) -> AbstractContextManager[object]:
-        return self.inner.running()
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._unprepared.clear()
+        entered = ExitStack()
+        self._prepare(lambda: entered.enter_context(self.inner.running()))
+        try:
+            yield
+        finally:
+            self._prepare(entered.close)
 
     def start(self, session: Session) -> None:
         self._session = session
@@ -153,7 +163,10 @@ class FallbackGuard(Drafter):
         self._tell()
 
     def clone(self) -> FallbackGuard:
-        return FallbackGuard(self.inner.clone(), self.max_nodes)
+        """For rows of several callers: a warning that somebody has turned into an error is not raised there."""
+        copy = FallbackGuard(self.inner.clone(), self.max_nodes)
+        copy._serves_many, copy._unprepared = True, self._unprepared
+        return copy
 
     def stop(self, rows: Sequence[int]) -> None:
         self._run(lambda: self.inner.stop(rows))
@@ -165,6 +178,8 @@ class FallbackGuard(Drafter):
 
     def _checked(self, budget: Budget, uniforms: Tensor, roots: Tensor) -> DraftTree:
         assert self._session is not None
+        if self._unprepared:
+            raise self._unprepared[0]
         tree = self.inner.propose(budget, uniforms)
         if not isinstance(tree, DraftTree):
             raise TypeError(f"propose() must return a DraftTree, got {type(tree).__name__}")
@@ -181,32 +196,55 @@ class FallbackGuard(Drafter):
             return kept
         return normalised(tree)
 
+    def _prepare(self, call: Callable[[], object]) -> None:
+        """What is set up and taken down around a call; a drafter for which that fails is asked for nothing."""
+        try:
+            call()
+        except BaseException as fault:
+            if from_outside(fault):
+                raise
+            self._unprepared.append(fault)
+
+    def _asked(self, question: Callable[[], T], otherwise: T) -> T:
+        """What the drafter says of itself; the safe answer where that fails: its proposals are looked at anyway."""
+        try:
+            return question()
+        except BaseException as fault:
+            if from_outside(fault):
+                raise
+            return otherwise
+
     def _run(self, call: Callable[[], T]) -> T | None:
         try:
             return call()
-        except Exception as fault:  # any drafter fault whatever: that is this class's purpose
+        except BaseException as fault:  # any drafter fault whatever: that is this class's purpose
+            if from_outside(fault):
+                raise
             self._record(fault)
             return None
 
     def _tell(self) -> None:
         if self.inner.notes and not self._warned:
             self._warned = True
-            warnings.warn(self.inner.notes[0], DrafterNoteWarning, stacklevel=3)
+            self._warn(self.inner.notes[0], DrafterNoteWarning)
 
-    def _record(self, fault: Exception) -> None:
+    def _warn(self, text: str, kind: type[Warning]) -> None:
+        with suppress(kind) if self._serves_many else nullcontext():
+            warnings.warn(text, kind, stacklevel=4)
+
+    def _record(self, fault: BaseException) -> None:
         assert self._session is not None
         self.num_faults += 1
         self._consecutive += 1
-        self.last_fault = f"{type(fault).__name__}: {fault}"
+        self.last_fault = described(fault)
         if self.inner.num_cache_layers:
             # Its K/V may hold NaN or half a pass; it refills from the text when it next proposes.
             self._session.cache.forget(CACHE_NAME)
         if isinstance(fault, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
         if self.num_faults == 1:
-            warnings.warn(
+            self._warn(
                 f"drafter {self.name!r} failed ({self.last_fault}); decoding plainly for this step. The output is "
                 "still exact. See SpecReport.num_drafter_faults.",
                 DrafterFaultWarning,
-                stacklevel=2,
             )

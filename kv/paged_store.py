@@ -61,6 +61,7 @@ class PagedStore:
         self.settled = [0] * self._capacity
         self.plan: PagedPlan | None = None
         self.view = StoreView(self)
+        self._unused: set[int] = set()
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new states `[rows, kv_heads, width, head_dim]`; return everything up to `plan.read`."""
@@ -152,8 +153,16 @@ class PagedStore:
     def _tensors(self) -> list[Tensor]:
         return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
 
+    def reset(self) -> None:
+        """Nobody relies on anything here any more: the next writer's dtype, place and shapes count."""
+        self._unused = set(range(self.num_layers))
+
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.keys[layer], self.values[layer]
+        if layer in self._unused:
+            self._unused.remove(layer)
+            if keys is not None and values is not None and not (_takes(keys, key) and _takes(values, value)):
+                self.keys[layer] = self.values[layer] = keys = values = None
         if keys is None or values is None:
             shape = (self._capacity, self.page_size, key.shape[1])
             with torch.inference_mode(False):  # storage outlives the pass and is written to outside of it
@@ -179,6 +188,12 @@ class PagedStore:
         # Last: if memory ran out on the way, the next attempt grows the tensors that are still small.
         self.settled += [0] * (capacity - self._capacity)
         self._capacity = capacity
+
+
+def _takes(storage: Tensor, states: Tensor) -> bool:
+    """Could states `[*, kv_heads, *, head_dim]` be written there?"""
+    same = (storage.dtype, storage.device) == (states.dtype, states.device)
+    return same and tuple(storage.shape[2:]) == (states.shape[1], states.shape[3])
 
 
 assert ZERO_PAGE == 0, "fresh storage is zero, and so is its first page"

@@ -36,6 +36,9 @@ class KVPool:
         page_size: slots per page, 1 to 256.
         first_pages: pages an unlimited pool allocates at first.
 
+    Attributes:
+        sharing: whether published prefixes are found. Set it to False where K/V of the same text may be another one.
+
     Raises:
         UnsupportedArgumentError: page size or number of pages out of range.
 
@@ -64,6 +67,7 @@ class KVPool:
         self._limit = num_pages
         self._first_pages = first_pages if num_pages is None else num_pages
         self._next = 0
+        self.sharing = True
         self.index = PrefixIndex(page_size)
         self.allocator = PageAllocator(num_pages, self.index)
         self.stores: dict[str, PagedStore] = {}
@@ -103,7 +107,7 @@ class KVPool:
             the sequence's id. `length(id)` tokens (a multiple of the page size) are there; `filled(id, name)` says how
             many of them each model has.
         """
-        return self._enter(self.pages.matched(plain(tokens)))
+        return self._enter(self.pages.matched(plain(tokens) if self.sharing else ()))
 
     def fork(self, sequence: int) -> int:
         """A second sequence with the same text, sharing every page; pages are copied when the two part."""
@@ -131,11 +135,12 @@ class KVPool:
         Raises:
             CacheStateError: not the text that was published before.
         """
-        return self.pages.publish(self.sequence(sequence), plain(tokens)) * self.page_size
+        found = self.sequence(sequence)
+        return self.pages.publish(found, plain(tokens)) * self.page_size if self.sharing else 0
 
     def match_prefix(self, tokens: Tokens) -> int:
         """How many leading tokens `open(tokens)` would find committed. Changes nothing."""
-        return len(self.index.match(plain(tokens))) * self.page_size
+        return len(self.index.match(plain(tokens))) * self.page_size if self.sharing else 0
 
     def length(self, sequence: int) -> int:
         """Committed tokens."""
@@ -191,7 +196,10 @@ class KVPool:
 
     def reset(self) -> None:
         """Forget every sequence and every published prefix; all pages are free. For callers that were interrupted in
-        the middle of a change, after which no count and no K/V can be trusted."""
+        the middle of a change, or whose models have changed: no K/V can be relied on then. Storage follows if the
+        models now write K/V of another dtype or place."""
+        for store in self.stores.values():
+            store.reset()
         self.sequences.clear()
         self.index = PrefixIndex(self.page_size)
         self.allocator = PageAllocator(self._limit, self.index)

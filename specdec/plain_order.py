@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from specdec.kv import UnsupportedArgumentError
+from specdec.kv.faults import from_outside
 from specdec.stopping import StopRules
 from specdec.verify import DraftTree, Rows, Verdict
 from specdec.verify.host import on_host
+from specdec.verify.law import checked_scores
 
 NOTHING_LEFT = (
     "the logits processors leave nothing to sample from: expected a finite score for some token of every row, got only "
@@ -73,18 +75,12 @@ class PlainBatch:
         scores = first.new_zeros(len(self.rows), first.shape[0], dtype=torch.float32)
         for place, own in logits.items():
             scores[place] = own
-        shape = scores.shape
         for name, one in self._processors:
             start = perf_counter()
             processed: Any = one(self.ids, scores)  # type: ignore[arg-type]
             self.num_calls[name] = self.num_calls.get(name, 0) + 1
             self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (perf_counter() - start)
-            if not isinstance(processed, Tensor) or processed.shape != shape or not processed.is_floating_point():
-                got = f"{processed.dtype} {tuple(processed.shape)}" if isinstance(processed, Tensor) else processed
-                raise UnsupportedArgumentError(
-                    f"logits processor {name}: expected it to return scores, a float tensor {tuple(shape)}, got {got!r}"
-                )
-            scores = processed
+            scores = checked_scores(one[0], processed, scores)
         if self._shown is not None:
             self._shown.append(scores)
         return scores.to(torch.float32)
@@ -208,10 +204,8 @@ class PlainOrder:
         """Run a batch's own code; False where that failed (and is nobody else's loss)."""
         try:
             call()
-        except KeyboardInterrupt:
-            raise
         except BaseException as fault:  # an exit asked for by one request's code is that request's end
-            if not self._isolates:
+            if from_outside(fault) or not self._isolates:
                 raise
             state.failed.update(dict.fromkeys(places.values(), fault))
             return False

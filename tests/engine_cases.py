@@ -93,11 +93,11 @@ def engine(family: str = FAMILY, **options: Any) -> Engine:
     """An engine with every drafter."""
     settings: dict[str, Any] = {"num_pages": 60, "page_size": 4, "max_rows": 6, "max_step_tokens": 64}
     drafters = {name: make() for name, make in DRAFTERS.items() if name != "none"}
-    return Engine(models.target(family), None, drafters=drafters, **{**settings, **options})
+    return Engine(models.target(family), None, **{**settings, "drafters": drafters, **options})
 
 
 def submit(target: Engine, ask: Ask, **more: Any) -> Handle:
-    return target.submit(ask.prompt, draft=ask.draft, **{**ask.options, **more})
+    return target.submit(ask.prompt, **{"draft": ask.draft, **ask.options, **more})
 
 
 def assert_clean(target: Engine) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.purity import PREFIX_FREE, ROW_FREE, is_pure
 from specdec.verify.rows import Rows
 
@@ -144,9 +145,29 @@ class SamplingLaw:
             for processor in self.processors:
                 if isinstance(processor, _PerRowConstraint):
                     processor.wanted = taken.keys()
-            batch = self.processors(prefixes, batch)
+            for processor in self.processors:
+                one: Any = LogitsProcessorList([processor])
+                batch = checked_scores(processor, one(prefixes, batch), batch)
             for row, (i, j, _) in taken.items():
                 scores[i, j] = batch[row]
+
+
+def checked_scores(processor: object, processed: Any, given: Tensor) -> Tensor:
+    """What a logits processor returned, if that is what it should.
+
+    Args:
+        given: the scores it was given.
+
+    Raises:
+        UnsupportedArgumentError: no float tensor of that shape.
+    """
+    shape = tuple(given.shape)
+    if isinstance(processed, Tensor) and processed.shape == shape and processed.is_floating_point():
+        return processed
+    got = f"{processed.dtype} {tuple(processed.shape)}" if isinstance(processed, Tensor) else repr(processed)
+    raise UnsupportedArgumentError(
+        f"logits processor {type(processor).__name__}: expected it to return scores, a float tensor {shape}, got {got}"
+    )
 
 
 class _PerRowConstraint(hf.LogitsProcessor):

@@ -1,7 +1,7 @@
 """Serving many requests at once: continuous batching with speculation."""
 
 from specdec.engine.engine import Engine
-from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError
+from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError, RequestFaultError
 from specdec.engine.handle import Handle, Result
 from specdec.engine.metrics import EngineMetrics, Latency
 from specdec.engine.params import Params
@@ -15,5 +15,6 @@ __all__ = [
     "Latency",
     "Params",
     "QueueFullError",
+    "RequestFaultError",
     "Result",
 ]

@@ -21,6 +21,11 @@ class StepThread:
         self._stopping = False
 
     @property
+    def current(self) -> bool:
+        """Whether it is this thread that asks."""
+        return self._thread is threading.current_thread()
+
+    @property
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
@@ -50,6 +55,7 @@ class StepThread:
                     return
             try:
                 self._step()
-            except Exception:
-                # Every handle has been told; the thread must live on for the requests to come.
+            except BaseException:
+                # Every handle has been told; the thread must live on for the requests to come. No signal is heard here:
+                # an exit, or whatever else it is, was raised by code that was called.
                 continue

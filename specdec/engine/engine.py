@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from time import monotonic
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.engine.driving import StepThread
-from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError, refuse_forked
+from specdec.engine.errors import EngineClosedError, QueueFullError, refuse_forked
 from specdec.engine.handle import Handle
+from specdec.engine.intake import Intake
 from specdec.engine.metrics import Counters, EngineMetrics
-from specdec.engine.params import Params, Preparation, prompt_ids
+from specdec.engine.params import Params, Preparation
 from specdec.engine.recovery import Mark, marks, recover, uninterrupted
 from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
 from specdec.engine.stepping import Stepping
-from specdec.engine.task import LaneKey, State, Task
+from specdec.engine.task import Task
 from specdec.forks import renewed_after_fork
 from specdec.kv import UnsupportedArgumentError
+from specdec.kv.faults import from_outside
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
 from specdec.parts import Draft, Target
-from specdec.verify.purity import in_plain_order
-from specdec.verify.rules import check_choice, check_order
 
 
 class Engine:
@@ -85,8 +83,8 @@ class Engine:
         if num_bytes is not None and num_pages is not None:
             raise UnsupportedArgumentError("expected num_bytes or num_pages, got both")
         limits = Limits.checked(max_rows, max_step_tokens, max_waiting)
-        self._preparation = Preparation(target, tokenizer=tokenizer)
-        self.target = target = self._preparation.target
+        preparation = Preparation(target, tokenizer=tokenizer)
+        self.target = target = preparation.target
         named = named_drafters(target, draft, k, tree, drafters or {})
         self.drafters = tuple(named)
         self.limits = limits
@@ -95,10 +93,11 @@ class Engine:
         self._work = threading.Condition(self._lock)
         self._counters = Counters()
         self._stepping = Stepping(target, named, pooled, self.limits, self._counters, adaptive)
-        self._numbers = itertools.count()
+        self._intake = Intake(preparation, named, self._stepping.vocab, self._stepping.device)
         self._tasks: dict[int, Task] = {}
         self._prepared = ExitStack()
         self._is_prepared = False
+        self._stepper: int | None = None
         self._thread = StepThread(self.step, lambda: self._stepping.scheduler.idle, self._work)
         self._closed = False
         self._process = os.getpid()
@@ -108,6 +107,7 @@ class Engine:
         """See `renewed_after_fork`."""
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
+        self._stepper = None
 
     @property
     def pool(self) -> KVPool:
@@ -116,8 +116,8 @@ class Engine:
 
     @property
     def threaded(self) -> bool:
-        """Whether a thread of the engine's own takes the steps."""
-        return self._thread.alive
+        """Whether a thread of the engine's own takes the steps, so that whoever asks may wait for them."""
+        return self._thread.alive and not self._thread.current
 
     def submit(self, prompt: Sequence[int] | Tensor, params: Params | None = None, **options: Any) -> Handle:
         """Queue one request; safe from any thread.
@@ -131,75 +131,55 @@ class Engine:
             QueueFullError: `max_waiting` requests wait already. EngineClosedError: after `close`.
         """
         asked = (params or Params()).changed(options)
-        ids = prompt_ids(prompt, self.target, self._stepping.vocab)
-        draft = self.drafters[0] if asked.draft is None else asked.draft
-        if draft not in self.drafters:
-            raise UnsupportedArgumentError(f"draft: expected one of {list(self.drafters)}, got {draft!r}")
-        drafter = self._stepping.drafters[draft]
-        check_choice(
-            asked.rule,
-            asked.lossy,
-            None if drafter is None else drafter.name,
-            None if drafter is None else drafter.kind,
-        )
-        # One at a time: transformers' preparation sets and restores attributes of the target's generation config.
         with self._lock:
             self._refuse_closed()
-            request = self._preparation.prepare(torch.tensor([ids], device=self._stepping.device), asked)
-            sampling = bool(request.config.do_sample)
-            if asked.rule == "greedy" and sampling:
-                raise UnsupportedArgumentError(
-                    "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for"
-                )
-            ordered = in_plain_order(request.processors, request.criteria, 1)
-            check_order(asked.rule, sampling, ordered)
-            if len(self._stepping.scheduler.waiting) >= self.limits.max_waiting:
+            scheduler = self._stepping.scheduler
+            if len(scheduler.waiting) >= self.limits.max_waiting:
                 raise QueueFullError(
                     f"expected fewer than {self.limits.max_waiting} waiting requests: wait for some to finish and "
                     "submit again, or give the engine a larger max_waiting"
                 )
-            handle = Handle(self, next(self._numbers), ids)
-            task = Task(
-                handle=handle,
-                params=asked,
-                request=request,
-                lane=LaneKey(draft, asked.rule, sampling, bool(ordered)),
-                seed=request.seeds[0],
-                tail=1 if drafter is None else drafter.tail_slots,
-                nodes=1 if drafter is None else drafter.max_nodes + 1,
-                pinned=sampling and asked.seed is not None and asked.rule != "coupled",
-                submitted=monotonic(),
-                entered=self._stepping.num_steps,
-                text=list(ids),
-            )
-            self._stepping.scheduler.refuse(task)
-            self._tasks[handle.id] = task
-            self._stepping.scheduler.waiting.append(task)
-            self._counters.add("num_prompt_tokens", len(ids))
+            task = self._intake.task(self, prompt, asked, self._stepping.num_steps)
+            scheduler.refuse(task)
+            self._tasks[task.handle.id] = task
+            scheduler.waiting.append(task)
+            self._counters.add("num_prompt_tokens", task.prompt_length)
             self._work.notify_all()
-        return handle
+        return task.handle
 
     def step(self) -> bool:
         """One step for everybody who can run; returns whether anything is left to do."""
         refuse_forked(self._process)
         with self._lock:
+            self._refuse_within_step()
             if not self._stepping.scheduler.idle:
                 before = marks(self._tasks.values())
+                self._stepper = threading.get_ident()
                 try:
-                    self._prepare()
-                    with torch.no_grad():  # models with hooks run outside of inference mode
-                        for task in self._stepping.step():
-                            del self._tasks[task.handle.id]
-                except Exception as fault:
-                    self._abandon(fault)
+                    self._take_step()
+                except BaseException as fault:
+                    # Ctrl-C of somebody who waits for one request is not the others' end.
+                    outside = from_outside(fault) or not isinstance(fault, Exception)
+                    if outside and not self._thread.current:
+                        self._recover(before)
+                    else:
+                        self._abandon(fault)
                     raise
-                except BaseException:  # Ctrl-C of somebody who waits for one request is not the others' end
-                    self._recover(before)
-                    raise
+                finally:
+                    self._stepper = None
             if self._stepping.scheduler.idle:
                 self._rest()
                 return False
             return True
+
+    def _take_step(self) -> None:
+        if self._stepping.models_changed():
+            self._rest()  # passes were prepared for what the models were
+            self._stepping.renew()
+        self._prepare()
+        with torch.no_grad():  # models with hooks run outside of inference mode
+            for task in self._stepping.step():
+                del self._tasks[task.handle.id]
 
     def run(self) -> None:
         """Take steps until every request is done."""
@@ -213,6 +193,18 @@ class Engine:
             task.cancelled = True
             with self._lock:
                 self._work.notify_all()
+
+    def clear_prefix_cache(self) -> None:
+        """Forget the K/V of all prompts and texts seen so far.
+
+        To be called after changes of the models' weights that the engine cannot see (see docs/serving.md). Requests in
+        flight go on with K/V that is computed anew from their text.
+        """
+        refuse_forked(self._process)
+        with self._lock:
+            self._refuse_within_step()
+            self._rest()
+            self._stepping.renew()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of counts and latencies."""
@@ -236,12 +228,14 @@ class Engine:
         child, where there is nothing to end."""
         if self._process != os.getpid():
             return
+        self._refuse_within_step()
         self.stop()
         with self._lock:
             self._closed = True
             for task in list(self._tasks.values()):
                 task.cancelled = True
-            self.run()
+            with suppress(Exception):  # whom it concerns has been told
+                self.run()
             self._stepping.close()
 
     def __enter__(self) -> Engine:
@@ -263,6 +257,13 @@ class Engine:
         if self._closed:
             raise EngineClosedError("expected an open engine, this one was closed: make another one")
 
+    def _refuse_within_step(self) -> None:
+        if self._stepper == threading.get_ident():
+            raise UnsupportedArgumentError(
+                "the engine is in the middle of a step, and this call comes from a request's own code (a processor or "
+                "a criterion): it can neither take a step nor wait for one, clear or close the engine"
+            )
+
     def _prepare(self) -> None:
         if not self._is_prepared:
             with ExitStack() as entered:
@@ -273,7 +274,11 @@ class Engine:
 
     def _rest(self) -> None:
         if self._is_prepared:
-            self._prepared.close()  # first: closing what was interrupted again is no error, forgetting it would be
+            try:
+                self._prepared.close()  # first: closing what was interrupted again is no error, forgetting it would be
+            except Exception:
+                self._is_prepared = False  # all of it was left, as far as it can be
+                raise
             self._is_prepared = False
 
     def _recover(self, before: Mapping[Task, Mark]) -> None:
@@ -283,10 +288,10 @@ class Engine:
             self._rest()
 
     def _abandon(self, fault: BaseException) -> None:
-        """A step failed in a way no request is to blame for: all of them are told, the pool is empty again."""
-        for task in list(self._tasks.values()):
-            if task.state is not State.DONE:
-                emitted = task.text[task.prompt_length :]
-                self._stepping.fail(task, EngineFaultError(f"a step of the engine failed: {fault!r}", emitted))
-        self._tasks.clear()
-        self._rest()
+        """A step failed in a way no request is to blame for: all of them are told, the engine is as if it were new."""
+        with uninterrupted():
+            tasks = [task for task in self._tasks.values() if not task.handle.done]
+            self._tasks.clear()
+            self._stepping.abandon(tasks, fault)
+            with suppress(Exception):
+                self._rest()

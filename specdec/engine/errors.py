@@ -15,8 +15,26 @@ class EngineClosedError(SpecdecError, RuntimeError):
     """The engine was closed and takes no more requests."""
 
 
+class RequestFaultError(SpecdecError, RuntimeError):
+    """A request's own code failed: a logits processor, prefix function or stopping criterion raised, or gave what is no
+    law. It ended with this error, nobody else did.
+
+    Attributes:
+        request: the handle's id. step: its decoding step (0 = first after the prefill).
+        emitted: token ids it had emitted before.
+        __cause__: what its code raised, None where that gave nonsense without raising.
+    """
+
+    def __init__(self, message: str, request: int, step: int, emitted: list[int]):
+        super().__init__(message)
+        self.request = request
+        self.step = step
+        self.emitted = emitted
+
+
 class EngineFaultError(SpecdecError, RuntimeError):
-    """A step failed in a way that no single request is to blame for; all requests of the engine ended with it.
+    """A step failed in a way that no single request is to blame for; all requests of the engine ended with it. The
+    engine itself goes on: its pool is empty, and it takes requests as before.
 
     Attributes:
         emitted: token ids this request had emitted before.

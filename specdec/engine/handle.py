@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
@@ -178,5 +179,5 @@ class Handle:
         with self._changed:
             self._changed.notify_all()
             for loop, event in self._listeners:
-                if not loop.is_closed():
+                with suppress(RuntimeError):  # closed: nobody is waiting there any more
                     loop.call_soon_threadsafe(event.set)

@@ -12,8 +12,9 @@ from specdec.deciding import Decided, Decider
 from specdec.drafters import Budget, FallbackGuard, Session
 from specdec.drafters.base import depth_limits
 from specdec.engine.budget import Acceptance
-from specdec.engine.law import LaneLaw
+from specdec.engine.law import DraftingLaw, LaneLaw
 from specdec.engine.task import LaneKey, State, Task
+from specdec.kv.faults import from_outside
 from specdec.kv.paged import PagedKVCache
 from specdec.plain_order import PlainBatch, PlainOrder
 from specdec.stopping import StopRules
@@ -63,7 +64,7 @@ class Lane:
         self._stops: dict[int, StopRules] = {}
         self._num_faults = 0
         if drafter is not None:
-            drafter.start(Session(self.rows, cache, self.law, key.do_sample, vocab, self.decider.race))
+            drafter.start(Session(self.rows, cache, DraftingLaw(self.law), key.do_sample, vocab, self.decider.race))
 
     @property
     def live(self) -> list[Task]:
@@ -90,14 +91,16 @@ class Lane:
             self.drafter.join([row])
 
     def leave(self, task: Task) -> None:
-        """A request is finished, cancelled or preempted; the last row takes its place. Its sequence stays open."""
+        """A request is finished, cancelled or preempted, or failed to join; the last row takes its place. Its sequence
+        stays open."""
         row, place = task.row, self.rows.live.index(task.row)
         self.cache.leave(place)
         self.rows.leave(place)
         self.law.leave(row)
         if self._order is not None:
             self._order.leave(row)
-        del self._stops[row], self.tasks[row]
+        self._stops.pop(row, None)
+        self.tasks.pop(row, None)
         task.row = -1
         if self.drafter is not None:
             self.drafter.stop([row])
@@ -150,9 +153,9 @@ class Lane:
             try:
                 if not decided.in_order:
                     self._stops[task.row].scan(task.row, decision.runs[i], None)
-            except KeyboardInterrupt:
-                raise
             except BaseException as fault:
+                if from_outside(fault):
+                    raise
                 raised[task] = fault
                 continue
             run, reason = self._cut(i, task, decision.runs[i])

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
+from specdec.kv.faults import from_outside
 from specdec.verify import Rows, SamplingLaw
 from specdec.verify.law import PREFIX_FREE
 
+_WARPERS = PREFIX_FREE - {SuppressTokensLogitsProcessor}
+"""They leave something possible whatever they are given."""
 _PLAIN_VALUES = (int, float, bool, str, type(None))
 
 
@@ -48,6 +51,35 @@ class RowView:
         return self._rows.prefix(self._members[row])
 
 
+class DraftingLaw:
+    """A lane's law for its drafter: the raw one stands in wherever a row's own processors leave none.
+
+    One row's NaN would spoil a drafter's whole proposal, and with it the texts that were promised to its companions.
+    Whether the row comes to that node at all, and fails there, is the decision's business.
+    """
+
+    def __init__(self, law: LaneLaw):
+        self._law = law
+
+    @property
+    def prefix_free(self) -> bool:
+        return self._law.prefix_free
+
+    def __call__(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        tokens: Tensor,
+        parents: Tensor,
+        nodes: range,
+        impossible: Tensor | None = None,
+    ) -> Tensor:
+        scores = self._law(logits, rows, tokens, parents, nodes, impossible)
+        if self._law.always_leaves_some:
+            return scores
+        return torch.where(scores.amax(-1, keepdim=True).isfinite(), scores, logits.to(scores.dtype))
+
+
 class LaneLaw:
     """Called like a `SamplingLaw`; every row gets the law of its own request, equal laws are applied at once.
 
@@ -60,6 +92,7 @@ class LaneLaw:
         self._failed: dict[int, BaseException] = {}
         self._of_row: dict[int, SamplingLaw] = {}
         self._shared: dict[Any, SamplingLaw] = {}
+        self._doubtful: set[int] = set()
 
     def join(self, row: int, processors: LogitsProcessorList, ends: Collection[int]) -> None:
         """From now on `row` has the law of these processors."""
@@ -70,6 +103,8 @@ class LaneLaw:
             if key is not None:
                 self._shared[key] = law
         self._of_row[row] = law
+        if any(type(processor) not in _WARPERS for processor in processors):
+            self._doubtful.add(row)
 
     def take_failed(self) -> dict[int, BaseException]:
         """By row, what its processors raised since the last call."""
@@ -78,9 +113,15 @@ class LaneLaw:
 
     def leave(self, row: int) -> None:
         self._failed.pop(row, None)
-        law = self._of_row.pop(row)
-        if law not in self._of_row.values():
+        self._doubtful.discard(row)
+        law = self._of_row.pop(row, None)
+        if law is not None and law not in self._of_row.values():
             self._shared = {key: other for key, other in self._shared.items() if other is not law}
+
+    @property
+    def always_leaves_some(self) -> bool:
+        """Whether no row's processors could rule everything out, or make NaN of it."""
+        return not self._doubtful
 
     @property
     def prefix_free(self) -> bool:
@@ -123,9 +164,9 @@ class LaneLaw:
         view: Any = RowView(rows, [rows.live[place] for place in places])
         try:
             return law(logits, view, tokens, parents, nodes, impossible)
-        except KeyboardInterrupt:
-            raise
         except BaseException as fault:
+            if from_outside(fault):
+                raise
             # Rows that share a law have equal processors: what they raise for one row may still be that row's alone.
             if len(places) == 1:
                 self._failed[rows.live[places[0]]] = fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -61,12 +62,14 @@ class Params:
             harmless = value is None or value is False or (name == "num_return_sequences" and value == 1)
             if not harmless:
                 raise UnsupportedArgumentError(f"{name} is not taken by an engine: {why}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise UnsupportedArgumentError(f"timeout: expected seconds > 0 or None, got {self.timeout}")
-        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
-            raise UnsupportedArgumentError(f"priority: expected an int, smaller is sooner, got {self.priority!r}")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise UnsupportedArgumentError(f"seed: expected an int or None, got {self.seed!r}")
+        if self.timeout is not None:
+            self._set("timeout", _seconds(self.timeout))
+        self._set("priority", _whole("priority: expected an int, smaller is sooner", self.priority))
+        if self.seed is not None:
+            self._set("seed", _whole("seed: expected an int or None", self.seed))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen: only here, before anybody has seen it
 
     def changed(self, options: Mapping[str, Any]) -> Params:
         """These parameters with `options` in place: names of this class's own fields, else arguments of `generate`."""
@@ -77,6 +80,27 @@ class Params:
         rest = {name: value for name, value in options.items() if name not in own}
         rest = {**rest.pop("arguments", {}), **rest}
         return replace(self, **mine, arguments={**self.arguments, **rest})
+
+
+def _seconds(value: Any) -> float:
+    """A timeout as a number of its own."""
+    try:
+        seconds = float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = float("nan")
+    if not 0 < seconds < float("inf"):
+        raise UnsupportedArgumentError(f"timeout: expected seconds > 0, or None for never, got {value!r}")
+    return seconds
+
+
+def _whole(expected: str, value: Any) -> int:
+    """An integer of any library's as Python's own."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise UnsupportedArgumentError(f"{expected}, got {value!r}")
 
 
 class Preparation(Speculator):
@@ -124,8 +148,7 @@ def prompt_ids(prompt: Sequence[int] | Tensor, target: PreTrainedModel, vocab: i
         ids = list(prompt)
     if not ids:
         raise UnsupportedArgumentError("prompt: expected at least one token, got none")
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise UnsupportedArgumentError("prompt: expected token ids (ints), got other things among them")
+    ids = [_whole("prompt: expected token ids (ints)", token) for token in ids]
     wrong = [token for token in ids if not 0 <= token < vocab]
     if wrong:
         raise UnsupportedArgumentError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from specdec.engine.lane import Lane, merged
 from specdec.engine.scheduler import Chunk
 from specdec.engine.task import Task
-from specdec.kv import TargetFaultError
+from specdec.kv import SpecdecError, TargetFaultError
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.pool import KVPool
 from specdec.kv.support import text_config
@@ -79,6 +80,30 @@ class EnginePasses:
             task.done += count
             self._pool.set_length(task.sequence, task.done)
 
+    def apart(
+        self, lane: Lane, tree: DraftTree, logits: Tensor, rows: Sequence[int], errors: dict[Task, SpecdecError]
+    ) -> tuple[DraftTree, Tensor]:
+        """The given rows' nodes again, each request by itself; those the target fails on get an entry in `errors`.
+
+        Args:
+            logits: `[rows, nodes, vocab]`, as far as they are known.
+
+        Returns:
+            the tree and logits with those rows' nodes replaced, as far as they are kept (see `alone`).
+        """
+        counts, logits = tree.num_nodes.clone(), logits.clone()
+        live = lane.live
+        for i in rows:
+            logits[i] = 0.0
+            try:
+                kept, own = self.alone(lane, live[i], one_row(tree, i))
+            except TargetFaultError as fault:
+                errors[live[i]] = self.fault(live[i], str(fault), fault.__cause__)
+                continue
+            counts[i] = kept.num_nodes[0]
+            logits[i, : own.shape[1]] = own[0]
+        return replace(tree, num_nodes=counts), logits
+
     def alone(self, lane: Lane, task: Task, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """One request's tree again, without its row's companions and, where there is NaN, without the nodes that bring
         it (see `TargetPasses.healthy_part`).
@@ -96,15 +121,17 @@ class EnginePasses:
         with passes.prepared():
             return passes.again(tree)
 
-    def fault(self, task: Task, what: str) -> TargetFaultError:
-        """The error a request ends with."""
+    def fault(self, task: Task, what: str, cause: BaseException | None = None) -> TargetFaultError:
+        """The error a request ends with on which the target fails."""
         emitted = task.text[task.prompt_length :]
-        return TargetFaultError(
+        error = TargetFaultError(
             f"the target failed on request {task.handle.id} at its step {task.steps} ({what}); {len(emitted)} tokens "
             "emitted before are in .emitted",
             task.steps,
             [emitted],
         )
+        error.__cause__ = cause
+        return error
 
 
 def one_row(tree: DraftTree, row: int) -> DraftTree:

@@ -61,9 +61,7 @@ def recover(stepping: Stepping, tasks: Sequence[Task], before: Mapping[Task, Mar
         task.text = [*task.handle.prompt_ids, *emitted]
         task.steps = mark.num_steps + told
         task.ending = None
-        if task.sequence is not None:
-            task.num_preemptions += 1
-        task.sequence, task.done, task.row, task.state = None, 0, -1, State.WAITING
+        task.put_back()
         if task.handle.done:
             task.state = State.DONE
         elif ended is not None:

@@ -106,6 +106,11 @@ class Scheduler:
                 "draft): lower max_new_tokens, shorten the prompt, or give the engine more num_bytes"
             )
 
+    @property
+    def may_admit(self) -> bool:
+        """Whether some waiting request could be started now, pages permitting."""
+        return any(self._has_seat(task) or self._outranked(task) for task in self.waiting)
+
     def admit(self, step: int) -> list[Task]:
         """Start waiting requests, the most urgent first, as long as there is room; returns them."""
         admitted = []
@@ -182,9 +187,10 @@ class Scheduler:
         self.waiting, self.prefilling, self.running = list(tasks), [], []
 
     def started(self, task: Task) -> None:
-        """A prefill is complete."""
+        """A prefill is complete: its lane takes it in now."""
         self.prefilling.remove(task)
         self.running.append(task)
+        task.state = State.RUNNING
 
     def _has_seat(self, task: Task) -> bool:
         active = [*self.prefilling, *self.running]
@@ -201,7 +207,7 @@ class Scheduler:
         size = self.pool.page_size
         text = task.text[: task.wanted]
         shared = max((_common(text, other.text[: other.wanted]) for other in self.prefilling), default=0) // size * size
-        return shared > 0 and shared > self.pool.match_prefix(text)
+        return self.pool.sharing and shared > self.pool.match_prefix(text)
 
     def _open(self, task: Task) -> bool:
         """Take a sequence if the whole text and one step fit beside everybody's next page."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from time import monotonic
 
 import torch
@@ -14,14 +13,17 @@ from transformers import PreTrainedModel
 from specdec.deciding import Decided
 from specdec.drafters import FallbackGuard
 from specdec.engine.allotment import Allotment
+from specdec.engine.errors import EngineFaultError
 from specdec.engine.lane import Emitted, Lane
+from specdec.engine.lanes import Lanes
 from specdec.engine.metrics import Counters
-from specdec.engine.passes import EnginePasses, one_row
+from specdec.engine.passes import EnginePasses
 from specdec.engine.scheduler import Chunk, Limits, Scheduler
 from specdec.engine.setup import Pooled
-from specdec.engine.task import LaneKey, State, Task
-from specdec.kv import SpecdecError, TargetFaultError
-from specdec.kv.paged import PagedKVCache
+from specdec.engine.task import State, Task
+from specdec.engine.weights import Weights, models_of
+from specdec.kv import SpecdecError
+from specdec.kv.faults import described, from_outside
 from specdec.verify import DraftTree
 
 
@@ -46,14 +48,14 @@ class Stepping:
         self.pool = pooled.pool
         self.limits = limits
         self.num_steps = 0
-        self._names = pooled.names
         self._counters = counters
         self._passes = EnginePasses(target, self.pool)
         self.device = self._passes.device
-        self._lanes: dict[LaneKey, Lane] = {}
-        self.scheduler = Scheduler(self.pool, limits, lambda task: self._lanes[task.lane].leave(task))
+        self._lanes = Lanes(self.pool, drafters, pooled.names, self.vocab, self.device)
+        self.scheduler = Scheduler(self.pool, limits, self._lanes.leave)
         self._allotment = Allotment(limits, adaptive)
         self._finished: list[Task] = []
+        self._weights = Weights([target, *(model for one in drafters.values() for model in models_of(one))])
 
     @property
     def vocab(self) -> int:
@@ -69,19 +71,16 @@ class Stepping:
         self._finished = []
         self._sweep()
         for task in self.scheduler.admit(self.num_steps):
-            task.started = task.started or monotonic()
+            task.started = monotonic() if task.started is None else task.started
         self._plan()
-        chunks = self.scheduler.chunks(self._allotment.left_for_prefill(self._live_lanes(), self.scheduler.prefilling))
-        lanes = self._live_lanes()  # whoever had to give way is gone
+        chunks = self.scheduler.chunks(self._allotment.left_for_prefill(self._lanes.live, self.scheduler.prefilling))
+        lanes = self._lanes.live  # whoever had to give way is gone
         if lanes:
             chunks = self._decode(lanes, chunks)
         if chunks:
             self._prefill(chunks)
         for task in [task for task in self.scheduler.prefilling if task.done == task.wanted]:
-            assert task.sequence is not None
-            self.pool.publish(task.sequence, task.text[: task.wanted])
-            self.scheduler.started(task)
-            self._lane(task.lane).join(task)
+            self._join(task)
         self.num_steps += 1
         self._counters.totals["num_steps"] = self.num_steps
         self._counters.totals["num_preemptions"] = self.scheduler.num_preemptions
@@ -92,30 +91,50 @@ class Stepping:
         self.scheduler.release(task, publish=False)
         self.done(task, "error", error)
 
+    def models_changed(self) -> bool:
+        """Is the K/V at hand that of earlier weights? Asked always before a request may be given some of it, and now
+        and then for those that run."""
+        return (self.scheduler.may_admit or self._weights.due) and self._weights.changed()
+
+    def renew(self) -> None:
+        """Forget all K/V: every request that has some computes it again from its text, and goes on from there."""
+        active = self.scheduler.active
+        for task in active:
+            task.put_back()
+        self.restart([*self.scheduler.waiting, *active])
+        self.pool.sharing = self._weights.steady
+
+    def abandon(self, tasks: Sequence[Task], fault: BaseException) -> None:
+        """End these requests, which are all there are, whatever state they and the pool are in."""
+        self.restart([])
+        for task in tasks:
+            task.put_back()
+            error = EngineFaultError(f"a step of the engine failed ({described(fault)})", task.handle.token_ids)
+            error.__cause__ = fault
+            self.done(task, "error", error)
+
     def restart(self, tasks: Sequence[Task]) -> None:
         """Drop lanes and all K/V, whatever state they are in; these requests wait again, nobody else is known."""
-        lanes, self._lanes = self._lanes, {}
-        for lane in lanes.values():
-            lane.close()
+        self._lanes.close()
         self.pool.reset()
         self.scheduler.restart(tasks)
 
     def close(self) -> None:
         """Let go of drafters and their sessions."""
-        for lane in self._lanes.values():
-            lane.close()
-        self._lanes = {}
+        self._lanes.close()
 
-    def _live_lanes(self) -> list[Lane]:
-        return [lane for lane in self._lanes.values() if lane.rows.live]
-
-    def _lane(self, key: LaneKey) -> Lane:
-        if key not in self._lanes:
-            drafter = self.drafters[key.draft]
-            names = {"draft": self._names[key.draft]} if key.draft in self._names else {}
-            cache = PagedKVCache(self.pool, (), names)
-            self._lanes[key] = Lane(key, None if drafter is None else drafter.clone(), cache, self.vocab, self.device)
-        return self._lanes[key]
+    def _join(self, task: Task) -> None:
+        """A request whose prefill is complete decodes from the next step on, unless its own code fails here."""
+        assert task.sequence is not None
+        self.pool.publish(task.sequence, task.text[: task.wanted])
+        lane = self._lanes.of(task.lane)
+        self.scheduler.started(task)
+        try:
+            lane.join(task)
+        except BaseException as fault:
+            if from_outside(fault):
+                raise
+            self.fail(task, task.fault("its processors or stop rules cannot be set up", fault))
 
     def _sweep(self) -> None:
         """End what was cancelled, and what has run out of time."""
@@ -128,8 +147,8 @@ class Stepping:
 
     def _plan(self) -> None:
         """Depths of this step's drafts, and pages for them."""
-        self._allotment.plan(self._live_lanes(), bool(self.scheduler.prefilling))
-        slots = self._allotment.slots(self._live_lanes())
+        self._allotment.plan(self._lanes.live, bool(self.scheduler.prefilling))
+        slots = self._allotment.slots(self._lanes.live)
         for task in sorted(self.scheduler.running, key=lambda task: task.urgency(0)):
             if task.state is State.RUNNING:
                 self.scheduler.reserve(task, slots)
@@ -139,16 +158,17 @@ class Stepping:
         wanted = {chunk.task: chunk.task.done + chunk.num_tokens for chunk in chunks}
         try:
             self._passes.prefill(chunks)
-        except Exception:
+        except Exception as first:
+            if from_outside(first):
+                raise
             for chunk in chunks:
                 if chunk.task.done == wanted[chunk.task]:
                     continue
                 try:
                     self._passes.prefill([chunk])
                 except Exception as fault:
-                    self.fail(
-                        chunk.task, self._passes.fault(chunk.task, f"{type(fault).__name__} in the prefill: {fault}")
-                    )
+                    why = f"in the prefill: {described(fault)}"
+                    self.fail(chunk.task, self._passes.fault(chunk.task, why, fault))
         done = [chunk for chunk in chunks if chunk.task.state is State.PREFILLING]
         self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in done))
 
@@ -161,7 +181,7 @@ class Stepping:
         start = monotonic()
         levels = max(task.depth for lane in lanes for task in lane.live)
         trees = [lane.propose() for lane in lanes]
-        errors: dict[Task, TargetFaultError] = {}
+        errors: dict[Task, SpecdecError] = {}
         logits, left = self._verified(lanes, trees, chunks)
         if logits is None:  # perhaps one request's fault, perhaps too large a pass: each by itself
             logits = [
@@ -169,17 +189,17 @@ class Stepping:
                 for tree in trees
             ]
             for i, lane in enumerate(lanes):
-                trees[i], logits[i] = self._apart(lane, trees[i], logits[i], range(len(lane.live)), errors)
+                trees[i], logits[i] = self._passes.apart(lane, trees[i], logits[i], range(len(lane.live)), errors)
         for lane, tree, scores in zip(lanes, trees, logits, strict=True):
             decided, whole = self._decided(lane, tree, scores, errors)
             live = lane.live
             for i, raised in decided.failed.items():
-                errors.setdefault(live[i], self._passes.fault(live[i], f"{type(raised).__name__} of its own: {raised}"))
+                errors.setdefault(live[i], live[i].fault("its processors or stop rules failed", raised))
             out, stopped = lane.advance(decided, whole, set(errors))
             for emitted in out:
                 self._emit(lane, emitted)
             for task, raised in stopped.items():
-                errors[task] = self._passes.fault(task, f"{type(raised).__name__} of its own: {raised}")
+                errors[task] = task.fault("its stop rules failed", raised)
             self._counters.add("num_drafter_faults", lane.take_faults())
         for task, error in errors.items():
             self.fail(task, error)
@@ -196,43 +216,32 @@ class Stepping:
             logits = self._passes.step(lanes, trees, chunks)
             self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in chunks))
             return logits, []
-        except Exception:
+        except Exception as fault:
+            if from_outside(fault):
+                raise
             if chunks:  # a prompt's fault must leave no trace in anybody's draft
                 return self._verified(lanes, trees, [])[0], chunks
             return None, chunks
 
     def _decided(
-        self, lane: Lane, tree: DraftTree, logits: Tensor, errors: dict[Task, TargetFaultError]
+        self, lane: Lane, tree: DraftTree, logits: Tensor, errors: dict[Task, SpecdecError]
     ) -> tuple[Decided, Tensor]:
-        """The lane's verdicts; rows with NaN among their nodes are run again without the nodes that bring it."""
-        decided = lane.decide(tree, logits)
-        live = lane.live
-        sick = [i for i, flag in enumerate(decided.decision.sick) if flag and live[i] not in errors]
+        """The lane's verdicts; rows with NaN among their logits are run again without the nodes that bring it."""
+        decided, live = lane.decide(tree, logits), lane.live
+        flagged = [i for i, flag in enumerate(decided.decision.sick) if flag and live[i] not in errors]
+        nan = logits.amax((1, 2)).isnan().tolist() if flagged else []
+        sick = [i for i in flagged if nan[i]]
         if sick:
-            tree, logits = self._apart(lane, tree, logits, sick, errors)
+            tree, logits = self._passes.apart(lane, tree, logits, sick, errors)
             decided = lane.decide(tree, logits, again=True)
-            for i in sick:
-                if decided.decision.sick_path[i] and live[i] not in errors:
-                    errors[live[i]] = self._passes.fault(live[i], "NaN in its logits")
+        for i, flag in enumerate(decided.decision.sick_path):
+            if flag and live[i] not in errors:
+                errors[live[i]] = (
+                    self._passes.fault(live[i], "NaN in its logits")
+                    if i in sick
+                    else live[i].fault("its logits processors left no law: NaN, or no token that is possible")
+                )
         return decided, logits
-
-    def _apart(
-        self, lane: Lane, tree: DraftTree, logits: Tensor, rows: Sequence[int], errors: dict[Task, TargetFaultError]
-    ) -> tuple[DraftTree, Tensor]:
-        """The given rows' nodes again, each request by itself; those the target fails on get an error."""
-        counts, logits = tree.num_nodes.clone(), logits.clone()
-        live = lane.live
-        for i in rows:
-            try:
-                kept, own = self._passes.alone(lane, live[i], one_row(tree, i))
-            except TargetFaultError as fault:
-                errors[live[i]] = self._passes.fault(live[i], str(fault))
-                logits[i] = 0.0
-                continue
-            counts[i] = kept.num_nodes[0]
-            logits[i] = 0.0
-            logits[i, : own.shape[1]] = own[0]
-        return replace(tree, num_nodes=counts), logits
 
     def _emit(self, lane: Lane, emitted: Emitted) -> None:
         """Tokens to the handle, figures to the counters, the end if it is one."""

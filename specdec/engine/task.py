@@ -7,8 +7,10 @@ from enum import Enum
 from typing import NamedTuple
 
 from specdec.engine.budget import Acceptance
+from specdec.engine.errors import RequestFaultError
 from specdec.engine.handle import Handle, Result
 from specdec.engine.params import Params
+from specdec.kv.faults import described
 from specdec.request import Request
 
 AGING_STEPS = 256
@@ -85,6 +87,26 @@ class Task:
     def fixed_tokens(self) -> int:
         """Tokens of every step it must have."""
         return self.nodes if self.pinned else 1
+
+    def fault(self, what: str, cause: BaseException | None = None) -> RequestFaultError:
+        """The error it ends with where its own code failed."""
+        emitted = self.handle.token_ids
+        raised = "" if cause is None else f" ({described(cause)})"
+        error = RequestFaultError(
+            f"request {self.handle.id} failed at its step {self.steps}: {what}{raised}; {len(emitted)} tokens emitted "
+            "before are in .emitted",
+            self.handle.id,
+            self.steps,
+            emitted,
+        )
+        error.__cause__ = cause
+        return error
+
+    def put_back(self) -> None:
+        """It waits again and holds nothing; what it held is forgotten elsewhere."""
+        if self.sequence is not None:
+            self.num_preemptions += 1
+        self.sequence, self.done, self.row, self.state = None, 0, -1, State.WAITING
 
     def urgency(self, step: int) -> tuple[int, int]:
         """Sorts requests: priority, improved by waiting until it was admitted, then arrival."""
