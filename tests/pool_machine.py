@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,14 +10,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pool_model import DIM, HEADS, LAYERS, PROMPTS, Row, Text, Values
+from pool_model import DIM, HEADS, LAYERS, PROMPTS, Row, Text, Values, on_rows
 
 from specdec.kv import KVPool, OutOfPagesError, PagedKVCache
-
-
-def on_rows(**arguments: Any) -> Callable[[Any], Any]:
-    """A rule for pools with open sequences."""
-    return lambda method: precondition(lambda self: self.rows)(rule(data=st.data(), **arguments)(method))
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
 
 LAYERS = {"target": 2, "draft": 1}
 HEADS, DIM = 2, 3
@@ -15,6 +18,11 @@ PROMPTS = st.builds(
     lambda length, rest: _BEGINNING[:length] + rest, st.integers(0, 13), st.sampled_from([(), (), (2,), (2, 0, 2)])
 )
 """Prompts of up to 16 tokens that begin alike."""
+
+
+def on_rows(**arguments: Any) -> Callable[[Any], Any]:
+    """A rule for pools with open sequences."""
+    return lambda method: precondition(lambda self: self.rows)(rule(data=st.data(), **arguments)(method))
 
 
 @dataclass
