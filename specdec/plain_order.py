@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from specdec.stopping import StopRules
 from specdec.verify import DraftTree, Rows, Verdict
 from specdec.verify.host import on_host
 from specdec.verify.law import checked_scores
+
+T = TypeVar("T")
 
 NOTHING_LEFT = (
     "the logits processors leave nothing to sample from: expected a finite score for some token of every row, got only "
@@ -60,6 +62,23 @@ class PlainBatch:
         self._stop = stop
         self._pad = pad
         self._shown: list[Tensor] | None = [] if keeps_scores else None
+        self._answers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._opinions: dict[int, tuple[Tensor, list[bool]]] = {}
+
+    def resume(self, stop: StopRules, rows: Sequence[int], columns: int) -> None:
+        """Go on from the first `columns` columns, under another name: nothing counts of a step that was interrupted.
+
+        What was asked in that step is not asked again, but answered from memory: the step is taken again with the same
+        noise.
+        """
+        self.rows, self._stop = list(rows), stop
+        self.ids, self.ended = self.ids[:, :columns], [False] * len(self.rows)
+
+    def begin(self) -> None:
+        """A step begins: forget the answers of those before it."""
+        columns = self.ids.shape[1]
+        self._answers = {at: answer for at, answer in self._answers.items() if at >= columns}
+        self._opinions = {at: opinion for at, opinion in self._opinions.items() if at > columns}
 
     def process(self, logits: Mapping[int, Tensor]) -> Tensor:
         """Scores of the next token, `[len(rows), vocab]`; zeros stand in for the logits of rows that have ended.
@@ -71,6 +90,12 @@ class PlainBatch:
             UnsupportedArgumentError: a processor returned something else than scores of this shape. Whatever a
             processor raises.
         """
+        columns = self.ids.shape[1]
+        if columns not in self._answers:
+            self._answers[columns] = self.ids, self._asked(logits)
+        return self._same(self._answers[columns]).to(torch.float32)
+
+    def _asked(self, logits: Mapping[int, Tensor]) -> Tensor:
         first = next(iter(logits.values()))
         scores = first.new_zeros(len(self.rows), first.shape[0], dtype=torch.float32)
         for place, own in logits.items():
@@ -83,7 +108,16 @@ class PlainBatch:
             scores = checked_scores(one[0], processed, scores)
         if self._shown is not None:
             self._shown.append(scores)
-        return scores.to(torch.float32)
+        return scores
+
+    def _same(self, remembered: tuple[Tensor, T]) -> T:
+        """The answer, if it was about this very text."""
+        if not torch.equal(remembered[0], self.ids):
+            raise UnsupportedArgumentError(
+                "a step was interrupted (Ctrl-C) after its processors had seen a token that is not emitted now; they "
+                "may keep state, so that this text cannot go on: expected the same token, submit it again with a seed"
+            )
+        return remembered[1]
 
     def append(self, tokens: Mapping[int, int]) -> None:
         """One token more for every row that runs, and the stop rules' opinion of it (see `ended`).
@@ -93,7 +127,11 @@ class PlainBatch:
         """
         column = [tokens.get(place, self._pad) for place in range(len(self.rows))]
         self.ids = torch.cat([self.ids, self.ids.new_tensor(column)[:, None]], dim=1)
-        stopped = self._stop.column(self.ids, self.rows, None if self._shown is None else tuple(self._shown))
+        columns = self.ids.shape[1]
+        if columns not in self._opinions:
+            shown = None if self._shown is None else tuple(self._shown)
+            self._opinions[columns] = self.ids, self._stop.ask(self.ids, shown)
+        stopped = self._stop.column(self.ids, self.rows, self._same(self._opinions[columns]))
         if self._stop.pads_finished or all(stopped):  # else the finished go on until the last one stops
             self.ended = stopped
 
@@ -149,6 +187,8 @@ class PlainOrder:
         place_of = {row: place for place, row in enumerate(self._rows.live)}
         walking = [(batch, self._running(batch, place_of)) for batch in self.batches]
         walking = [(batch, places) for batch, places in walking if places]
+        for batch, _ in walking:
+            batch.begin()
         while walking:
             asked = [one for one in walking if self._ask(*one, state, logits, paths, unfit)]
             accepted, following, kept = on_host(*_host_order(judge(law)))

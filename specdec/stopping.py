@@ -63,17 +63,26 @@ class StopRules:
             if self._stops(row, token, columns, told):
                 return
 
-    def column(self, ids: torch.Tensor, rows: Sequence[int], scores: tuple[torch.Tensor, ...] | None) -> list[bool]:
-        """Look at the token that every row has just got, as plain decoding does: all rows at once, the finished, too.
+    def ask(self, ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None) -> list[bool]:
+        """What the criteria that are not decided here say of the last token of every row, as plain decoding asks them:
+        all rows at once, the finished, too.
 
         Args:
-            ids: int64 `[len(rows), columns]`; rows: which rows of `Rows` these are.
-            scores: per token so far, the `[len(rows), vocab]` scores that criteria are given; None if not kept.
+            ids: int64 `[rows, columns]`.
+            scores: per token so far, the `[rows, vocab]` scores that criteria are given; None if not kept.
+        """
+        told: list[bool] = self._others(ids, scores).tolist() if self._others else [False] * len(ids)
+        return told
+
+    def column(self, ids: torch.Tensor, rows: Sequence[int], told: Sequence[bool]) -> list[bool]:
+        """Take note of the token that every row has just got.
+
+        Args:
+            ids: int64 `[len(rows), columns]`; rows: which rows of `Rows` these are; told: see `ask`.
 
         Returns:
             per row, whether it has stopped, now or earlier.
         """
-        told = self._others(ids, scores).tolist() if self._others else [False] * len(rows)
         columns = ids.shape[1]
         for row, token, stop in zip(rows, ids[:, -1].tolist(), told, strict=True):
             if row not in self._stopped_at:

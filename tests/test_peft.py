@@ -126,7 +126,7 @@ def test_patch_and_the_wrappers_own_generation_config() -> None:
         ("ADAPTION_PROMPT", lambda: peft.AdaptionPromptConfig(task_type=TASK, adapter_len=3, adapter_layers=1)),
         ("activated LoRA", lambda: lora("q_proj", alora_invocation_tokens=[7])),
     ],
-    ids=str,
+    ids=["prompt", "prefix", "adaption", "activated"],
 )
 def test_what_needs_its_wrapper_is_refused_by_name(kind: str, make: Any) -> None:
     held = adapted(make())

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 import specdec
 from specdec import SpecReport, Speculator, UnsupportedArgumentError
 from specdec.engine import Engine
+from specdec.engine.lane import Lane
 from specdec.plain_order import PlainBatch
 from specdec.verify import purity
 
@@ -266,3 +267,33 @@ def test_requests_of_an_engine_call_their_processors_as_plain_generate_does() ->
         assert sum(handle.result().num_accepted_tokens for handle in handles) > 2, (
             "the processors hardly let drafts through, but some"
         )
+
+
+def test_an_interrupted_step_asks_nobody_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C behind the decision: the step is taken again, its processors and criteria answer from memory."""
+    target: Any = models.target("llama-gqa")
+    ids, _ = models.prompts((6,), models.VOCAB, 1, period=3)
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    calls: callbacks.Log = []
+    wanted = target.generate(
+        ids, attention_mask=torch.ones_like(ids), logits_processor=[callbacks.InOrder(calls)], **arguments
+    )
+    advance, left = Lane.advance, [2, 5, 6]
+
+    def interrupted(self: Lane, *given: Any) -> Any:
+        left[:] = [count - 1 for count in left]
+        if 0 in left:
+            raise KeyboardInterrupt
+        return advance(self, *given)
+
+    monkeypatch.setattr(Lane, "advance", interrupted)
+    log: callbacks.Log = []
+    engine = Engine(target, target, k=3)
+    handle = engine.submit(ids[0], logits_processor=[callbacks.InOrder(log)], **arguments)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            engine.run()
+    engine.run()
+    assert handle.result(0).token_ids == wanted[0, 6:].tolist()
+    assert log == calls
+    engine.close()

@@ -80,8 +80,10 @@ class Lane:
         stop.pads_finished = True  # nobody waits for other rows' ends
         self.law.join(row, task.request.processors, stop.ends)
         if self._order is not None:
-            ids = self.rows.prefix(row).clone()[None]
-            self._order.join(PlainBatch(task.request.processors, stop, [row], ids))
+            if task.batch is None:
+                task.batch = PlainBatch(task.request.processors, stop, [row], self.rows.prefix(row).clone()[None])
+            task.batch.resume(stop, [row], len(task.text))
+            self._order.join(task.batch)
         self.decider.join(row, task.seed)
         self.tasks[row] = task
         task.state = State.RUNNING

@@ -11,6 +11,7 @@ from specdec.engine.errors import RequestFaultError
 from specdec.engine.handle import Handle, Result
 from specdec.engine.params import Params
 from specdec.kv.faults import described
+from specdec.plain_order import PlainBatch
 from specdec.request import Request
 
 AGING_STEPS = 256
@@ -42,6 +43,7 @@ class Task:
     tail: slots behind its text a step may write; nodes: of its largest tree, the root included.
     pinned: its text depends on how much is drafted for it, and is promised.
     granted: the priority it was admitted with. row: its row in its lane while it runs.
+    batch: what plain decoding would show its processors, where they are called in plain order.
     depth: levels it may draft in the step at hand. ending: why its text is complete, before its handle knows.
     """
 
@@ -64,6 +66,7 @@ class Task:
     depth: int = 0
     steps: int = 0
     acceptance: Acceptance | None = None
+    batch: PlainBatch | None = None
     cancelled: bool = False
     ending: str | None = None
     started: float | None = None
