@@ -23,6 +23,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "0"))
 ONLY = os.environ.get("FUZZ_ONLY")
 
 
+@pytest.mark.timeout(120 + CALLS)
 def test_random_calls() -> None:
     indices = range(CALLS) if ONLY is None else [int(number) for number in ONLY.split(",")]
     subjects = Subjects()

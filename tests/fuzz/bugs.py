@@ -136,23 +136,17 @@ def spins(run: Any, loop: Any) -> Any:
     return run(loop)
 
 
-def stays_busy(alone: Any, owner: Any) -> Any:
+def stays_busy(alone: Any, turn: Any) -> Any:
     @contextmanager
-    def inner() -> Iterator[None]:
-        with alone(owner):
-            yield
-        owner._busy = False
-
-    @contextmanager
-    def outer() -> Iterator[None]:
+    def forgetful() -> Iterator[None]:
         try:
-            with inner():
+            with alone(turn):
                 yield
         except BaseException:
-            owner._busy = True
+            turn.busy = True
             raise
 
-    return outer()
+    return forgetful()
 
 
 def changes_the_config(decode: Any, owner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from specdec.loop import DecodeLoop
 from specdec.outputs import Collector
 from specdec.speculator import Speculator
 from specdec.stopping import StopRules
+from specdec.turns import Turn
 from specdec.verify import Rows, SamplingLaw
 from specdec.verify.race import RaceStream
 
@@ -94,7 +95,7 @@ FAULTS: dict[str, Fault] = {
         bugs.wrapped(DecodeLoop, "run", bugs.spins), _chain({"streamer": streamer()}), ("hang",)
     ),
     "the object is broken after an error": Fault(
-        bugs.wrapped(Speculator, "_alone", bugs.stays_busy),
+        bugs.wrapped(Turn, "alone", bugs.stays_busy),
         _chain({"prefix_allowed_tokens_fn": prefix_function("raises later")}, lengths=(5,)),
         ("broken afterwards",),
     ),
