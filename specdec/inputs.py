@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.support import text_config
 from specdec.kv.versions import CACHE_KEYWORD, CACHE_KEYWORDS
 
 _MODEL_KWARGS = {"attention_mask", "position_ids", CACHE_KEYWORD, "use_cache", "logits_to_keep"}
@@ -91,6 +92,20 @@ def checked_ids(input_ids: Tensor, target: PreTrainedModel) -> Tensor:
     if device.type == "meta":  # offloaded: weights arrive with each forward
         device = input_ids.device
     return input_ids.to(device=device, dtype=torch.int64)
+
+
+def check_forced_ids(config: GenerationConfig, target: PreTrainedModel) -> None:
+    """Plain decoding meets an id that does not exist where it is to be forced, drafts meet it sooner.
+
+    Raises:
+        UnsupportedArgumentError
+    """
+    vocab = int(text_config(target).vocab_size)
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        value = getattr(config, name, None)
+        ids = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(token, int) and not -vocab <= token < vocab for token in ids):
+            raise UnsupportedArgumentError(f"{name}: expected ids in 0..{vocab - 1}, got {value}")
 
 
 def refuse_unknown(model_kwargs: Mapping[str, Any], input_ids: Tensor, target: PreTrainedModel) -> None:

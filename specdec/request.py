@@ -13,7 +13,7 @@ from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from specdec.inputs import check_positions, checked_ids, real_columns, refuse_unknown
+from specdec.inputs import check_forced_ids, check_positions, checked_ids, real_columns, refuse_unknown
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.exchange import cached_tokens, check_adoptable
 from specdec.kv.versions import CACHE_KEYWORD, cache_in
@@ -130,6 +130,7 @@ def build_request(
     """Check the prepared arguments of one call (see `refuse_config`) and bundle them."""
     note = refuse_config(config)
     _check_limits(criteria)
+    check_forced_ids(config, target)
     refuse_unknown(model_kwargs, input_ids, target)
     input_ids = checked_ids(input_ids, target)
     rows = input_ids.shape[0]

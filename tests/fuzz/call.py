@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import specdec
 from fuzz.log import Log
+from specdec.kv.versions import CACHE_KEYWORD, cache_of, cached
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Call:
         ids, mask = self.prompt()
         named: dict[str, Any] = {"attention_mask": mask}
         if self.cached is not None:
-            named["past_key_values"] = filled_cache(self.model, ids, mask, self.cached, self.cached_by_us)
+            named[CACHE_KEYWORD] = filled_cache(self.model, ids, mask, self.cached, self.cached_by_us)
         if self.look == "positional":
             return (ids,), named
         if self.look == "no mask":
@@ -155,16 +156,17 @@ def filled_cache(model: Any, ids: Tensor, mask: Tensor, columns: int, ours: bool
     """A cache as an earlier call leaves it, plain or `ours`, with `columns` of the prompt in it."""
     if ours and columns and bool(mask[:, columns - 1].all()):
         earlier: Any = specdec.Speculator(model, "ngram", k=2)
-        return earlier.generate(
+        out = earlier.generate(
             ids[:, :columns], attention_mask=mask[:, :columns], max_new_tokens=1, do_sample=False,
             return_dict_in_generate=True,
-        ).past_key_values  # fmt: skip
+        )  # fmt: skip
+        return cache_of(out)
     cache = DynamicCache(config=model.config)
     if columns:
         places = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             model(
                 ids[:, :columns], attention_mask=mask[:, :columns], position_ids=places[:, :columns],
-                past_key_values=cache, use_cache=True,
+                **cached(model, cache),
             )  # fmt: skip
     return cache

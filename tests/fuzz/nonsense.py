@@ -8,6 +8,7 @@ import torch
 
 from fuzz.call import Fresh
 from fuzz.callbacks import AvoidsLast
+from specdec.kv.versions import CACHE_KEYWORD
 
 NAN = float("nan")
 
@@ -65,9 +66,9 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"cache_implementation": "static"},
     {"cache_implementation": "dynamic"},
     {"cache_implementation": "x"},
-    {"past_key_values": 3},
-    {"past_key_values": "x"},
-    {"past_key_values": ()},
+    {CACHE_KEYWORD: 3},
+    {CACHE_KEYWORD: "x"},
+    {CACHE_KEYWORD: ()},
     {"return_dict_in_generate": True, "output_attentions": True},
     {"return_dict_in_generate": True, "output_hidden_states": True},
     {"output_hidden_states": True},

@@ -15,6 +15,7 @@ from fuzz.outcome import Hang, Outcome, Script, TextGoesOn, outcome
 from fuzz.refusals import documented
 from fuzz.subjects import Subjects
 from fuzz.unharmed import still_works, unharmed
+from specdec.kv.versions import CACHE_KEYWORD
 
 OURS_MAY_WARN = {"DrafterFaultWarning", "DraftContextWarning"}
 CLEAR = (ValueError, TypeError, specdec.SpecdecError, UsersError, NotImplementedError)
@@ -184,7 +185,7 @@ def _compare_texts(call: Call, plain: Outcome, ours: Outcome) -> None:
                 _compare_scores(name, theirs, wanted, found, call.pad)
         elif name != "sequences" and type(wanted) is not type(found):
             raise Mismatch("other fields returned", f"{name}: plain {type(wanted)}, ours {type(found)}")
-        if name == "past_key_values" and wanted.get_seq_length() != found.get_seq_length():
+        if name == CACHE_KEYWORD and wanted.get_seq_length() != found.get_seq_length():
             raise Mismatch("other cache", f"plain {wanted.get_seq_length()}, ours {found.get_seq_length()} columns")
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fuzz.call import Call
 from specdec import SpecdecError
+from specdec.kv.versions import CACHE_KEYWORD
 
 
 class Refusal(NamedTuple):
@@ -26,7 +27,7 @@ _SCORING = (
     "top_p",
 )  # fmt: skip
 _NOT_FOR_ENGINES = (
-    "attention_mask", "inputs", "num_return_sequences", "past_key_values", "return_dict_in_generate", "streamer",
+    "attention_mask", "inputs", "num_return_sequences", CACHE_KEYWORD, "return_dict_in_generate", "streamer",
 )  # fmt: skip
 REFUSALS = (
     Refusal(r"num_beams", ("num_beams",), "beams share no single text to draft for"),
@@ -44,9 +45,9 @@ REFUSALS = (
     Refusal(r"not taken by an engine", _NOT_FOR_ENGINES, "engines return tokens and counts, and keep K/V themselves"),
     Refusal(r"cache_implementation", ("cache_implementation",), "caches that cannot be rolled back"),
     Refusal(r"position_ids", ("position_ids",), "a token's cache slot is its position"),
-    Refusal(r"past_key_values with num_return", ("num_return_sequences",), "repeat the prompt and cache first"),
-    Refusal(r"past_key_values|cache", ("past_key_values",), "a cache that cannot be continued"),
-    Refusal(r"past_key_values.*dropped tokens", (A_CACHE,), "what a window dropped cannot be rolled back"),
+    Refusal(rf"{CACHE_KEYWORD} with num_return", ("num_return_sequences",), "repeat the prompt and cache first"),
+    Refusal(rf"{CACHE_KEYWORD}|cache", (CACHE_KEYWORD,), "a cache that cannot be continued"),
+    Refusal(rf"{CACHE_KEYWORD}.*dropped tokens", (A_CACHE,), "what a window dropped cannot be rolled back"),
     Refusal(r"attention_mask|position_ids", ("input_ids",), "a mask that is longer than its prompt"),
     Refusal(r"attention_mask", ("attention_mask",), "masks with holes, on the right, or of another shape"),
     Refusal(r"model inputs|token_type_ids|inputs_embeds|prompt", (*_TEXT_ONLY, "input_ids"), "only text has drafts"),
@@ -60,6 +61,7 @@ REFUSALS = (
     Refusal(r"NaN in|NaN", _SCORING, "of NaN none is the largest"),
     Refusal(r"expected a whole number", ("max_new_tokens", "max_length"), "texts end after whole tokens"),
     Refusal(r"logits processor .*: expected it to return scores", ("logits_processor",), "scores of another shape"),
+    Refusal(r"forced_\w+_token_id", ("forced_eos_token_id", "forced_bos_token_id"), "no such id, found late or never"),
     Refusal(r"streamer", ("streamer",), "no streamer"),
 )
 
