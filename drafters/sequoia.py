@@ -77,7 +77,7 @@ def best_tree(
     rows = _checked(acceptance)
     max_depth = checked_count("max_depth", max_depth, 1, MOST_NODES)
     overhead_ms = checked_number("overhead_ms", overhead_ms, 0.0)
-    given = [draft_ms] * max_depth if isinstance(draft_ms, Real) else list(draft_ms)
+    given = [draft_ms] * max_depth if isinstance(draft_ms, (int, float, Real)) else list(draft_ms)
     levels = [checked_number("draft_ms", ms, 0.0) for ms in given]
     if len(levels) < max_depth:
         raise UnsupportedArgumentError(

@@ -118,7 +118,11 @@ def shape_of(tree: Any) -> TreeShape:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return not isinstance(value, bool) and _is_whole(value, 1)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
 
 
 def from_paths(paths: Sequence[Sequence[int]]) -> Topology:
@@ -135,7 +139,7 @@ def from_paths(paths: Sequence[Sequence[int]]) -> Topology:
     known: dict[Path, int] = {(): 0}
     parents = [-1]
     for path in paths:
-        if not 1 <= len(path) <= MOST_NODES or not all(isinstance(rank, Integral) and rank >= 0 for rank in path):
+        if not 1 <= len(path) <= MOST_NODES or not all(_is_whole(rank, 0) for rank in path):
             raise UnsupportedArgumentError(
                 f"tree: expected paths of 1 to {MOST_NODES} ranks >= 0, got {shown(list(path[: MOST_NODES + 1]))}"
             )

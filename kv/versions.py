@@ -21,7 +21,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.kv.errors import UnsupportedModelError
 
-Given, Checked = ParamSpec("Given"), TypeVar("Checked")
+Given = ParamSpec("Given")
+Checked = TypeVar("Checked")
 
 OLDEST_TESTED, NEWEST_TESTED = "5.17", "5.24"
 """The test-suite passes with these versions of transformers; what lies between them is supported."""

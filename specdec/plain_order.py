@@ -9,6 +9,7 @@ draft, and what the others had drafted beyond is not looked at (which depends on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -200,7 +201,7 @@ class PlainOrder:
                     state.kept_end[place] = accepted[place] >= depth
                     ends[place] = drafted[place][kept[place][depth]] if state.kept_end[place] else following[place]
                     tokens[index] = ends[place]
-                if not self._attempt(batch, places, state, lambda b=batch, t=tokens: b.append(t)):
+                if not self._attempt(batch, places, state, partial(batch.append, tokens)):
                     continue
                 running = {index: place for index, place in places.items() if not batch.ended[index]}
                 if running and all(state.kept_end[place] for place in running.values()):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from exact_law import noisy_copy, tiny_llama
 from models import PAD
-from torch import Tensor
 
 from specdec.planner import calls
 from specdec.planner.costs import Costs
@@ -29,9 +29,10 @@ def measured_quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(calls, "STORE", CostStore())
     monkeypatch.setenv("SPECDEC_CACHE", "off")
     rows: list[int] = []
+    measuring: Callable[..., Costs] = measure
 
     def quick(*arguments: Any) -> Costs:
-        costs = measure(*arguments, seconds=0.01)
+        costs = measuring(*arguments, seconds=0.01)
         rows.append(arguments[4])
         return costs
 
@@ -39,7 +40,7 @@ def measured_quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def batch(rows: int) -> dict[str, Tensor]:
+def batch(rows: int) -> dict[str, Any]:
     ids = torch.randint(3, 8, (rows, 6), generator=torch.Generator().manual_seed(rows))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

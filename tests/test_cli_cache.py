@@ -118,8 +118,11 @@ def test_what_the_library_writes_is_listed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(build, "_run", lambda command: (0, b""))
     CostStore().put({"some": "key"}, Costs(1, 1.0, {}))
     (tmp_path / "native").mkdir()
-    monkeypatch.setattr(
-        build, "_compile", lambda compiler, flags, target: (target.touch(), build.seal_of(target).touch())
-    )
+
+    def touched(compiler: Any, flags: Any, target: Path) -> None:
+        target.touch()
+        build.seal_of(target).touch()
+
+    monkeypatch.setattr(build, "_compile", touched)
     build.compiled(tmp_path / "native")
     assert sorted(one.what for one in kept_files(tmp_path)) == ["compiled pass", "compiled pass", "cost table"]

@@ -184,7 +184,7 @@ def test_what_cannot_be_drafted_says_nothing_about_acceptance() -> None:
     with one_note():
         handle = engine.submit(ids[0].tolist(), do_sample=False, max_new_tokens=6)
         assert len(handle.result(60).token_ids) == 6
-    [lane] = engine._stepping._lanes.values()
+    [lane] = engine._stepping._lanes._lanes.values()
     fresh = type(lane.acceptance)(3)
     assert lane.acceptance.survival() == fresh.survival()
     engine.close()

@@ -103,7 +103,7 @@ def test_drafts_of_a_row_that_joined_are_those_of_the_row_alone(kind: str) -> No
     original = DRAFTERS[kind](draft)
 
     def session(rows: Rows, cache: SharedKVCache) -> Session:
-        return Session(rows, cache, SamplingLaw([]), True, models.VOCAB)  # type: ignore[arg-type]
+        return Session(rows, cache, SamplingLaw([]), True, models.VOCAB)
 
     alone = []
     for seed, text in enumerate(texts):

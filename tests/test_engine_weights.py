@@ -180,7 +180,7 @@ def test_looks_take_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) ->
     """One that took a second is not due again for a hundred."""
     now = [10.0]
     monkeypatch.setattr(weights_module, "perf_counter", lambda: now[0])
-    weights = Weights([target()])
+    weights: Any = Weights([target()])
 
     def look() -> bool:
         now[0] += 1.0

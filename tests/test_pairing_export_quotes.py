@@ -67,7 +67,7 @@ def calls(text: str, stubs: Path, place: Path) -> list[tuple[str, ...]]:
         old.unlink()
     shell = {"env": {"PATH": str(stubs), "CALLS": str(place / "calls"), "LC_ALL": "C.UTF-8"}, "cwd": place}
     data = text.encode("utf-8", "surrogateescape")
-    run: Any = partial(subprocess.run, capture_output=True, timeout=60, **shell)  # type: ignore[call-overload]
+    run: Any = partial(subprocess.run, capture_output=True, timeout=60, **shell)
     checked = run(["/bin/bash", "-n"], input=data)
     assert checked.returncode == 0, checked.stderr
     done = run(["/bin/bash", "-c", data])

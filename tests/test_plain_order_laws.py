@@ -44,9 +44,10 @@ def judged(tokens: Tensor) -> None:
 def test_sampled_law_of_a_processor_with_state() -> None:
     """Rows of a call keep step, so one processor serves thousands; a run is cut at the first row that leaves it."""
     spec = Speculator(TINY, noisy_copy(TINY, 1), k=2)
+    processors: Any = [SecondWind()]
     out: Any = spec.generate(
         PROMPT, do_sample=True, top_k=0, max_new_tokens=2, num_return_sequences=12_000, seed=1,
-        attention_mask=torch.ones_like(PROMPT), logits_processor=[SecondWind()],
+        attention_mask=torch.ones_like(PROMPT), logits_processor=processors,
     )  # fmt: skip
     assert spec.report is not None
     assert spec.report.rule == "rejection"
@@ -98,7 +99,7 @@ def one_step(rule: str, bug: bool = False) -> tuple[list[np.ndarray], list[Tenso
 @pytest.mark.parametrize("rule", ["rejection", "naive", "recursive_rejection"])
 def test_laws_within_a_step_are_those_of_the_state_at_each_token(rule: str) -> None:
     counts, laws, long = one_step(rule)
-    assert sum(counts[1:]).sum() > ROWS / 8, "second tokens were judged"
+    assert sum(int(each.sum()) for each in counts[1:]) > ROWS / 8, "second tokens were judged"
     assert rule == "recursive_rejection" or long > 20
     judge(g_test_strata(counts, [law.numpy() for law in laws]), f"laws within a step under {rule}")
 
@@ -114,12 +115,14 @@ def test_drafts_of_single_rows_are_kept_when_sampling() -> None:
     texts = []
     accepted = 0
     for draft in (None, TINY, noisy_copy(TINY, 1)):
-        spec = Speculator(TINY, draft, rule="coupled", **({} if draft is None else {"k": 4}))
+        options: dict[str, Any] = {} if draft is None else {"k": 4}
+        spec = Speculator(TINY, draft, rule="coupled", **options)
         for seed in range(12):
             counting = SecondWind()
+            processors: Any = [counting]
             out: Any = spec.generate(
                 PROMPT, do_sample=True, top_k=0, max_new_tokens=12, seed=seed, attention_mask=torch.ones_like(PROMPT),
-                logits_processor=[counting],
+                logits_processor=processors,
             )  # fmt: skip
             assert counting.calls == 12
             texts.append((seed, out.tolist()))
@@ -131,7 +134,7 @@ def test_drafts_of_single_rows_are_kept_when_sampling() -> None:
 @pytest.mark.parametrize("rule", ["block", "traversal", "budget_flow"])
 def test_rules_that_need_whole_drafts_are_refused_by_name(rule: str) -> None:
     arguments: dict[str, Any] = {"do_sample": True, "max_new_tokens": 3, "logits_processor": [SecondWind()]}
-    tree = {"block": {"k": 3}, "traversal": {"tree": (2, 2)}, "budget_flow": {"tree": (2, 2)}}[rule]
+    tree: dict[str, Any] = {"k": 3} if rule == "block" else {"tree": (2, 2)}
     spec = Speculator(TINY, TINY, rule=rule, **tree)
     with pytest.raises(UnsupportedArgumentError, match=f"{rule}.*SecondWind.*specdec.pure"):
         spec.generate(PROMPT, **arguments)

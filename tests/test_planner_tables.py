@@ -22,7 +22,7 @@ from specdec.planner.store import CostStore
 from specdec.verify import folders
 from specdec.verify.folders import VARIABLE, write_whole
 
-TARGET = tiny_llama(0)
+TARGET: Any = tiny_llama(0)
 DRAFT = noisy_copy(TARGET, 1)
 PROMPT = torch.tensor([[3, 5, 2, 6, 3, 5]])
 MEASURED = Costs(1, 1.0, {"model": {1: 1.1, 4: 1.3, 12: 3.0}, "ngram": {1: 1.1, 4: 1.3, 10: 3.0}}, 0.001, 0.05)
@@ -44,7 +44,8 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     given: dict[str, Any] = dict(
         attention_mask=torch.ones_like(PROMPT), eos_token_id=None, pad_token_id=0, max_new_tokens=8, do_sample=False
     )
-    assert torch.equal(spec.generate(PROMPT, **given), TARGET.generate(PROMPT, **given))  # type: ignore[arg-type, operator]
+    out: Any = spec.generate(PROMPT, **given)
+    assert torch.equal(out, TARGET.generate(PROMPT, **given))
     assert spec.report is not None
     return [note for note in spec.report.notes if "cost table" in note]
 
@@ -159,10 +160,17 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     path.write_text("old")
     order: list[str] = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(
-        folders.os, "fsync", lambda handle: (order.append(f"flushed {path.read_text()}"), sync(handle))[1]
-    )
-    monkeypatch.setattr(folders.os, "replace", lambda *names: (order.append("renamed"), replace(*names))[1])
+
+    def watched_sync(handle: int) -> None:
+        order.append(f"flushed {path.read_text()}")
+        sync(handle)
+
+    def watched_replace(*names: Any) -> None:
+        order.append("renamed")
+        replace(*names)
+
+    monkeypatch.setattr(folders.os, "fsync", watched_sync)
+    monkeypatch.setattr(folders.os, "replace", watched_replace)
     write_whole(path, "new")
     assert order == ["flushed old", "renamed"]
     assert path.read_text() == "new"

@@ -45,7 +45,7 @@ def test_models_that_carry_code_of_the_callers_are_not_measured(where: str, meas
         target.model.layers[0].mlp.register_forward_hook(hook)
     elif where == "patched":
         own = draft.forward
-        draft.forward = functools.wraps(own)(lambda *a, **k: own(*a, **k))  # type: ignore[method-assign]
+        draft.forward = functools.wraps(own)(lambda *a, **k: own(*a, **k))
     handle = torch.nn.modules.module.register_module_forward_hook(hook) if where == "everywhere" else None
     try:
         spec = Speculator(target, draft)
@@ -64,7 +64,7 @@ def test_hooks_and_forwards_of_the_libraries_are_not_the_callers() -> None:
     model = tiny_llama(0)
     assert callers_code(model) is None
     model.model.layers[0].register_forward_hook(torch.nn.Module.forward)
-    model.lm_head.forward = torch.nn.Linear.forward.__get__(model.lm_head)  # type: ignore[method-assign]
+    model.lm_head.forward = torch.nn.Linear.forward.__get__(model.lm_head)
     assert callers_code(model) is None
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert callers_code(model) == "a forward hook on module 'model.layers.0.mlp'"

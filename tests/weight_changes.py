@@ -125,9 +125,9 @@ def merge(part: Adapted) -> None:
 
 
 ADAPTERS: dict[str, Callable[[Adapted], object]] = {
-    "switched": lambda part: part.__setattr__("_active_adapter", ["two"]),
+    "switched": lambda part: setattr(part, "_active_adapter", ["two"]),
     "both": lambda part: part._active_adapter.extend(["two"]),
-    "off": lambda part: part.__setattr__("_disable_adapters", True),
+    "off": lambda part: setattr(part, "_disable_adapters", True),
     "another scale": lambda part: part.scaling.update(one=-2.0),
     "merged": merge,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -180,10 +180,14 @@ class _PerRowConstraint(hf.LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         out = scores.clone()
         for row in self.wanted:
-            ask = partial(self.inner._prefix_allowed_tokens_fn, row // self.inner._num_beams)
-            one: Any = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, ask=ask: ask(ids), num_beams=1)
+            ask = partial(_asked_about, self.inner._prefix_allowed_tokens_fn, row // self.inner._num_beams)
+            one: Any = hf.PrefixConstrainedLogitsProcessor(ask, num_beams=1)
             out[row] = one(input_ids[row : row + 1], scores[row : row + 1])[0]
         return out
+
+
+def _asked_about(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:
+    return allowed(row, ids)
 
 
 def _for_rows(processor: hf.LogitsProcessor, origin: list[int]) -> hf.LogitsProcessor:
