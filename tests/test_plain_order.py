@@ -165,7 +165,7 @@ def test_pure_processors_are_asked_about_whole_drafts() -> None:
         pass
 
     arguments: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 12}
-    spec = Speculator(target, target, k=3)
+    spec: Any = Speculator(target, target, k=3)
     calls = {}
     for name, processor in (("unknown", Shy()), ("heir", Heir()), ("object", specdec.pure(Shy())), ("class", Shy())):
         if name == "class":
@@ -173,10 +173,9 @@ def test_pure_processors_are_asked_about_whole_drafts() -> None:
             assert purity.is_pure(Shy())
             assert not purity.is_pure(Heir()), "a subclass may be anything"
         asked.clear()
-        given: Any = [processor]
-        out: Any = spec.generate(ids, logits_processor=given, **arguments)
+        out: Any = spec.generate(ids, logits_processor=[processor], **arguments)
         calls[name] = len(asked)
-        assert torch.equal(out, target.generate(ids, logits_processor=given, **arguments))
+        assert torch.equal(out, target.generate(ids, logits_processor=[processor], **arguments))
         assert spec.report is not None
         assert bool(spec.report.processor_calls) == (name in ("unknown", "heir"))
     assert calls["unknown"] == calls["heir"] == 12
@@ -202,35 +201,26 @@ def test_rows_in_which_nothing_is_possible_go_on_as_in_plain_generate() -> None:
     ids, mask = torch.arange(3, 41)[None], torch.ones(1, 38, dtype=torch.int64)
     for extra in ({"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(41)), "repetition_penalty": 1.3}):
         arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None, **extra}
-        choices: tuple[tuple[Any, dict[str, Any]], ...] = (
-            (target, {"k": 4}),
-            ("ngram", {"k": 3}),
-            (models.draft("near", "llama-gqa"), {}),
-        )
-        for draft, options in choices:
-            out: Any = Speculator(target, draft, **options).generate(ids, do_sample=False, **arguments)
+        for draft, k in ((target, 4), ("ngram", 3), (models.draft("near", "llama-gqa"), None)):
+            out: Any = Speculator(target, draft, k=k).generate(ids, do_sample=False, **arguments)
             assert torch.equal(out, target.generate(ids, do_sample=False, **arguments))
 
 
 def test_scores_that_are_none_are_refused_by_name() -> None:
     class Careless(LogitsProcessor):
-        answer: Any
-
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        def __call__(self: Any, input_ids: Tensor, scores: Tensor) -> Any:
             return self.answer
 
     for answer in (None, "scores", torch.zeros(1, 3), torch.zeros(1, TINY.config.vocab_size, dtype=torch.int64)):
-        processor = Careless()
-        processor.answer = answer
-        given: Any = [processor]
+        given: Any = [Careless()]
+        given[0].answer = answer
         with pytest.raises(UnsupportedArgumentError, match="Careless: expected it to return scores"):
             Speculator(TINY, TINY, k=2).generate(PROMPT, max_new_tokens=3, logits_processor=given)
 
 
 def test_the_report_names_what_was_called_in_plain_order() -> None:
-    spec = Speculator(TINY, TINY, k=2)
-    given: Any = [SecondWind()]
-    spec.generate(PROMPT, max_new_tokens=5, do_sample=False, logits_processor=given, repetition_penalty=1.2)
+    spec: Any = Speculator(TINY, TINY, k=2)
+    spec.generate(PROMPT, max_new_tokens=5, do_sample=False, logits_processor=[SecondWind()], repetition_penalty=1.2)
     assert spec.report is not None
     assert spec.report.processor_calls == {"RepetitionPenaltyLogitsProcessor": 5, "SecondWind": 5}
     assert "SecondWind 5 calls" in spec.report.summary()
@@ -243,11 +233,10 @@ def test_what_a_processor_raises_reaches_the_caller_and_leaves_nothing_behind() 
                 raise KeyError("not today")
             return scores
 
-    given: Any = [Moody()]
-    spec = Speculator(TINY, TINY, k=2)
+    spec: Any = Speculator(TINY, TINY, k=2)
     wanted = spec.generate(PROMPT, max_new_tokens=6, do_sample=False)
     with pytest.raises(KeyError, match="not today"):
-        spec.generate(PROMPT, max_new_tokens=6, do_sample=False, logits_processor=given)
+        spec.generate(PROMPT, max_new_tokens=6, do_sample=False, logits_processor=[Moody()])
     again = spec.generate(PROMPT, max_new_tokens=6, do_sample=False)
     assert isinstance(wanted, Tensor)
     assert isinstance(again, Tensor)
