@@ -121,6 +121,13 @@ def check_model(model: object, role: str) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{role}: {name} shares K/V between layers, which the shared cache does not support."
         )
+    head: Any = model.get_output_embeddings()
+    width = getattr(head, "out_features", 0)
+    if isinstance(width, int) and width > int(config.vocab_size):
+        raise UnsupportedModelError(
+            f"{role}: {name} has an output layer of {width} tokens, but its configuration says vocab_size="
+            f"{config.vocab_size}: set config.vocab_size, or use resize_token_embeddings."
+        )
     parameters = inspect.signature(model.forward).parameters
     if cache_argument(model) is None:
         raise UnsupportedModelError(

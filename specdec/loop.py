@@ -62,6 +62,8 @@ class DecodeLoop:
         self.rows = Rows(request.input_ids, request.real, capacity)
         self.stop = StopRules(request.criteria, self.rows)
         self.collector = Collector(request, self.rows)
+        if request.streamer is not None:
+            self.stop.stream = self.collector.put
         self.law = SamplingLaw(request.processors, self.stop.ends)
         self.plain = self._plain_batch()
         self.watch = Stopwatch()

@@ -43,6 +43,11 @@ class Collector:
         shown = tuple(score[None] for score in self.scores[row])
         return [shown[: before + j + 1] for j in range(scores.shape[0])]
 
+    def put(self, tokens: Tensor) -> None:
+        """Feed the streamer the next column, which is complete: one token of every row."""
+        self._request.streamer.put(tokens.cpu())
+        self._streamed += 1
+
     def stream(self, final: dict[int, int], line: int | None) -> None:
         """Feed the streamer every column that is complete, one token per row at a time.
 
@@ -61,8 +66,7 @@ class Collector:
             for row, columns in final.items():
                 if column >= columns:
                     token[row] = self._pad if self._pad is not None else 0
-            self._request.streamer.put(token.cpu())
-        self._streamed = max(self._streamed, stop)
+            self.put(token)
 
     def finish(self, cache: KVCache, storage: dict[int, int]) -> Tensor | GenerateDecoderOnlyOutput:
         """End the stream and assemble the return value.

@@ -20,10 +20,11 @@ from transformers import LogitsProcessorList
 
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside
-from specdec.stopping import StopRules
+from specdec.stopping import StopRules, interrupted
 from specdec.verify import DraftTree, Rows, Verdict
 from specdec.verify.host import on_host
 from specdec.verify.law import checked_scores
+from specdec.verify.purity import is_pure
 
 T = TypeVar("T")
 
@@ -63,6 +64,8 @@ class PlainBatch:
         self._stop = stop
         self._pad = pad
         self._shown: list[Tensor] | None = [] if keeps_scores else None
+        self._within: str | None = None
+        self._halfway: dict[int, tuple[Tensor, tuple[int, Tensor]]] = {}
         self._answers: dict[int, tuple[Tensor, Tensor]] = {}
         self._opinions: dict[int, tuple[Tensor, list[bool]]] = {}
 
@@ -82,7 +85,8 @@ class PlainBatch:
         self._opinions = {at: opinion for at, opinion in self._opinions.items() if at > columns}
 
     def process(self, logits: Mapping[int, Tensor]) -> Tensor:
-        """Scores of the next token, `[len(rows), vocab]`; zeros stand in for the logits of rows that have ended.
+        """Scores of the next token, `[len(rows), vocab]` in the dtype that the processors made of them; zeros stand in
+        for the logits of rows that have ended.
 
         Args:
             logits: `[vocab]` by place in the batch.
@@ -94,30 +98,40 @@ class PlainBatch:
         columns = self.ids.shape[1]
         if columns not in self._answers:
             self._answers[columns] = self.ids, self._asked(logits)
-        return self._same(self._answers[columns]).to(torch.float32)
+        return self._same(self._answers[columns])
 
     def _asked(self, logits: Mapping[int, Tensor]) -> Tensor:
-        first = next(iter(logits.values()))
-        scores = first.new_zeros(len(self.rows), first.shape[0], dtype=torch.float32)
-        for place, own in logits.items():
-            scores[place] = own
-        for name, one in self._processors:
+        columns = self.ids.shape[1]
+        if columns not in self._halfway:
+            first = next(iter(logits.values()))
+            scores = first.new_zeros(len(self.rows), first.shape[0], dtype=torch.float32)
+            for place, own in logits.items():
+                scores[place] = own
+            self._halfway = {columns: (self.ids, (0, scores))}
+        done, scores = self._same(self._halfway[columns])
+        for at, (name, one) in enumerate(self._processors[done:], done):
+            self._enter(name, is_pure(one[0]))
             start = perf_counter()
             processed: Any = one(self.ids, scores)  # type: ignore[arg-type]
             self.num_calls[name] = self.num_calls.get(name, 0) + 1
             self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (perf_counter() - start)
             scores = checked_scores(one[0], processed, scores)
+            self._halfway[columns] = self.ids, (at + 1, scores)
+            self._within = None
         if self._shown is not None:
             self._shown.append(scores)
         return scores
 
+    def _enter(self, name: str, harmless: bool) -> None:
+        """Somebody is called now. Nobody is who was in the middle of a call when a step was interrupted."""
+        if self._within is not None:
+            raise UnsupportedArgumentError(interrupted(f"{self._within} was called"))
+        self._within = None if harmless else name
+
     def _same(self, remembered: tuple[Tensor, T]) -> T:
         """The answer, if it was about this very text."""
         if not torch.equal(remembered[0], self.ids):
-            raise UnsupportedArgumentError(
-                "a step was interrupted (Ctrl-C) after its processors had seen a token that is not emitted now; they "
-                "may keep state, so that this text cannot go on: expected the same token, submit it again with a seed"
-            )
+            raise UnsupportedArgumentError(interrupted("its processors had seen a token that is not emitted now"))
         return remembered[1]
 
     def append(self, tokens: Mapping[int, int]) -> None:
@@ -131,7 +145,9 @@ class PlainBatch:
         columns = self.ids.shape[1]
         if columns not in self._opinions:
             shown = None if self._shown is None else tuple(self._shown)
+            self._enter("a stopping criterion", self._stop.keeps_nothing)
             self._opinions[columns] = self.ids, self._stop.ask(self.ids, shown)
+            self._within = None
         stopped = self._stop.column(self.ids, self.rows, self._same(self._opinions[columns]))
         if self._stop.pads_finished or all(stopped):  # else the finished go on until the last one stops
             self.ended = stopped
@@ -232,7 +248,7 @@ class PlainOrder:
         def process() -> None:
             raw = {index: logits[place, paths[place][-1]].to(torch.float32) for index, place in places.items()}
             processed = batch.process(raw)
-            own = F.softmax(processed, dim=-1) if self._sampling else processed
+            own = F.softmax(processed, dim=-1) if self._sampling else _below_the_largest(processed)
             for index, place in places.items():
                 node = paths[place][-1]
                 state.scores[place, node], state.law[place, node] = processed[index], own[index]
@@ -251,6 +267,14 @@ class PlainOrder:
             state.failed.update(dict.fromkeys(places.values(), fault))
             return False
         return True
+
+
+def _below_the_largest(scores: Tensor) -> Tensor:
+    """Scores whose largest entry is still the same one in float32, which is coarser than float64."""
+    if scores.dtype != torch.float64:
+        return scores
+    largest = scores.amax(-1, keepdim=True)
+    return torch.where(largest.isfinite(), scores - largest, scores)
 
 
 def _host_order(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from specdec.kv import UnsupportedArgumentError
+from specdec.verify.purity import decides_by_row
 from specdec.verify.rows import Rows
 
 FROM_CONFIG = object()
 """Stands for stop strings that were not given, where None means none."""
+
+
+class Opinions:
+    """What criteria that may keep state said of one row's text: in a step that is taken again after Ctrl-C nobody is
+    asked twice."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._asking = False
+
+    def begin(self, columns: int) -> None:
+        """A step begins at a text so long: forget the answers of those before it."""
+        self._said = {at: said for at, said in self._said.items() if at > columns}
+
+    def of(self, ids: torch.Tensor, ask: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Their opinion of `ids` `[1, columns]`, from memory or by `ask`.
+
+        Raises:
+            UnsupportedArgumentError: another text than they were asked about, or they were interrupted themselves.
+        """
+        columns = ids.shape[1]
+        if columns not in self._said:
+            if self._asking:
+                raise UnsupportedArgumentError(interrupted("a stopping criterion was called"))
+            self._asking = True
+            self._said[columns] = ids.clone(), ask()
+            self._asking = False
+        seen, told = self._said[columns]
+        if not torch.equal(seen, ids):
+            raise UnsupportedArgumentError(interrupted("its stopping criteria had seen a token that is not emitted now"))
+        return told
+
+
+def interrupted(what: str) -> str:
+    """Why a text cannot go on after Ctrl-C."""
+    return (
+        f"a step was interrupted (Ctrl-C) while or after {what}; that may keep state, so that this text cannot go on: "
+        "submit it again"
+    )
 
 
 class StopRules:
@@ -26,10 +68,18 @@ class StopRules:
 
     Without an end-of-sequence rule plain `generate` keeps extending finished rows until the last row stops; so do
     we (`finish_line`), because those tokens are part of its output.
+
+    Attributes:
+        stream: given every token `[rows]` once the criteria were asked about it and before they are asked about the
+            next one, as plain `generate` feeds a streamer: the two may know each other. Not where the rows of a batch
+            are looked through one by one; those criteria know nobody.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, rows: Rows):
-        self._rows = rows
+    def __init__(self, criteria: StoppingCriteriaList, rows: Rows, memory: Opinions | None = None):
+        """Args:
+        memory: what was said so far, where a step may be taken again (see `scan`).
+        """
+        self._rows, self._memory = rows, memory
         self._eos: set[int] = set()
         self.max_columns: int | None = None
         self._others = StoppingCriteriaList()
@@ -42,8 +92,14 @@ class StopRules:
             else:
                 self._others.append(criterion)
         self.pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.stream: Callable[[torch.Tensor], None] | None = None
         self._stopped_at: dict[int, int] = {}
         self._by_length: set[int] = set()
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether no criterion may keep state."""
+        return all(map(decides_by_row, self._others))
 
     def scan(self, row: int, tokens: list[int], scores: list[tuple[torch.Tensor, ...]] | None) -> None:
         """Look for the first stop among the last `len(tokens)` tokens of `row`, which are already appended.
@@ -54,12 +110,17 @@ class StopRules:
         if row in self._stopped_at:
             return
         first = self._rows.ends[row] - len(tokens)
+        if self._memory is not None:
+            self._memory.begin(first)
         for j, token in enumerate(tokens):
             columns = first + j + 1
             told = False
             if self._others:
                 prefix = self._rows.ids[row : row + 1, :columns]
-                told = bool(self._others(prefix, None if scores is None else scores[j]).all())
+                ask = partial(self._others, prefix, None if scores is None else scores[j])
+                told = bool((ask() if self._memory is None else self._memory.of(prefix, ask)).all())
+                if self.stream is not None and self._rows.batch_size == 1:
+                    self.stream(prefix[:, -1])
             if self._stops(row, token, columns, told):
                 return
 
@@ -72,6 +133,8 @@ class StopRules:
             scores: per token so far, the `[rows, vocab]` scores that criteria are given; None if not kept.
         """
         told: list[bool] = self._others(ids, scores).tolist() if self._others else [False] * len(ids)
+        if self.stream is not None:
+            self.stream(ids[:, -1])
         return told
 
     def column(self, ids: torch.Tensor, rows: Sequence[int], told: Sequence[bool]) -> list[bool]:

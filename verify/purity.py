@@ -75,7 +75,7 @@ def pure(thing: T) -> T:
         class NoDigits(LogitsProcessor): ...
     """
     try:
-        setattr(thing, _MARK, True)
+        setattr(thing, _MARK, thing)  # itself: functools.wraps hands attributes on to wrappers, which promise nothing
     except (AttributeError, TypeError) as fault:
         raise UnsupportedArgumentError(
             f"pure: expected a class, a function or an object that takes attributes, got {type(thing).__name__}: wrap "
@@ -87,7 +87,7 @@ def pure(thing: T) -> T:
 def _declared(thing: object) -> bool:
     """Marked itself, or its very class; a bound method counts as its function."""
     function = getattr(thing, "__func__", thing)
-    return any(_MARK in getattr(owner, "__dict__", {}) for owner in (function, type(thing)))
+    return any(getattr(owner, "__dict__", {}).get(_MARK) is owner for owner in (function, type(thing)))
 
 
 def is_pure(processor: object) -> bool:

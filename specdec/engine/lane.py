@@ -17,9 +17,10 @@ from specdec.engine.task import LaneKey, State, Task
 from specdec.kv.faults import from_outside
 from specdec.kv.paged import PagedKVCache
 from specdec.plain_order import PlainBatch, PlainOrder
-from specdec.stopping import StopRules
+from specdec.stopping import Opinions, StopRules
 from specdec.verify import DraftTree, NoiseStream, Rows
 from specdec.verify.kinds import NO_DRAFTS
+from specdec.verify.purity import decides_by_row
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import choose_rule
 
@@ -76,7 +77,9 @@ class Lane:
         assert task.sequence is not None
         row = task.row = self.rows.join(task.text)
         self.cache.join(task.sequence)
-        stop = self._stops[row] = StopRules(task.request.criteria, self.rows)
+        if task.opinions is None and not all(map(decides_by_row, task.request.criteria)):
+            task.opinions = Opinions()
+        stop = self._stops[row] = StopRules(task.request.criteria, self.rows, task.opinions)
         stop.pads_finished = True  # nobody waits for other rows' ends
         self.law.join(row, task.request.processors, stop.ends)
         if self._order is not None:

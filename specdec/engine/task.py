@@ -13,6 +13,7 @@ from specdec.engine.params import Params
 from specdec.kv.faults import described
 from specdec.plain_order import PlainBatch
 from specdec.request import Request
+from specdec.stopping import Opinions
 
 AGING_STEPS = 256
 """A waiting request becomes one priority more urgent after so many steps of the engine: none starves."""
@@ -43,6 +44,7 @@ class Task:
     tail: slots behind its text a step may write; nodes: of its largest tree, the root included.
     pinned: its text depends on how much is drafted for it, and is promised.
     granted: the priority it was admitted with. row: its row in its lane while it runs.
+    opinions: what its stopping criteria said, where they may keep state.
     batch: what plain decoding would show its processors, where they are called in plain order.
     depth: levels it may draft in the step at hand. ending: why its text is complete, before its handle knows.
     """
@@ -67,6 +69,7 @@ class Task:
     steps: int = 0
     acceptance: Acceptance | None = None
     batch: PlainBatch | None = None
+    opinions: Opinions | None = None
     cancelled: bool = False
     ending: str | None = None
     started: float | None = None

@@ -1,0 +1,176 @@
+"""Plain order at its edges: wrappers of pure functions, float64 scores, streamers that criteria know, Ctrl-C in calls."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+import specdec
+from specdec import Speculator
+from specdec.engine import Engine, RequestFaultError
+from specdec.engine.handle import Handle
+from specdec.kv import UnsupportedModelError
+
+IDS, MASK = models.prompts((5,), models.VOCAB, 3, period=3)
+ARGUMENTS: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def both(make: Any) -> tuple[Tensor, Tensor]:
+    """Plain `generate`'s text and ours, each with objects of its own."""
+    target: Any = models.target("llama-gqa")
+    spec: Any = Speculator(target, target, k=4)
+    return tuple(one.generate(IDS, attention_mask=MASK, **ARGUMENTS, **make()) for one in (target, spec))  # type: ignore[return-value]
+
+
+def test_a_wrapper_of_something_pure_promises_nothing() -> None:
+    """`functools.wraps` copies attributes."""
+
+    @specdec.pure
+    def allowed(row: int, prefix: Tensor) -> list[int]:
+        return list(range(3, 41))
+
+    def make() -> dict[str, Any]:
+        calls = 0
+
+        @functools.wraps(allowed)
+        def counting(row: int, prefix: Tensor) -> list[int]:
+            nonlocal calls
+            calls += 1
+            return [token for token in range(3, 41) if token % 3 == calls % 3]
+
+        return {"prefix_allowed_tokens_fn": counting}
+
+    plain, ours = both(make)
+    assert torch.equal(plain, ours)
+
+
+def test_scores_in_float64_keep_their_order() -> None:
+    class Fine(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            steps = torch.arange(scores.shape[1], dtype=torch.float64).roll(int(input_ids[0, -1]))
+            return (1e9 + 1e-3 * steps).expand_as(scores)
+
+    plain, ours = both(lambda: {"logits_processor": [Fine()]})
+    assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_criterion_may_look_at_the_streamer(stateful: bool) -> None:
+    logs: list[list[tuple[str, int]]] = []
+
+    class Passing(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            logs[-1].append(("process", input_ids.shape[1]))
+            return scores
+
+    class Counting:
+        def __init__(self) -> None:
+            self.count = 0
+
+        def put(self, tokens: Tensor) -> None:
+            self.count += tokens.numel()
+            logs[-1].append(("put", self.count))
+
+        def end(self) -> None:
+            logs[-1].append(("end", self.count))
+
+    class Full(StoppingCriteria):
+        def __init__(self, streamer: Counting):
+            self.streamer = streamer
+
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            logs[-1].append(("ask", input_ids.shape[1]))
+            return torch.full((len(input_ids),), self.streamer.count >= 11)
+
+    def make() -> dict[str, Any]:
+        logs.append([])
+        streamer = Counting()
+        processors = {"logits_processor": [Passing()]} if stateful else {}
+        return {"streamer": streamer, "stopping_criteria": [Full(streamer)], **processors}
+
+    plain, ours = both(make)
+    assert torch.equal(plain, ours)
+    assert logs[0] == logs[1]
+
+
+class Tenth(StoppingCriteria):
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return torch.full((len(input_ids),), self.calls >= 10)
+
+
+def test_an_interrupted_step_asks_a_lone_criterion_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    target: Any = models.target("llama-gqa")
+    wanted = target.generate(IDS, attention_mask=MASK, stopping_criteria=[Tenth()], **ARGUMENTS)
+    push, left = Handle.push, [2]
+
+    def interrupted(self: Handle, tokens: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        push(self, tokens)
+
+    monkeypatch.setattr(Handle, "push", interrupted)
+    engine = Engine(target, target, k=4)
+    handle = engine.submit(IDS, stopping_criteria=[Tenth()], **ARGUMENTS)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    assert handle.result().token_ids == wanted[0, 5:].tolist()
+    engine.close()
+
+
+class Late(LogitsProcessor):
+    """Is interrupted in its sixth call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.calls += 1
+        if self.calls == 6:
+            raise KeyboardInterrupt
+        return scores
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_who_was_interrupted_in_a_call_is_not_called_again(pure: bool) -> None:
+    target: Any = models.target("llama-gqa")
+    wanted = target.generate(IDS, attention_mask=MASK, **ARGUMENTS)
+
+    class Passing(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            seen.append(input_ids.shape[1])
+            return scores
+
+    seen: list[int] = []
+    engine = Engine(target, target, k=4)
+    late = specdec.pure(Late()) if pure else Late()
+    handle = engine.submit(IDS, logits_processor=[Passing(), late], **ARGUMENTS)
+    other = engine.submit(IDS, **ARGUMENTS)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.run()
+    assert other.result().token_ids == wanted[0, 5:].tolist()
+    assert seen == sorted(set(seen)), "asked once about every text"
+    if pure:
+        assert handle.result().token_ids == wanted[0, 5:].tolist()
+    else:
+        with pytest.raises(RequestFaultError, match=r"interrupted \(Ctrl-C\) while or after Late was called"):
+            handle.result()
+    engine.close()
+
+
+def test_an_output_layer_wider_than_the_configuration_says_is_refused() -> None:
+    wide: Any = models.llama(num_key_value_heads=2)
+    wide.set_output_embeddings(torch.nn.Linear(32, models.VOCAB + 9, bias=False))
+    with pytest.raises(UnsupportedModelError, match="output layer of 50 tokens"):
+        Speculator(wide, "ngram")
