@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
-from specdec import Speculator, UnsupportedArgumentError, UnsupportedModelError
+import specdec
+from specdec import NgramDrafter, Speculator, UnsupportedArgumentError, UnsupportedModelError
 
 TARGET: Any = models.target("llama-gqa", "fp64", 0)
 PROMPT = torch.tensor([[3, 5, 7, 11]])
@@ -30,6 +31,24 @@ def test_processors_are_not_asked_beyond_the_end_of_a_text(k: int, end: int) -> 
     settings = {**GREEDY, "eos_token_id": eos, "pad_token_id": 0, "prefix_allowed_tokens_fn": allowed}
     ours = Speculator(TARGET, TARGET, k=k).generate(PROMPT, **settings)
     assert torch.equal(ours, TARGET.generate(PROMPT, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_pure_functions_are_not_asked_below_a_forbidden_token(branches: int) -> None:
+    """However deep: an n-gram draft goes on behind a token that the function itself forbids."""
+    prompt = torch.tensor([[3, 4, 5, 6, 3, 7, 4, 5, 3]])
+
+    @specdec.pure
+    def allowed(_: int, ids: torch.Tensor) -> list[int]:
+        assert 4 not in ids[prompt.shape[1] :].tolist(), "asked about a prefix that it has forbidden"
+        return [token for token in range(3, 20) if token != 4]
+
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    spec = Speculator(TARGET, NgramDrafter(k=4, branches=branches))
+    ours = spec.generate(prompt, **settings)
+    assert torch.equal(ours, TARGET.generate(prompt, **settings))  # type: ignore[arg-type]
+    assert spec.report is not None
+    assert spec.report.num_draft_tokens > 3
 
 
 def test_a_draft_with_fewer_ids_reads_any_text() -> None:
