@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import models
@@ -49,6 +50,23 @@ def test_pure_functions_are_not_asked_below_a_forbidden_token(branches: int) -> 
     assert torch.equal(ours, TARGET.generate(prompt, **settings))  # type: ignore[arg-type]
     assert spec.report is not None
     assert spec.report.num_draft_tokens > 3
+
+
+def test_pure_functions_are_asked_about_the_texts_of_their_rows_alone() -> None:
+    """Rows that have come less far than others stand in for nothing that they are not."""
+    ids, mask = models.prompts((4, 4, 4), models.VOCAB, 2)
+
+    @specdec.pure
+    def allowed(row: int, seen: torch.Tensor) -> list[int]:
+        text = seen.tolist()
+        assert text[:4] == ids[row].tolist()
+        assert all(one != other for one, other in itertools.pairwise(text[3:])), "asked about what it has forbidden"
+        return [token for token in range(3, 9 + row) if token != text[-1]]
+
+    settings = {"do_sample": False, "max_new_tokens": 14, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    draft: Any = models.draft("near", "llama-gqa")
+    ours = Speculator(TARGET, draft, k=3).generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(ours, TARGET.generate(ids, attention_mask=mask, **settings))  # type: ignore[arg-type]
 
 
 def test_a_draft_with_fewer_ids_reads_any_text() -> None:
