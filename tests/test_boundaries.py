@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import models
@@ -9,7 +10,8 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
-from specdec import Speculator, UnsupportedArgumentError, UnsupportedModelError
+import specdec
+from specdec import NgramDrafter, Speculator, UnsupportedArgumentError, UnsupportedModelError
 
 TARGET: Any = models.target("llama-gqa", "fp64", 0)
 PROMPT = torch.tensor([[3, 5, 7, 11]])
@@ -30,6 +32,41 @@ def test_processors_are_not_asked_beyond_the_end_of_a_text(k: int, end: int) -> 
     settings = {**GREEDY, "eos_token_id": eos, "pad_token_id": 0, "prefix_allowed_tokens_fn": allowed}
     ours = Speculator(TARGET, TARGET, k=k).generate(PROMPT, **settings)
     assert torch.equal(ours, TARGET.generate(PROMPT, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+def test_pure_functions_are_not_asked_below_a_forbidden_token(branches: int) -> None:
+    """However deep: an n-gram draft goes on behind a token that the function itself forbids."""
+    prompt = torch.tensor([[3, 4, 5, 6, 3, 7, 4, 5, 3]])
+
+    @specdec.pure
+    def allowed(_: int, ids: torch.Tensor) -> list[int]:
+        assert 4 not in ids[prompt.shape[1] :].tolist(), "asked about a prefix that it has forbidden"
+        return [token for token in range(3, 20) if token != 4]
+
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    spec = Speculator(TARGET, NgramDrafter(k=4, branches=branches))
+    ours = spec.generate(prompt, **settings)
+    assert torch.equal(ours, TARGET.generate(prompt, **settings))  # type: ignore[arg-type]
+    assert spec.report is not None
+    assert spec.report.num_draft_tokens > 3
+
+
+def test_pure_functions_are_asked_about_the_texts_of_their_rows_alone() -> None:
+    """Rows that have come less far than others stand in for nothing that they are not."""
+    ids, mask = models.prompts((4, 4, 4), models.VOCAB, 2)
+
+    @specdec.pure
+    def allowed(row: int, seen: torch.Tensor) -> list[int]:
+        text = seen.tolist()
+        assert text[:4] == ids[row].tolist()
+        assert all(one != other for one, other in itertools.pairwise(text[3:])), "asked about what it has forbidden"
+        return [token for token in range(3, 9 + row) if token != text[-1]]
+
+    settings = {"do_sample": False, "max_new_tokens": 14, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    draft: Any = models.draft("near", "llama-gqa")
+    ours = Speculator(TARGET, draft, k=3).generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(ours, TARGET.generate(ids, attention_mask=mask, **settings))  # type: ignore[arg-type]
 
 
 def test_a_draft_with_fewer_ids_reads_any_text() -> None:

@@ -140,6 +140,29 @@ def test_who_waits_is_interrupted_and_all_others_go_on(
     served.close()
 
 
+def test_a_last_step_that_nobody_was_told_of_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C behind the decision that ends a request, before its handle hears of it."""
+    crowd = asks(5, seed=32)
+    emit, ends = Stepping._emit, []
+
+    def interrupted(self: Stepping, lane: Lane, emitted: Any) -> None:
+        if emitted.reason is not None:
+            ends.append(emitted.task)
+            if ends.count(emitted.task) == 1:
+                raise KeyboardInterrupt
+        emit(self, lane, emitted)
+
+    monkeypatch.setattr(Stepping, "_emit", interrupted)
+    served = engine()
+    handles = [submit(served, ask) for ask in crowd]
+    for _ in crowd:
+        with pytest.raises(KeyboardInterrupt):
+            served.run()
+    served.run()
+    assert [handle.result().token_ids for handle in handles] == [alone(ask)[0] for ask in crowd]
+    assert_clean(served)
+
+
 def test_an_interrupted_engine_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     served = engine()
     handles = [submit(served, ask) for ask in asks(4, seed=5)]

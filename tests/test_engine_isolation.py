@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from engine_cases import DRAFTERS, Ask, alone, asks, assert_clean, engine, submit
-from engine_plants import PLANTS, RAISED, Plant, calling, raising
+from engine_plants import LAWLESS, PLANTS, RAISED, Plant, PureProcessor, calling, raising
 
 from specdec.drafters import NgramDrafter
 from specdec.engine import Engine, EngineFaultError, Handle, RequestFaultError
@@ -91,6 +91,24 @@ def test_an_engine_that_does_not_look_whose_fault_it_is_loses_everybody(monkeypa
     assert submit(served, CROWD[1]).result().token_ids == alone(CROWD[1])[0]  # the engine itself goes on
     served.close()
     assert_clean(served)
+
+
+@pytest.mark.parametrize("left", LAWLESS)
+def test_a_row_without_a_law_leaves_its_companions_their_drafts(left: str) -> None:
+    """The drafter meets it before the decision does: behind tokens that are not emitted yet."""
+    served = engine(num_pages=80)
+    crowd = [Ask(ask.prompt, "chain", ask.seed, 14, 1) for ask in CROWD[:3]]
+    good = [submit(served, ask) for ask in crowd]
+    act = PureProcessor(LAWLESS[left], len(PROMPT) + 6)
+    bad = served.submit(
+        PROMPT, max_new_tokens=14, draft="chain", do_sample=True, seed=1, eos_token_id=None, logits_processor=[act]
+    )
+    served.run()
+    assert [handle.result().token_ids for handle in good] == [alone(ask)[0] for ask in crowd]
+    with pytest.raises(RequestFaultError, match="no law"):
+        bad.result()
+    assert served.metrics().num_drafter_faults == 0
+    served.close()
 
 
 @pytest.mark.filterwarnings("ignore:drafter .* failed:UserWarning")

@@ -170,6 +170,37 @@ def test_urgent_requests_go_first_and_nobody_starves() -> None:
     served.run()
 
 
+def test_nobody_gives_way_to_an_equal() -> None:
+    served = engine(max_rows=1)
+    equals = [served.submit(PROMPT, max_new_tokens=8, eos_token_id=None, priority=1) for _ in range(3)]
+    served.run()
+    assert [handle.result().num_preemptions for handle in equals] == [0, 0, 0]
+
+
+def test_the_least_urgent_gives_way_where_pages_are_few() -> None:
+    served = engine(num_pages=14, page_size=4)
+    prompts = [range(3, 13), range(13, 23), range(23, 33)]
+    handles = [
+        served.submit(list(prompt), max_new_tokens=30, eos_token_id=None, priority=priority, draft="none")
+        for prompt, priority in zip(prompts, (2, 0, 1), strict=True)
+    ]
+    served.run()
+    slow, urgent, _ = (handle.result().num_preemptions for handle in handles)
+    assert urgent == 0 < slow
+    assert_clean(served)
+
+
+def test_what_may_outgrow_the_pool_by_one_token_is_refused() -> None:
+    """A pool of 32 tokens; four drafted ones and their root may stand behind the text."""
+    served = engine(num_pages=8, page_size=4)
+    handle = served.submit(PROMPT, max_new_tokens=27 - len(PROMPT), eos_token_id=None, draft="chain")
+    with pytest.raises(UnsupportedArgumentError, match=r"the pool holds 32 tokens .* may need 33"):
+        served.submit(PROMPT, max_new_tokens=28 - len(PROMPT), eos_token_id=None, draft="chain")
+    served.run()
+    assert (len(handle.result().token_ids), handle.result().num_preemptions) == (27 - len(PROMPT), 0)
+    assert_clean(served)
+
+
 def test_timeouts_and_cancelling() -> None:
     served = engine()
     quick = served.submit(PROMPT, max_new_tokens=200, eos_token_id=None, timeout=1e-6)
@@ -219,6 +250,25 @@ def test_own_processors_and_criteria_see_a_batch_of_one() -> None:
     served.run()
     assert handle.result().token_ids == alone(mine)[0]
     assert all(other.done for other in crowd)
+
+
+@pytest.mark.parametrize("draft", ["chain", "none"])
+def test_each_request_has_its_own_forbidden_tokens(draft: str) -> None:
+    """Requests of one lane whose processors are of the same kind, and differ in a tensor alone."""
+    prompt = (5, 6, 7, 8)
+    (first, second), _, _ = alone(Ask(prompt, draft, 1, 2, 0, extra={"eos_token_id": None}))
+    lists = ([first, 30], [second, 30], [30, first], [31, 30])
+    crowd = [Ask(prompt, draft, 1, 9, 0, extra={"suppress_tokens": own, "eos_token_id": None}) for own in lists]
+    served = engine()
+    handles = [submit(served, ask) for ask in crowd]
+    served.run()
+    texts = [handle.result().token_ids for handle in handles]
+    target: Any = models.target("llama-gqa")
+    for ask, got in zip(crowd, texts, strict=True):
+        options = {name: value for name, value in ask.options.items() if name != "seed"}
+        wanted = target.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 4, dtype=torch.int64), **options)
+        assert got == wanted[0, 4:].tolist()
+    assert texts[0] == texts[2] != texts[3] != texts[1]
 
 
 def test_the_models_are_as_before_when_the_engine_rests() -> None:

@@ -14,7 +14,7 @@ import torch
 from checker import Case, Drafting, NearTies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.stopping import StopRules
@@ -96,6 +96,15 @@ def test_stop_strings_of_the_models_own_config(explicit: dict[str, Any], monkeyp
     report = checker.compare(case, NearTies(), tokenizer=arguments.tokenizer(), **explicit)
     assert (report.num_emitted_tokens < 30) == (not explicit)
     assert case.target.generation_config.stop_strings == list("abcdefghijklm")
+
+
+def test_stop_strings_of_a_given_configuration_stay_in_it() -> None:
+    case, strings = Case("llama-gqa", "fp64", (5,), Drafting("chain", "near", k=4), 30), list("abcdefghijklm")
+    config = GenerationConfig(stop_strings=strings, do_sample=False, max_new_tokens=30)
+    for _ in range(2):
+        report = checker.compare(case, NearTies(), generation_config=config, tokenizer=arguments.tokenizer())
+        assert report.num_emitted_tokens < 30
+        assert config.stop_strings == strings
 
 
 @settings(max_examples=50)

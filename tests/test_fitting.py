@@ -169,6 +169,9 @@ def test_masks_with_holes_where_a_window_closes_are_refused(family: str, still: 
             Speculator(model, "ngram").generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
         refused += 1
     assert refused == 6
+    ids, hole = torch.arange(3, 8)[None], torch.tensor([[1, 0, 1, 1, 1]])  # windows of six: eight columns are too many
+    with pytest.raises(UnsupportedArgumentError, match="see a window of 6 columns"):
+        Speculator(model, "ngram").generate(ids, attention_mask=hole, max_new_tokens=3, do_sample=False)
 
 
 @pytest.mark.parametrize("family", WINDOWED)

@@ -67,6 +67,34 @@ def test_a_tail_that_is_gone_is_placed_no_longer(kind: str, dropped: str) -> Non
 
 
 @everywhere
+@pytest.mark.parametrize("retired", [(0, 0), (0, 1), (1, 0, 1), (2, 0, 0), (0, 0, 0)], ids=str)
+def test_rows_that_finish_one_after_the_other_take_their_text_along(kind: str, retired: tuple[int, ...]) -> None:
+    cache, order = CACHES[kind](LAYERS, 4), [0, 1, 2, 3]
+    with cache.writing("draft", [0] * 4, 2):
+        states = torch.arange(4.0, dtype=torch.float64)[:, None, None, None].expand(4, HEADS, 2, DIM)
+        cache.view("draft").update(states, -states, 0)
+    for row in range(4):
+        cache.set_length(row, 2)
+    for active, row in zip((3, 2, 1), retired, strict=False):
+        cache.retire(row)
+        order[row], order[active] = order[active], order[row]
+    for row, own in enumerate(order):
+        keys, values = next(iter(cache.layers("draft", row)))
+        assert keys[0, :, 0].tolist() == [float(own)] * 2 == (-values[0, :, 0]).tolist()
+
+
+@everywhere
+def test_a_row_that_writes_nothing_in_a_pass_keeps_what_it_has(kind: str) -> None:
+    """Its start is padding as well, whatever it says."""
+    cache = CACHES[kind](LAYERS, 2)
+    fill(cache, [0, 0], 1.0, 3)
+    with cache.writing("draft", [1, 3], 2, [0, 2]):
+        states = torch.full((2, HEADS, 2, DIM), 2.0, dtype=torch.float64)
+        cache.view("draft").update(states, -states, 0)
+    assert cache.filled("draft") == [3, 5]
+
+
+@everywhere
 def test_nothing_is_left_of_a_sick_tail_or_of_a_sick_model(kind: str) -> None:
     """Slots behind a row's end are read, hidden: as 0 * value, and 0 * NaN is NaN. Committed ones stay."""
     cache = CACHES[kind](LAYERS, 2)

@@ -11,7 +11,9 @@ import torch
 from exact_law import joint_law, noisy_copy, tiny_llama
 from stats import LawMismatch, g_test, judge
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
+import specdec
 from specdec import NgramDrafter, Speculator, TargetFaultError
 from specdec.target import TargetPasses
 from specdec.verify import DraftTree
@@ -62,6 +64,23 @@ def test_greedy_text_is_plain_decodings(shape: dict[str, Any]) -> None:
     assert spec.report is not None
     if "tree" in shape:
         assert any("NaN" in note for note in spec.report.notes), "the drafter never proposed the poisoned token"
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_nan_that_processors_make_is_taken_as_plain_greedy_decoding_takes_it(branches: int) -> None:
+    @specdec.pure
+    class Spoiling(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            spoiled = torch.arange(scores.shape[1]) == 2 + input_ids[:, -1:] % 3
+            return scores.masked_fill(spoiled & (input_ids[:, -1:] % 2 == 0), float("nan"))
+
+    arguments: dict[str, Any] = {"attention_mask": REAL, "do_sample": False, "max_new_tokens": 14}
+    arguments["logits_processor"] = LogitsProcessorList([Spoiling()])
+    plain: Any = MODEL
+    wanted = plain.generate(PROMPT, **arguments)
+    assert not torch.equal(wanted, plain.generate(PROMPT, **{**arguments, "logits_processor": None}))
+    out: Any = Speculator(MODEL, NgramDrafter(k=3, branches=branches)).generate(PROMPT, **arguments)
+    assert torch.equal(wanted, out)
 
 
 def test_trees_in_no_level_order_are_dropped() -> None:

@@ -94,6 +94,19 @@ def test_many_rows_tabulate_fewer_steps_and_the_same_numbers() -> None:
         assert torch.equal(big.accept(picked, step, 4).accept, small.accept([0, 1, 2], step, 4).accept)
 
 
+def test_a_row_that_has_joined_draws_under_its_own_key() -> None:
+    """Also where all rows are asked about at once, as before it came."""
+    stream = NoiseStream([3, 4, 5], [0, 0, 0], CPU)
+    before = stream.accept([0, 1, 2], 7, 6)
+    stream.join(1, 77, 2)
+    wanted = NoiseStream([3, 77, 5], [0, 2, 0], CPU).accept(range(3), 7, 6)
+    for rows in (list(range(3)), [1], list(range(3))):
+        got = stream.accept(rows, 7, 6)
+        assert torch.equal(got.accept, wanted.accept[rows])
+        assert torch.equal(got.residual, wanted.residual[rows])
+    assert torch.equal(before.accept[[0, 2]], wanted.accept[[0, 2]])
+
+
 def test_a_row_does_not_depend_on_its_companions() -> None:
     alone = NoiseStream([11], [4], CPU)
     among = NoiseStream([1, 11, 2], [0, 4, 9], CPU)

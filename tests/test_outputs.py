@@ -10,6 +10,7 @@ import torch
 from checker import Case, Drafting
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from specdec.kv import UnsupportedArgumentError
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
 FAMILIES = ("llama-gqa", "qwen2", "mistral-window", "gpt2", "gemma")
@@ -130,16 +131,33 @@ def test_the_returned_cache_has_plains_type_length_and_content(family: str, draf
                 torch.testing.assert_close(a.transpose(1, 2)[real], b.transpose(1, 2)[real], rtol=1e-9, atol=1e-9)
 
 
-def test_a_callers_cache_is_extended_in_place_as_plain_does() -> None:
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_callers_cache_is_extended_in_place_as_plain_does(as_dict: bool) -> None:
     case = Case("llama-gqa", "fp64", (5,), Drafting("chain", "near", k=3), 8)
     target: Any = case.target
     lengths = []
     for generate in (target.generate, case.speculator().generate):
         cache = DynamicCache()
-        out = generate(**case.inputs(), **{CACHE_KEYWORD: cache}, return_dict_in_generate=True)
-        assert cache_of(out) is cache
+        out = generate(**case.inputs(), **{CACHE_KEYWORD: cache}, return_dict_in_generate=as_dict)
+        assert not as_dict or cache_of(out) is cache
         lengths.append(cache.get_seq_length())
-    assert lengths[0] == lengths[1]
+    assert lengths[0] == lengths[1] > 5
+
+
+def test_a_callers_cache_of_the_whole_prompt_is_refused() -> None:
+    """Nothing would be left to read, so that nothing could be said of the next token; one column less is enough."""
+    case = Case("llama-gqa", "fp64", (5,), Drafting("chain", "near", k=3), 8)
+    target: Any = case.target
+    ids = case.inputs()["input_ids"]
+    for cached in (5, 4):
+        cache = DynamicCache()
+        target(ids[:, :cached], **{CACHE_KEYWORD: cache})
+        if cached == 5:
+            with pytest.raises(UnsupportedArgumentError, match="at least one token that is not cached"):
+                case.speculator().generate(**case.inputs(), **{CACHE_KEYWORD: cache})
+            continue
+        ours = case.speculator().generate(**case.inputs(), **{CACHE_KEYWORD: cache})
+        assert torch.equal(ours, target.generate(**case.inputs()))
 
 
 @pytest.mark.parametrize(

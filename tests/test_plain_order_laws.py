@@ -14,7 +14,7 @@ from stats import g_test, g_test_strata, judge
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteriaList
 
-from specdec import Speculator, UnsupportedArgumentError
+from specdec import ModelDrafter, Speculator, UnsupportedArgumentError
 from specdec.deciding import read_verdict
 from specdec.engine import Engine
 from specdec.plain_order import PlainBatch, PlainOrder
@@ -53,6 +53,21 @@ def test_sampled_law_of_a_processor_with_state() -> None:
     assert spec.report.rule == "rejection"
     assert spec.report.num_accepted_tokens > 3_000
     judged(out[:, PROMPT.shape[1] :])
+
+
+@pytest.mark.parametrize(("shape", "rule"), [({"k": 2}, "rejection"), ({"tree": (2, 1)}, "recursive_rejection")])
+def test_trees_of_no_declared_kind_are_judged_from_the_root_down(shape: dict[str, Any], rule: str) -> None:
+    class Undeclared(ModelDrafter):
+        kind = None
+
+    spec = Speculator(TINY, Undeclared(noisy_copy(TINY, 1), children="sampled", **shape))
+    spec.generate(
+        PROMPT, do_sample=True, max_new_tokens=8, seed=1, attention_mask=torch.ones_like(PROMPT),
+        logits_processor=[SecondWind()],
+    )  # fmt: skip
+    assert spec.report is not None
+    assert spec.report.num_draft_tokens > 0
+    assert spec.report.rule == rule
 
 
 ROWS, IDS = 4_000, 6

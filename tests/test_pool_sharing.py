@@ -131,6 +131,17 @@ def test_a_second_copy_that_knows_more_is_kept() -> None:
     pool.check_integrity()
 
 
+def test_a_second_copy_that_a_fork_holds_as_well_is_kept() -> None:
+    pool, text = KVPool(LAYERS, page_size=4), list(range(8))
+    rows = [pool.open(text) for _ in range(2)]
+    for row in rows:
+        prefill(pool, row, 8)
+    copy = pool.fork(rows[1])
+    assert [pool.publish(row, text) for row in (*rows, copy)] == [8, 0, 0]
+    assert pool.num_held_pages == 4
+    pool.check_integrity()
+
+
 def _half_agreed(pool: KVPool) -> tuple[int, int]:
     """Two sequences on the same two pages, which agree on the first page only."""
     row = pool.open()
