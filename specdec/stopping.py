@@ -47,7 +47,9 @@ class Opinions:
             self._asking = False
         seen, told = self._said[columns]
         if not torch.equal(seen, ids):
-            raise UnsupportedArgumentError(interrupted("its stopping criteria had seen a token that is not emitted now"))
+            raise UnsupportedArgumentError(
+                interrupted("its stopping criteria had seen a token that is not emitted now")
+            )
         return told
 
 

@@ -1,4 +1,4 @@
-"""Plain order at its edges: wrappers of pure functions, float64 scores, streamers that criteria know, Ctrl-C in calls."""
+"""Objects that know each other, wrap each other, compute in float64 or are interrupted: called as plain calls them."""
 
 from __future__ import annotations
 
