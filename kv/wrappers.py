@@ -35,6 +35,10 @@ def unwrapped(model: object, role: str) -> object:
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
+        module = isinstance(inner, nn.Module)
+        if not module:  # anything may claim to have any attribute
+            _refuse_holders(inner, role)
+            return inner
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif hasattr(inner, "peft_config") and hasattr(inner, "base_model"):
@@ -96,9 +100,9 @@ def _check_adapters(wrapper: Any, role: str) -> None:
 def _refuse_holders(holder: Any, role: str) -> None:
     for attribute in ("module", "model"):
         inner: Any = getattr(holder, attribute, None)
-        while hasattr(inner, "_orig_mod"):
+        while isinstance(inner, nn.Module) and hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
-        if isinstance(inner, PreTrainedModel) or hasattr(inner, "peft_config"):
+        if isinstance(inner, PreTrainedModel) or (isinstance(inner, nn.Module) and hasattr(inner, "peft_config")):
             raise UnsupportedModelError(
                 f"{role}: expected a transformers PreTrainedModel, got {type(holder).__name__}, which holds one: pass "
                 f"its `.{attribute}`."

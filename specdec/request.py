@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from specdec.inputs import check_forced_ids, check_positions, checked_ids, real_columns, refuse_unknown
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.exchange import cached_tokens, check_adoptable
+from specdec.kv.limits import shown
 from specdec.kv.versions import CACHE_KEYWORD, cache_in
 from specdec.report import StepTrace
 
@@ -191,12 +193,19 @@ def _noise_keys(
     """Per row (seed, request). One seed for all keys rows by their index; a seed per row makes rows independent."""
     if seed is not None and generator is not None:
         raise UnsupportedArgumentError("expected seed or generator, got both")
-    if isinstance(seed, Sequence):
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
         if len(seed) != rows:
             raise UnsupportedArgumentError(f"seed: expected one seed per row ({rows}), got {len(seed)}")
-        return [int(value) for value in seed], [0] * rows
+        return [_whole(value) for value in seed], [0] * rows
     if seed is None:
         # As plain sampling does, take randomness from torch's global generator: torch.manual_seed works.
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device)) if do_sample else 0
-    return [int(seed)] * rows, list(range(rows))
+    return [_whole(seed)] * rows, list(range(rows))
+
+
+def _whole(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise UnsupportedArgumentError(f"seed: expected an int, or one per row, got {shown(seed)}") from None

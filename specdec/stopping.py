@@ -119,7 +119,7 @@ class StopRules:
             told = False
             if self._others:
                 prefix = self._rows.ids[row : row + 1, :columns]
-                ask = partial(self._others, prefix, None if scores is None else scores[j])
+                ask = partial(self._others.__call__, prefix, None if scores is None else scores[j])
                 told = bool((ask() if self._memory is None else self._memory.of(prefix, ask)).all())
                 if self.stream is not None and self._rows.batch_size == 1:
                     self.stream(prefix[:, -1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
+from unittest.mock import MagicMock
 
 import models
 import pytest
@@ -25,7 +27,7 @@ def both(make: Any) -> tuple[Tensor, Tensor]:
     """Plain `generate`'s text and ours, each with objects of its own."""
     target: Any = models.target("llama-gqa")
     spec: Any = Speculator(target, target, k=4)
-    return tuple(one.generate(IDS, attention_mask=MASK, **ARGUMENTS, **make()) for one in (target, spec))  # type: ignore[return-value]
+    return tuple(one.generate(IDS, attention_mask=MASK, **ARGUMENTS, **make()) for one in (target, spec))
 
 
 def test_a_wrapper_of_something_pure_promises_nothing() -> None:
@@ -215,3 +217,30 @@ def test_a_streamer_owns_what_it_is_given() -> None:
 class Plain(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         return scores
+
+
+def test_a_buffer_written_past_torchs_counts_is_noticed() -> None:
+    target: Any = copy.deepcopy(models.target("llama-gqa"))
+    ids = torch.arange(70)[None] % 38 + 3
+    with Engine(target, "ngram") as engine:
+        engine.submit(ids, **ARGUMENTS).result()
+        target.model.rotary_emb.inv_freq.data.mul_(0.3)
+        wanted = target.generate(ids, attention_mask=torch.ones_like(ids), **ARGUMENTS)
+        result = engine.submit(ids, **ARGUMENTS).result()
+    assert result.num_cached_tokens == 0
+    assert result.token_ids == wanted[0, 70:].tolist()
+
+
+@pytest.mark.timeout(20)
+def test_an_object_that_claims_every_attribute_is_no_model() -> None:
+    for role in ("target", "draft"):
+        anything = MagicMock()
+        with pytest.raises(specdec.SpecdecError, match="got MagicMock"):
+            Speculator(*((anything, "ngram") if role == "target" else (models.target("llama-gqa"), anything)))
+
+
+@pytest.mark.parametrize("seed", [1.5, "7", [1.5], float("nan"), b"7"])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    spec: Any = Speculator(models.target("llama-gqa"), "ngram", k=2)
+    with pytest.raises(specdec.UnsupportedArgumentError, match="seed: expected an int"):
+        spec.generate(IDS, attention_mask=MASK, do_sample=True, max_new_tokens=2, pad_token_id=0, seed=seed)

@@ -35,11 +35,12 @@ class Weights:
     """Watches everything that decides what some models compute.
 
     A look compares which modules, parameters, buffers and hooks there are (by identity), where their numbers lie,
-    torch's count of writes to them, some of the numbers of every parameter (an adapter merged through `.data` and an
+    torch's count of writes to them, some of the numbers of each (an adapter merged through `.data` and an
     optimiser's fused kernels write without counting), and the plain attributes of modules that are neither torch's nor
     `transformers`' own (an adapter's name and scale, whether it is merged or off). Not seen is a write through `.data`,
     or a view of it, that leaves all those numbers as they were, and one to a weight that is not there between passes
-    (offloading).
+    (offloading); nor another `forward` set on a module, nor another number in an attribute of torch's or
+    `transformers`' own (an attention's scale, a norm's epsilon).
 
     Attributes:
         steady: False after `PATIENCE` changes in a row: no K/V can be relied on, `changed` says no from then on.
@@ -88,7 +89,7 @@ class Weights:
         self._writes = sum(map(_VERSION, self._counted))
         self._addressed = [tensor for tensor in tensors if _works(Tensor.data_ptr, tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._addressed))
-        self._samples = _samples(tensor for part in here for tensor in _tensors((part._parameters,)))
+        self._samples = _samples(tensor for part in here for tensor in _tensors((part._parameters, part._buffers)))
         self._numbers = list(map(torch.cat, self._samples))
         own = [vars(part) for part in modules if not type(part).__module__.startswith(_STOCK)]
         names = [[name for name, value in state.items() if name not in _MODULE and _is_plain(value)] for state in own]
