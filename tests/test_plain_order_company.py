@@ -25,7 +25,7 @@ def both(make: Any) -> tuple[Tensor, Tensor]:
     """Plain `generate`'s text and ours, each with objects of its own."""
     target: Any = models.target("llama-gqa")
     spec: Any = Speculator(target, target, k=4)
-    return tuple(one.generate(IDS, attention_mask=MASK, **ARGUMENTS, **make()) for one in (target, spec))  # type: ignore[return-value]
+    return tuple(one.generate(IDS, attention_mask=MASK, **ARGUMENTS, **make()) for one in (target, spec))
 
 
 def test_a_wrapper_of_something_pure_promises_nothing() -> None:
