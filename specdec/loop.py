@@ -37,7 +37,7 @@ class DecodeLoop:
     """Decodes one request to its end. State lives in `rows` (text), `cache` (K/V) and the drafter.
 
     Between steps, for every live row: `cache.lengths == num_tokens - 1` (the last token is the next root), and no
-    row's output depends on the rows around it.
+    row's output depends on the rows around it (in plain order a sampled row's law does not, its text does).
     """
 
     def __init__(

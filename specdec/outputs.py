@@ -45,7 +45,7 @@ class Collector:
 
     def put(self, tokens: Tensor) -> None:
         """Feed the streamer the next column, which is complete: one token of every row."""
-        self._request.streamer.put(tokens.cpu())
+        self._request.streamer.put(tokens.clone().cpu())  # the streamer's own
         self._streamed += 1
 
     def stream(self, final: dict[int, int], line: int | None) -> None:

@@ -65,6 +65,7 @@ class PlainBatch:
         self._pad = pad
         self._shown: list[Tensor] | None = [] if keeps_scores else None
         self._within: str | None = None
+        self._seen = ids
         self._halfway: dict[int, tuple[Tensor, tuple[int, Tensor]]] = {}
         self._answers: dict[int, tuple[Tensor, Tensor]] = {}
         self._opinions: dict[int, tuple[Tensor, list[bool]]] = {}
@@ -115,6 +116,7 @@ class PlainBatch:
             processed: Any = one(self.ids, scores)  # type: ignore[arg-type]
             self.num_calls[name] = self.num_calls.get(name, 0) + 1
             self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (perf_counter() - start)
+            self._refuse_changed(name)
             scores = checked_scores(one[0], processed, scores)
             self._halfway[columns] = self.ids, (at + 1, scores)
             self._within = None
@@ -124,9 +126,17 @@ class PlainBatch:
 
     def _enter(self, name: str, harmless: bool) -> None:
         """Somebody is called now. Nobody is who was in the middle of a call when a step was interrupted."""
+        self._seen = self.ids.clone()
         if self._within is not None:
             raise UnsupportedArgumentError(interrupted(f"{self._within} was called"))
         self._within = None if harmless else name
+
+    def _refuse_changed(self, name: str) -> None:
+        """In plain `generate` such writes end up in the text; here passes over it have been made already."""
+        if not torch.equal(self._seen, self.ids):
+            raise UnsupportedArgumentError(
+                f"{name} changed input_ids in place: expected it to leave them as they are, and to work on a clone"
+            )
 
     def _same(self, remembered: tuple[Tensor, T]) -> T:
         """The answer, if it was about this very text."""
@@ -146,7 +156,9 @@ class PlainBatch:
         if columns not in self._opinions:
             shown = None if self._shown is None else tuple(self._shown)
             self._enter("a stopping criterion", self._stop.keeps_nothing)
-            self._opinions[columns] = self.ids, self._stop.ask(self.ids, shown)
+            told = self._stop.ask(self.ids, shown)
+            self._refuse_changed("a stopping criterion")
+            self._opinions[columns] = self.ids, told
             self._within = None
         stopped = self._stop.column(self.ids, self.rows, self._same(self._opinions[columns]))
         if self._stop.pads_finished or all(stopped):  # else the finished go on until the last one stops

@@ -10,10 +10,21 @@ from typing import Any
 import models
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import specdec
 from specdec.engine import Engine
+
+
+def _beyond(after: int) -> LogitsProcessor:
+    """An id that does not exist, given past `generate`'s own arguments, whose ids are looked at."""
+    return ForcedEOSTokenLogitsProcessor(after + 2, models.VOCAB)
 
 
 class UnreadableError(Exception):
@@ -144,7 +155,7 @@ PLANTS: dict[str, Plant] = {
     **{f"criterion says {name}": _criterion(partial(_same, answer)) for name, answer in ANSWERS.items()},
     **{f"prefix function raises {name}": _prefixes(raising(error)) for name, error in RAISED.items()},
     **{f"prefix function allows {name}": _prefixes(act) for name, act in ALLOWED.items()},
-    "last token beyond the vocabulary": lambda after: {"forced_eos_token_id": models.VOCAB},
+    "last token beyond the vocabulary": lambda after: {"logits_processor": LogitsProcessorList([_beyond(after)])},
     "criterion fails in the lane": lambda after: {"stopping_criteria": StoppingCriteriaList([Late()])},
 }
 

@@ -174,3 +174,44 @@ def test_an_output_layer_wider_than_the_configuration_says_is_refused() -> None:
     wide.set_output_embeddings(torch.nn.Linear(32, models.VOCAB + 9, bias=False))
     with pytest.raises(UnsupportedModelError, match="output layer of 50 tokens"):
         Speculator(wide, "ngram")
+
+
+@pytest.mark.parametrize("criterion", [False, True])
+def test_writes_to_input_ids_are_refused(criterion: bool) -> None:
+    """In plain `generate` they end up in the text."""
+
+    class Writing(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            input_ids[:, -1] = input_ids[:, -1] % 7 + 3
+            return torch.zeros(len(input_ids), dtype=torch.bool) if criterion else scores
+
+    target: Any = models.target("llama-gqa")
+    ids = IDS.expand(2, -1).clone()
+    given = {"stopping_criteria" if criterion else "logits_processor": [Writing()]}
+    with pytest.raises(specdec.UnsupportedArgumentError, match="changed input_ids in place"):
+        Speculator(target, target, k=3).generate(ids, attention_mask=torch.ones_like(ids), **ARGUMENTS, **given)  # type: ignore[arg-type]
+
+
+def test_a_streamer_owns_what_it_is_given() -> None:
+    class Writing:
+        def put(self, tokens: Tensor) -> None:
+            if len(tokens) == 1 and tokens.dim() == 1:
+                tokens.fill_(7)
+
+        def end(self) -> None: ...
+
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    target: Any = models.target("llama-gqa")
+    wanted = target.generate(IDS, attention_mask=MASK, **ARGUMENTS)
+    spec: Any = Speculator(target, target, k=3)
+    for processors in ([], [Plain()]):
+        given = {"streamer": Writing(), "stopping_criteria": [Never()], "logits_processor": processors}
+        assert torch.equal(spec.generate(IDS.clone(), attention_mask=MASK, **ARGUMENTS, **given), wanted)
+
+
+class Plain(LogitsProcessor):
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores
