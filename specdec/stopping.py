@@ -84,7 +84,7 @@ class StopRules:
         self._rows, self._memory = rows, memory
         self._eos: set[int] = set()
         self.max_columns: int | None = None
-        self._others = StoppingCriteriaList()
+        self._others: Any = StoppingCriteriaList()
         for criterion in criteria:
             if type(criterion) is EosTokenCriteria:
                 self._eos |= {int(token) for token in criterion.eos_token_id.flatten().tolist()}

@@ -44,10 +44,15 @@ def test_pure_functions_are_not_asked_below_a_forbidden_token(branches: int) -> 
         assert 4 not in ids[prompt.shape[1] :].tolist(), "asked about a prefix that it has forbidden"
         return [token for token in range(3, 20) if token != 4]
 
-    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+        "prefix_allowed_tokens_fn": allowed,
+    }
     spec = Speculator(TARGET, NgramDrafter(k=4, branches=branches))
-    ours = spec.generate(prompt, **settings)
-    assert torch.equal(ours, TARGET.generate(prompt, **settings))  # type: ignore[arg-type]
+    ours: Any = spec.generate(prompt, **settings)
+    assert torch.equal(ours, TARGET.generate(prompt, **settings))
     assert spec.report is not None
     assert spec.report.num_draft_tokens > 3
 
@@ -63,10 +68,15 @@ def test_pure_functions_are_asked_about_the_texts_of_their_rows_alone() -> None:
         assert all(one != other for one, other in itertools.pairwise(text[3:])), "asked about what it has forbidden"
         return [token for token in range(3, 9 + row) if token != text[-1]]
 
-    settings = {"do_sample": False, "max_new_tokens": 14, "eos_token_id": None, "prefix_allowed_tokens_fn": allowed}
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": 14,
+        "eos_token_id": None,
+        "prefix_allowed_tokens_fn": allowed,
+    }
     draft: Any = models.draft("near", "llama-gqa")
-    ours = Speculator(TARGET, draft, k=3).generate(ids, attention_mask=mask, **settings)
-    assert torch.equal(ours, TARGET.generate(ids, attention_mask=mask, **settings))  # type: ignore[arg-type]
+    ours: Any = Speculator(TARGET, draft, k=3).generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(ours, TARGET.generate(ids, attention_mask=mask, **settings))
 
 
 def test_a_draft_with_fewer_ids_reads_any_text() -> None:

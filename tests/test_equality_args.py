@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from checker import Case, Drafting, NearTies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.stopping import StopRules
@@ -96,6 +97,16 @@ def test_stop_strings_of_the_models_own_config(explicit: dict[str, Any], monkeyp
     report = checker.compare(case, NearTies(), tokenizer=arguments.tokenizer(), **explicit)
     assert (report.num_emitted_tokens < 30) == (not explicit)
     assert case.target.generation_config.stop_strings == list("abcdefghijklm")
+
+
+@pytest.mark.parametrize("limits", [(9, 12), (12, 9)])
+def test_of_several_limits_the_lowest_counts(limits: tuple[int, int]) -> None:
+    case = Case("llama-gqa", "fp64", (5, 3), Drafting("chain", "self", k=4), 30, eos=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # plain generate has a word to say on criteria that arguments stand for
+        criteria = StoppingCriteriaList(map(MaxLengthCriteria, limits))
+        report = checker.compare(case, NearTies(), stopping_criteria=criteria)
+    assert report.num_emitted_tokens == 2 * (9 - 5)
 
 
 def test_stop_strings_of_a_given_configuration_stay_in_it() -> None:

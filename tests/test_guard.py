@@ -199,3 +199,20 @@ def test_everything_else_is_passed_on_and_a_fault_there_is_counted_too() -> None
         guard.observe(NOTHING, NO_NOISE)
     assert guard.num_faults == 3
     assert cache.forgotten == [CACHE_NAME] * 3
+
+
+@pytest.mark.parametrize("token", [8, 9])
+def test_leading_levels_of_a_sick_tree_are_kept_only_if_they_are_sound(token: int) -> None:
+    """The second level's law is NaN; a token that is none of the target's may not get through with the first."""
+
+    class Sick(Scripted):
+        def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
+            roots = self.session.rows.roots()
+            laws = torch.full((2, 2, 9), 1 / 9)
+            laws[:, 1] = float("nan")
+            return DraftTree.build(Topology.chain(2), torch.stack([roots, torch.tensor([1, token]), roots], 1), laws)
+
+    guard, _ = started(Sick(lambda call: False))
+    tree = guard.propose(Budget((2, 2), 3), NO_NOISE)
+    assert int(tree.num_nodes.max()) == (2 if token < 9 else 1)
+    assert guard.num_faults == 1

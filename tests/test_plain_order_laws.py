@@ -58,9 +58,11 @@ def test_sampled_law_of_a_processor_with_state() -> None:
 @pytest.mark.parametrize(("shape", "rule"), [({"k": 2}, "rejection"), ({"tree": (2, 1)}, "recursive_rejection")])
 def test_trees_of_no_declared_kind_are_judged_from_the_root_down(shape: dict[str, Any], rule: str) -> None:
     class Undeclared(ModelDrafter):
-        kind = None
+        @property
+        def kind(self) -> Any:
+            return None
 
-    spec = Speculator(TINY, Undeclared(noisy_copy(TINY, 1), children="sampled", **shape))
+    spec: Any = Speculator(TINY, Undeclared(noisy_copy(TINY, 1), children="sampled", **shape))
     spec.generate(
         PROMPT, do_sample=True, max_new_tokens=8, seed=1, attention_mask=torch.ones_like(PROMPT),
         logits_processor=[SecondWind()],

@@ -121,6 +121,16 @@ def test_beliefs_weigh_little_and_add_up() -> None:
     assert kept[0] == pytest.approx(0.8 * 34)
 
 
+def test_what_was_known_of_other_trees_is_passed_on_as_it_was() -> None:
+    """A call that drafted chains has nothing to say about siblings, and takes nothing from what is known of them."""
+    begun = {1: GOOD[1], 3: ([6.0] + [0.0] * (DEPTH - 1), [5.0] + [0.0] * (DEPTH - 1))}
+    history = History(DEPTH, 1, begun)
+    history.add((1,) * DEPTH, [0], [2], [1])
+    assert set(history.belief) == {1, 3}
+    assert history.belief[3] == begun[3]
+    assert History(DEPTH, 1, history.belief).chances(3)[0] == pytest.approx(History(DEPTH, 1, begun).chances(3)[0], 0.1)
+
+
 def test_forecasts_follow_a_text_that_gets_easier() -> None:
     here = World(draft=0.05, verify=0.05, tokens=400, acceptance=lambda row, at: 0.3 if at < 120 else 0.95)
     ratios = [here.run(seed).report for seed in range(10)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_tree import ancestors, tree_of
 
 from specdec.kv.base import kept_slots
-from specdec.verify import DraftTree, Topology
+from specdec.verify import DraftTree, Noise, Topology
 from specdec.verify.host import entries, on_host, packed
 from specdec.verify.rules.base import row_at, sample_from, verdict_at
+from specdec.verify.rules.greedy import Greedy
 
 
 def random_parents(draw: random.Random, nodes: int) -> tuple[int, ...]:
@@ -34,6 +37,18 @@ def test_a_verdict_names_the_ancestors_of_its_node(seed: int) -> None:
             assert path[: len(wanted)] == wanted
             assert set(path[len(wanted) :]) <= {-1}
             assert int(verdict.num_accepted[row]) == len(wanted) - 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_greedy_matching_keeps_no_padding(shared: bool) -> None:
+    """Chains of one, two and three nodes, padded with token 0, where token 0 is the target's choice as well."""
+    tree = DraftTree.build(Topology.chain(2), torch.tensor([[3, 0, 0], [3, 1, 0], [3, 1, 0]]))
+    tree = replace(tree, num_nodes=torch.tensor([1, 2, 3]), topology=tree.topology if shared else None)
+    scores = F.one_hot(torch.tensor([[0, 0, 0], [1, 0, 0], [1, 0, 0]]), 4).float()
+    verdict = Greedy()(tree, scores, Noise(torch.zeros(3, 3), torch.zeros(3)))
+    assert verdict.num_accepted.tolist() == [0, 1, 2]
+    assert verdict.path.tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2]]
+    assert verdict.next_token.tolist() == [0, 0, 0]
 
 
 def test_the_two_ways_to_a_verdict_of_a_chain_agree() -> None:
