@@ -75,6 +75,7 @@ class DraftingLaw:
         impossible: Tensor | None = None,
     ) -> Tensor:
         scores = self._law(logits, rows, tokens, parents, nodes, impossible)
+        self._law.take_failed()  # perhaps at a node that is never emitted: the decision will see
         if self._law.always_leaves_some:
             return scores
         return torch.where(scores.amax(-1, keepdim=True).isfinite(), scores, logits.to(scores.dtype))
