@@ -13,7 +13,7 @@ from engine_plants import LAWLESS, PLANTS, RAISED, Plant, PureProcessor, calling
 
 from specdec.drafters import NgramDrafter
 from specdec.engine import Engine, EngineFaultError, Handle, RequestFaultError
-from specdec.engine.law import LaneLaw
+from specdec.engine.lane import Lane
 
 PROMPT = [5, 6, 7, 8]
 CROWD = [
@@ -232,16 +232,16 @@ def test_nobody_needs_to_keep_a_handle() -> None:
 def test_a_thread_survives_an_exit_that_comes_from_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the engine's thread no signal is heard: it is a fault like any other, all are told, and it goes on."""
     served = engine()
-    decide, times = LaneLaw.take_failed, 0
+    decide, times = Lane.decide, 0
 
-    def once(self: LaneLaw) -> Any:
+    def once(self: Lane, *given: Any, **options: Any) -> Any:
         nonlocal times
         times += 1
         if times == 2:
             raise SystemExit
-        return decide(self)
+        return decide(self, *given, **options)
 
-    monkeypatch.setattr(LaneLaw, "take_failed", once)
+    monkeypatch.setattr(Lane, "decide", once)
     with served:
         handles = [submit(served, ask) for ask in CROWD[:4]]
         with pytest.raises(EngineFaultError, match="SystemExit"):
