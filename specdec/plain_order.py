@@ -220,7 +220,7 @@ class PlainOrder:
             batch.begin()
         while walking:
             asked = [one for one in walking if self._ask(*one, state, logits, paths, unfit)]
-            accepted, following, kept = on_host(*_host_order(judge(law)))
+            kept, accepted, following = on_host(*judge(law))
             walking = []
             for batch, places in asked:
                 tokens = {}
@@ -287,10 +287,6 @@ def _below_the_largest(scores: Tensor) -> Tensor:
         return scores
     largest = scores.amax(-1, keepdim=True)
     return torch.where(largest.isfinite(), scores - largest, scores)
-
-
-def _host_order(verdict: Verdict) -> tuple[Tensor, Tensor, Tensor]:
-    return verdict.num_accepted, verdict.next_token, verdict.path
 
 
 def _verdict(paths: Sequence[Sequence[int]], ends: Sequence[int], tree: DraftTree) -> Verdict:

@@ -52,7 +52,7 @@ def test_the_calls_are_of_every_kind() -> None:
 def test_planted_faults_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In no more than forty calls; the very call is well without the fault."""
     fault = planted.FAULTS[name]
-    monkeypatch.setattr(outcome, "SECONDS", 2)
+    monkeypatch.setattr(outcome, "SECONDS", 8)  # a busy machine must not look like a hang
     with monkeypatch.context() as patch:
         fault.plant(patch)
         found = fuzz_among(fault.calls, range(40))
