@@ -197,7 +197,7 @@ def test_odd_configurations_are_one_line(model: Path) -> None:
     for name, change in CONFIGS.items():
         config = {**good, **change} if isinstance(change, dict) and change else change
         (model / "config.json").write_text(json.dumps(config))
-        if name == "control":
+        if name in ("control", "an odd dtype"):  # the caller's own dtype goes before the file's
             load_model("target", str(model), torch.float32, CPU)
             continue
         with pytest.raises(SpecdecError) as error:
