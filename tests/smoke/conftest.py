@@ -48,11 +48,14 @@ class _Deprecations(logging.Handler):
 def deprecations() -> Iterator[list[str]]:
     """What transformers logs about deprecated names, which must be nothing at the end. (Warnings are errors.)"""
     handler, logger = _Deprecations(), logging.getLogger("transformers")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)  # a command that ran before in this process may have silenced it
     try:
         yield handler.messages
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     assert not handler.messages
 
 
