@@ -211,8 +211,8 @@ class PlainOrder:
         law = torch.zeros_like(scores)
         (drafted, unfit) = on_host(tree.tokens, sick)
         live = len(self._rows.live)
-        state = Walk(scores, law, judge(law), [False] * live, [False] * live, {})
         paths, ends = [[0] for _ in range(live)], [0] * live
+        state = Walk(scores, law, _verdict(paths, ends, tree), [False] * live, [False] * live, {})
         place_of = {row: place for place, row in enumerate(self._rows.live)}
         walking = [(batch, self._running(batch, place_of)) for batch in self.batches]
         walking = [(batch, places) for batch, places in walking if places]
@@ -220,6 +220,8 @@ class PlainOrder:
             batch.begin()
         while walking:
             asked = [one for one in walking if self._ask(*one, state, logits, paths, unfit)]
+            if not asked:
+                break
             kept, accepted, following = on_host(*judge(law))
             walking = []
             for batch, places in asked:
