@@ -1,4 +1,4 @@
-"""A Llama-shaped model's pass as one native call: what `DirectPass` computes, in float32."""
+"""A Llama-shaped model's pass as one native call: what the direct pass computes, in float32."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec.kv.layout import Layout
 from specdec.verify.native.library import library, why_not
-from specdec.verify.parts import Part, joined, per_part
-
-if TYPE_CHECKING:
-    from specdec.verify.direct import DirectPass, Shape
+from specdec.verify.passes.base import Output, Part, joined, outputs
+from specdec.verify.passes.inputs import Inputs
+from specdec.verify.passes.parameters import Parameters, Shape
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
@@ -52,6 +51,17 @@ class _Row(ctypes.Structure):
     ]
 
 
+class _Rows(NamedTuple):
+    """Rows, and the tensors whose addresses they hold."""
+
+    held: ctypes.Array[_Row]
+    masks: Sequence[Tensor]
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.held)
+
+
 class _Pass(ctypes.Structure):
     """`Pass` of llama.c."""
 
@@ -59,26 +69,26 @@ class _Pass(ctypes.Structure):
         *((name, _word) for name in ("threads", "tokens", "rows", "num_kept")),
         *((name, _word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
         *((name, _Pointers) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
-        *((name, _Pointers) for name in ("logits", "hidden", "normed", "mixed", "attended", "acted", "own")),
+        *((name, _Pointers) for name in ("features", "logits", "hidden", "normed", "mixed", "attended", "acted", "own")),
         ("own_size", _word),
         ("num_groups", _word),
         *((name, _Pointers) for name in ("seen", "counts", "row_of", "groups", "tickets")),
     ]
 
 
-def native_pass(direct: DirectPass) -> NativePass | None:
-    """The native form of a direct pass; None for other dtypes than float32, for models whose layers differ, and where
-    nothing can be compiled (or for one thread only, and there are more)."""
-    shape = direct.shape
-    if shape is None or direct.embed.dtype != torch.float32 or why_not() is not None:
+def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
+    """The native pass over these parameters; None for other dtypes than float32, for models whose layers differ, and
+    where nothing can be compiled (or for one thread only, and there are more)."""
+    shape = own.shape
+    if shape is None or own.embed.dtype != torch.float32 or why_not() is not None:
         return None
     if not library().threaded and torch.get_num_threads() > 1:
         return None
-    weights = [weight for layer in direct.layers for weight in _weights(layer)]
-    ends = [direct.embed, direct.norm.weight, direct.head.weight, direct.head.bias]
+    weights = [weight for layer in own.layers for weight in _weights(layer)]
+    ends = [own.embed, own.norm.weight, own.head.weight, own.head.bias]
     if not all(weight is None or _readable(weight) for weight in (*weights, *ends)):
         return None
-    return NativePass(direct, shape, weights, ends)
+    return NativePass(own, inputs, shape, weights, ends)
 
 
 @lru_cache(maxsize=1)
@@ -105,48 +115,42 @@ def _readable(weight: Tensor) -> bool:
 
 
 class NativePass:
-    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it.
-
-    Attributes:
-        counts_by_itself: whether it takes parts with `starts` instead of positions and a mask.
-    """
+    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it."""
 
     def __init__(
-        self, direct: DirectPass, shape: Shape, weights: Sequence[Tensor | None], ends: Sequence[Tensor | None]
+        self,
+        own: Parameters,
+        inputs: Inputs,
+        shape: Shape,
+        weights: Sequence[Tensor | None],
+        ends: Sequence[Tensor | None],
     ):
-        self._direct, self._shape = direct, shape
-        self.counts_by_itself = direct.static_rope
+        self._own, self._inputs, self._shape = own, inputs, shape
         self._call = library().call
-        self._places = [layer.index for layer in direct.layers]
+        self._places = [layer.index for layer in own.layers]
         self._pointers = (_Pointers * len(weights))(*map(_address, weights))
-        scales = (direct.norm.epsilon, direct.layers[0].scaling)
-        self._model = _Model(*shape, len(direct.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales)
+        scales = (own.norm.epsilon, own.layers[0].scaling)
+        self._model = _Model(*shape, len(own.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales)
         self._kv = (_Pointers * (2 * shape.layers))()
+        self._wanted = (_Pointers * (shape.layers + 1))()
         self._tickets = torch.zeros(8 * shape.layers + 3, dtype=torch.int64)
-        self._like = direct.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
+        self._like = own.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
         self._room, self._threads = (0, 0, 0), 0
         self._pass = _Pass()
         self._pass.keys = ctypes.addressof(self._kv)
         self._pass.values = ctypes.addressof(self._kv) + shape.layers * ctypes.sizeof(_Pointers)
+        self._pass.features = ctypes.addressof(self._wanted)
         self._pass.tickets = self._tickets.data_ptr()
 
-    @property
-    def hooked(self) -> bool:
-        return self._direct.hooked
-
-    def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
-        """As `DirectPass.__call__`."""
+    def __call__(self, parts: Sequence[Part]) -> list[Output]:
+        """See `Runner.__call__`."""
         run, shape = self._pass, self._shape
         tokens = sum(part.tokens.numel() for part in parts)
         run.threads, run.tokens = self._num_threads(), tokens
         ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
-        read, places = max(part.read for part in parts), None
-        if all(part.starts is not None for part in parts):
-            angles = self._direct.angle_table(self._like, read)
-        else:
-            angles, places = self._direct.angle_rows(self._like, [_counted(part) for part in parts])
-            places = places.contiguous()
-        layouts = [part.view.layout(self._like) for part in parts]
+        read = max(part.write.read for part in parts)
+        angles, places = self._angles(parts, read)
+        layouts = [part.write.layout(self._like) for part in parts]
         rows, lists = self._rows(parts, layouts)
         self._reserve(tokens, lists, read, run.threads)
         first = layouts[0]
@@ -154,42 +158,56 @@ class NativePass:
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([_given(layout.targets) for layout in layouts])
-        kept = _kept(parts[0].tokens.shape, parts[0].keep) if len(parts) == 1 else _all_kept(parts)
+        kept = _kept(parts[0].tokens.shape, parts[0].kept[1]) if len(parts) == 1 else _all_kept(parts)
         logits = self._like.new_empty(len(kept), shape.vocab)
-        run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
+        features = [self._like.new_empty(tokens, shape.hidden) for _ in parts[0].features]
+        for layer, states in zip(parts[0].features, features, strict=True):
+            self._wanted[layer] = states.data_ptr()
+        run.rows, run.row, run.num_kept, run.kept = len(rows.held), rows.address, len(kept), kept.data_ptr()
         run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
         run.targets, run.logits = _address(targets), logits.data_ptr()
         wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
+        for layer in parts[0].features:
+            self._wanted[layer] = None
         if wrong:
             token = int(ids[wrong - 1])
-            raise IndexError(
-                f"token id {token} is out of range: the model's embedding has {len(self._direct.embed)} rows"
-            )
-        return per_part(logits, parts)
+            raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self._own.embed)} rows")
+        return outputs(logits, features, parts)
+
+    def _angles(self, parts: Sequence[Part], read: int) -> tuple[Tensor, Tensor | None]:
+        """Rotary angles, and the row of them for each token; None where that is the number of its slot."""
+        if self._own.static_rope and all(part.nodes is None for part in parts):
+            return self._own.angle_table(self._like, read), None
+        positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
+        angles, places = self._own.angles(self._like, positions, read)
+        return angles, places.contiguous()
 
     @staticmethod
     def _num_threads() -> int:
         return min(torch.get_num_threads(), usable_cores())
 
-    def _rows(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> tuple[ctypes.Array[_Row], int]:
+    def _rows(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> tuple[_Rows, int]:
         """All rows of all parts, and how many places their lists of visible slots take."""
         rows = (_Row * sum(len(part.tokens) for part in parts))()
+        masks: list[Tensor] = []
         index = first = lists = 0
         for part, layout in zip(parts, layouts, strict=True):
-            count, width = part.tokens.shape
-            mask, table = part.mask, layout.table
+            (count, width), read, table = part.tokens.shape, part.write.read, layout.table
+            mask = None if part.nodes is None else self._inputs.of(part)[1]
+            if mask is not None:
+                masks.append(mask)
             at = 0 if mask is None else mask.data_ptr()
             step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()
             for i in range(count):
                 row = rows[index]
-                row.first, row.width, row.read, row.lists = first, width, part.read, lists
+                row.first, row.width, row.read, row.lists = first, width, read, lists
                 row.table = table.data_ptr() + i * table.stride(0) * 8
-                row.start = (part.starts or layout.starts)[i] if part.starts or layout.starts else part.read - width
+                row.start = part.write.starts[i]
                 if mask is not None:
                     row.mask, row.mask_stride = at + i * step, mask.stride(2)
                 index, first = index + 1, first + width
-                lists += part.read * (1 if mask is None else width)
-        return rows, lists
+                lists += read * (1 if mask is None else width)
+        return _Rows(rows, masks), lists
 
     def _reserve(self, tokens: int, lists: int, read: int, threads: int) -> None:
         """Working memory for such a pass, kept for the next one."""
@@ -214,32 +232,22 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _counted(part: Part) -> Part:
-    """With positions, beside parts that have no `starts`."""
-    if part.starts is None:
-        return part
-    first = torch.tensor(list(part.starts))[:, None]
-    return part._replace(positions=first + torch.arange(part.tokens.shape[1]))
-
-
 def _given(tensor: Tensor | None) -> Tensor:
     assert tensor is not None, "the parts of a pass lie in one store"
     return tensor
 
 
 @lru_cache(maxsize=256)
-def _kept(shape: tuple[int, int], keep: int | None) -> Tensor:
-    """Tokens of `[rows, width]` whose logits are wanted: see `Part.keep`."""
-    if keep is None:
-        return torch.empty(0, dtype=torch.int64)
+def _kept(shape: tuple[int, int], columns: int) -> Tensor:
+    """Tokens of `[rows, width]` in the last `columns`, whose logits are wanted."""
     rows, width = shape
     index = torch.arange(rows * width).view(rows, width)
-    return index[:, -keep:].flatten().contiguous() if keep else index.flatten()
+    return index[:, width - columns :].flatten().contiguous()
 
 
 def _all_kept(parts: Sequence[Part]) -> Tensor:
     first, pieces = 0, []
     for part in parts:
-        pieces.append(_kept(part.tokens.shape, part.keep) + first)
+        pieces.append(_kept(part.tokens.shape, part.kept[1]) + first)
         first += part.tokens.numel()
     return torch.cat(pieces)
