@@ -28,14 +28,14 @@ from specdec.experiments.provenance import provenance
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify.direct import direct_pass
-from specdec.verify.forward import TreeForward
 from specdec.verify.native import native_pass, why_not
+from specdec.verify.passes.forward import Forward
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
-class AsTheyAre(TreeForward):
+class AsTheyAre(Forward):
     """`transformers`' own modules, attention and linear layers, on the shared cache."""
 
     @contextmanager
@@ -43,13 +43,13 @@ class AsTheyAre(TreeForward):
         yield
 
 
-class Modules(TreeForward):
+class Modules(Forward):
     """The model's modules, fitted."""
 
     needs_modules = True
 
 
-class Direct(TreeForward):
+class Direct(Forward):
     """Straight over the parameters, in torch's operations."""
 
     @contextmanager
@@ -58,7 +58,7 @@ class Direct(TreeForward):
         yield
 
 
-class Native(TreeForward):
+class Native(Forward):
     """As one native call, whatever the width."""
 
     @contextmanager

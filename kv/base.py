@@ -142,7 +142,12 @@ def owners_of(num_layers: Mapping[str, int], borrows: Mapping[str, str]) -> dict
         CacheStateError: a model that borrows from none, from a borrower, or more layers than there are.
     """
     for name, owner in borrows.items():
-        if name not in num_layers or owner not in num_layers or owner in borrows or num_layers[name] > num_layers[owner]:
+        if (
+            name not in num_layers
+            or owner not in num_layers
+            or owner in borrows
+            or num_layers[name] > num_layers[owner]
+        ):
             raise CacheStateError(
                 f"expected {name!r} to borrow from a model with storage of its own and at least as many layers, got "
                 f"{owner!r} among {dict(num_layers)}"

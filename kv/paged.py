@@ -79,9 +79,7 @@ class PagedKVCache(KVCache):
     def row(self, row: int) -> PassCache:
         return PagedKVCache(self.pool, [self.sequences[row]], self._names)
 
-    def writing(
-        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
-    ) -> PagedWrite:
+    def writing(self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None) -> PagedWrite:
         """See `PassCache.writing`. Padding columns take no slots.
 
         Raises:

@@ -43,7 +43,9 @@ class SharedKVCache(KVCache):
         self.lengths = [0] * num_rows
         self._layers, self._owners = dict(num_layers), owners_of(num_layers, borrows)
         self._stores = {
-            name: ModelStore(count, num_rows, capacity, most) for name, count in num_layers.items() if name not in borrows
+            name: ModelStore(count, num_rows, capacity, most)
+            for name, count in num_layers.items()
+            if name not in borrows
         }
         for name, owner in borrows.items():
             self._stores[owner].borrowed[name] = [0] * num_rows
@@ -197,7 +199,5 @@ class OneRow(PassCache):
         assert row == 0, "one row has no other"
         return self
 
-    def writing(
-        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
-    ) -> SharedWrite:
+    def writing(self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None) -> SharedWrite:
         return self._cache.writing(name, starts, width, valid, only=self._row)

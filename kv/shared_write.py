@@ -54,7 +54,10 @@ class SharedWrite(Write):
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._store.layer(layer, key, value)
         if len(self.starts) != len(keys):
-            keys, values = keys.narrow(0, self._first, len(self.starts)), values.narrow(0, self._first, len(self.starts))
+            keys, values = (
+                keys.narrow(0, self._first, len(self.starts)),
+                values.narrow(0, self._first, len(self.starts)),
+            )
         if self._start is not None:  # narrow() costs a third of an indexing expression, and this runs per layer
             keys.narrow(2, self._start, self.width).copy_(key)
             values.narrow(2, self._start, self.width).copy_(value)
@@ -83,9 +86,7 @@ class SharedWrite(Write):
 
     def row(self, row: int, width: int) -> Write:
         own = [self.width if self.valid is None else self.valid[row]]
-        return SharedWrite(
-            self._store, self._first + row, [self.starts[row]], width, own, self.num_layers
-        ).__enter__()
+        return SharedWrite(self._store, self._first + row, [self.starts[row]], width, own, self.num_layers).__enter__()
 
 
 class IndexedWrite(Write):

@@ -121,7 +121,9 @@ class ModelStore:
     def fork(self, repeats: int) -> None:
         self.num_rows *= repeats
         self.filled = [count for count in self.filled for _ in range(repeats)]
-        self.borrowed = {name: [tail for tail in tails for _ in range(repeats)] for name, tails in self.borrowed.items()}
+        self.borrowed = {
+            name: [tail for tail in tails for _ in range(repeats)] for name, tails in self.borrowed.items()
+        }
         if self.places is not None:
             self.places = [own for own in self.places for _ in range(repeats)]
         for tensors in (self.keys, self.values):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.kv.shared import SharedKVCache
-from specdec.verify.forward import TreeForward
+from specdec.verify.passes.forward import Forward
 from specdec.verify.rules.greedy import Greedy
 from specdec.verify.tree import DraftTree, Verdict
 
@@ -96,18 +96,14 @@ def _one_node_too_many(original: Callable[..., Verdict]) -> Callable[..., Verdic
 
 
 def _everything_visible(original: Callable[..., object]) -> Callable[..., object]:
-    def broken(
-        self: TreeForward, cache: object, tokens: object, depths: object, anc: torch.Tensor, first: int
-    ) -> object:
+    def broken(self: Forward, cache: object, tokens: object, depths: object, anc: torch.Tensor, first: int) -> object:
         return original(self, cache, tokens, depths, torch.ones_like(anc), first)
 
     return broken
 
 
 def _slots_as_positions(original: Callable[..., object]) -> Callable[..., object]:
-    def broken(
-        self: TreeForward, cache: object, tokens: object, depths: torch.Tensor, anc: object, first: int
-    ) -> object:
+    def broken(self: Forward, cache: object, tokens: object, depths: torch.Tensor, anc: object, first: int) -> object:
         index = torch.arange(depths.shape[1]).expand_as(depths)
         return original(self, cache, tokens, index, anc, first)
 
@@ -125,8 +121,8 @@ def _no_gather(original: Callable[..., None]) -> Callable[..., None]:
     ("owner", "method", "breaker"),
     [
         (Greedy, "__call__", _one_node_too_many),
-        (TreeForward, "nodes", _everything_visible),
-        (TreeForward, "nodes", _slots_as_positions),
+        (Forward, "nodes", _everything_visible),
+        (Forward, "nodes", _slots_as_positions),
         (SharedKVCache, "commit", _no_gather),
     ],
     ids=["accepts-one-too-many", "wrong-ancestor-mask", "slots-as-positions", "commit-without-gather"],

@@ -21,7 +21,7 @@ from specdec.experiments.laws.bugs import (
 )
 from specdec.experiments.laws.false_drafters import DropsUnlikelyTokens, TellsRawLaw, TellsRowOfNextPosition
 from specdec.kv.shared import SharedKVCache
-from specdec.verify.forward import TreeForward
+from specdec.verify.passes.forward import Forward
 from specdec.verify.rules import RULES
 
 TARGET = tiny_llama(3, vocab=6)
@@ -122,12 +122,12 @@ def test_a_commit_that_moves_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nodes_at_wrong_positions_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = TreeForward.nodes
+    original = Forward.nodes
 
-    def nodes(self: TreeForward, cache: Any, tokens: Tensor, depths: Tensor, *rest: Any) -> Tensor:
+    def nodes(self: Forward, cache: Any, tokens: Tensor, depths: Tensor, *rest: Any) -> Tensor:
         return original(self, cache, tokens, torch.arange(depths.shape[1]).expand(depths.shape), *rest)
 
-    monkeypatch.setattr(TreeForward, "nodes", nodes)
+    monkeypatch.setattr(Forward, "nodes", nodes)
     report = run(DRAFT, k=3, max_rows=64)
     assert {"K/V cache", "verification logits"} <= failed(report), report.summary()
 

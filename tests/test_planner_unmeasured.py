@@ -21,7 +21,7 @@ from specdec.planner import calls
 from specdec.planner.costs import Costs
 from specdec.planner.script import Script
 from specdec.verify import DraftTree, Topology
-from specdec.verify.stock import callers_code
+from specdec.verify.passes.stock import callers_code
 
 
 @pytest.fixture(name="measured", autouse=True)

@@ -10,9 +10,9 @@ from specdec.experiments.gpu.clock import Deadline, wall_ms
 from specdec.experiments.gpu.models import counting_llama
 from specdec.experiments.gpu.options import GpuOptions, Shape
 from specdec.kv import SharedKVCache
-from specdec.verify import DraftTree, Topology, TreeForward
-from specdec.verify.forward import PREFILL_CHUNK
-from specdec.verify.graphed import GraphedForward, cuda_capture
+from specdec.verify import DraftTree, Forward, Topology
+from specdec.verify.passes.base import PREFILL_CHUNK
+from specdec.verify.passes.graphed import GraphedForward, cuda_capture
 from specdec.verify.planned import PlannedForward
 
 
@@ -37,7 +37,7 @@ def _at_context(
     cache = SharedKVCache({"model": shape.layers}, 1, most, most)
     capture = cuda_capture if options.device.startswith("cuda") else None
     modes = {
-        "masked": TreeForward(model, "model"),
+        "masked": Forward(model, "model"),
         "planned": PlannedForward(model, "model"),
         "graph": GraphedForward(model, "model", capture, min_uses=1),
     }
@@ -52,7 +52,7 @@ def _at_context(
             if deadline.left < 5:
                 return found
 
-            def one_pass(forward: TreeForward = forward, tree: DraftTree = tree) -> torch.Tensor:
+            def one_pass(forward: Forward = forward, tree: DraftTree = tree) -> torch.Tensor:
                 cache.rollback()
                 return forward.tree(cache, tree)
 

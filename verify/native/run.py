@@ -69,7 +69,10 @@ class _Pass(ctypes.Structure):
         *((name, _word) for name in ("threads", "tokens", "rows", "num_kept")),
         *((name, _word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
         *((name, _Pointers) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
-        *((name, _Pointers) for name in ("features", "logits", "hidden", "normed", "mixed", "attended", "acted", "own")),
+        *(
+            (name, _Pointers)
+            for name in ("features", "logits", "hidden", "normed", "mixed", "attended", "acted", "own")
+        ),
         ("own_size", _word),
         ("num_groups", _word),
         *((name, _Pointers) for name in ("seen", "counts", "row_of", "groups", "tickets")),

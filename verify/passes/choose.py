@@ -44,6 +44,12 @@ def runners_for(model: PreTrainedModel) -> Sequence[Runner]:
     return Native(inputs, direct), direct, Modules(model, inputs)
 
 
+def runs_natively(model: PreTrainedModel) -> bool:
+    """Whether `model`, as it is now, has a native pass."""
+    inputs = Inputs(model)
+    return Native(inputs, Direct(model, inputs)).serves
+
+
 def strict_runners_for(model: PreTrainedModel, width: int) -> Sequence[Runner]:
     """The one runner whose bits do not depend on the draft, without another to fall back on: native where the model has
     such a pass, which needs no padding; else `Strict`, row by row, `width` tokens at a time."""

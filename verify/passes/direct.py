@@ -59,7 +59,9 @@ class Direct(Runner):
         assert own is not None
         given = [self._inputs.of(part) for part in parts]
         hidden = F.embedding(joined([part.tokens.reshape(-1) for part in parts]), own.embed)
-        positions = joined([place.expand(part.tokens.shape).reshape(-1) for part, (place, _) in zip(parts, given, strict=True)])
+        positions = joined(
+            [place.expand(part.tokens.shape).reshape(-1) for part, (place, _) in zip(parts, given, strict=True)]
+        )
         angles, places = own.angles(hidden, positions, max(part.write.read for part in parts))
         cos, sin = F.embedding(places, angles)[:, None].chunk(2, dim=-1)
         groups, half = own.heads // own.kv_heads, own.head_dim // 2

@@ -98,7 +98,9 @@ class ModelCall:
     def __call__(self, part: Part, positions: Tensor, mask: Any, follows_pages: bool = False) -> Output:
         """See `attention_of` and `Plan.mask_for` for the masks."""
         view = part.write.view(follows_pages)
-        logits, features = self.run(part.tokens, positions, mask, view, part.features, 1 if part.keep is None else part.keep)
+        logits, features = self.run(
+            part.tokens, positions, mask, view, part.features, 1 if part.keep is None else part.keep
+        )
         return Output(None if part.keep is None else logits, features)
 
     def run(
