@@ -46,7 +46,7 @@ class DraftPasses:
             filled = cache.filled(CACHE_NAME)
             lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
         width, real = max(lag), [0 if out else count for count, out in zip(lag, self._idle, strict=True)]
-        logits = self._forward.causal(cache, self._known(rows.window(filled, width)), filled, real, keep=0).all_logits
+        logits = self._forward.causal(cache, self._known(rows.window(filled, width)), filled, real, keep=0).logits
         if min(lag) == width:
             return self._fit(logits if width == 1 else logits[:, -1:])
         last = torch.tensor(lag, device=logits.device) - 1
@@ -55,12 +55,12 @@ class DraftPasses:
     def chain(self, tokens: Tensor, depth: int) -> Tensor:
         """Logits after the nodes at `depth`, int64 `[live, 1]`, of chains whose earlier nodes were run."""
         starts = [count + depth for count in self._cache.lengths[: self._cache.num_rows]]
-        return self._fit(self._forward.causal(self._cache, self._known(tokens), starts, None, keep=0).all_logits)
+        return self._fit(self._forward.causal(self._cache, self._known(tokens), starts, None, keep=0).logits)
 
     def level(self, run: Run, first: int) -> Tensor:
         """Logits after the nodes of a run from slot `first` on; those before it were run."""
         new = self._known(run.tokens[:, first:])
-        return self._fit(self._forward.nodes(self._cache, new, run.depths, run.ancestors[:, first:], first).all_logits)
+        return self._fit(self._forward.nodes(self._cache, new, run.depths, run.ancestors[:, first:], first).logits)
 
     def _catch_up(self, lengths: list[int], filled: list[int]) -> None:
         """Prefill rows that lag far behind their text."""

@@ -62,9 +62,9 @@ class SharedWrite(Write):
             keys.narrow(2, self._start, self.width).copy_(key)
             values.narrow(2, self._start, self.width).copy_(value)
         else:
-            rows, slots = self._places(key.device)
-            keys[rows, :, slots] = key.transpose(1, 2)
-            values[rows, :, slots] = value.transpose(1, 2)
+            index, slots = self._places(key.device)
+            keys[index, :, slots] = key.transpose(1, 2)
+            values[index, :, slots] = value.transpose(1, 2)
         return keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read)
 
     put = update

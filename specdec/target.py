@@ -92,13 +92,13 @@ class TargetPasses:
         self._read_along = unread is not None
         try:
             try:
-                return tree, self._cut(self._forward.tree(self._cache, tree, unread).all_logits)
+                return tree, self._cut(self._forward.tree(self._cache, tree, unread).logits)
             except torch.OutOfMemoryError:
                 if tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
                     raise
                 self._report.notes.append(f"step {self._report.num_steps}: out of memory on the tree, decoded plainly")
                 tree = DraftTree.root_only(tree.tokens[:, 0])
-                return tree, self._cut(self._forward.tree(self._cache, tree, unread).all_logits)
+                return tree, self._cut(self._forward.tree(self._cache, tree, unread).logits)
         except Exception as fault:
             raise self.fault(f"{type(fault).__name__}: {fault}") from fault
 

@@ -22,15 +22,15 @@ def history(forward: Forward, cache: Any, lengths: Sequence[int]) -> list[Tensor
         forward.prefill(cache, text, [0] * rows, list(lengths), chunk=4)
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
-        out = [forward.tree(cache, tree).all_logits]
+        out = [forward.tree(cache, tree).logits]
         cache.commit([[0, 1, 3]] * rows)
         starts = [min(cache.lengths)] * rows
-        out.append(forward.causal(cache, text[:, :5], starts, None, keep=0).all_logits)
-        out.append(forward.causal(cache, text[:, :5], starts, None, keep=2).all_logits)
-        out.append(forward.causal(cache, text[:, :5], starts, None, keep=1).all_logits)
-        out.append(forward.causal(cache, text[:, :1], starts, None, keep=1).all_logits)
-        out.append(forward.causal(cache.row(0), text[:1, :3], starts[:1], None, keep=0).all_logits)
-        out.append(forward.causal(cache.row(rows - 1), text[-1:, 2:6], starts[:1], None, keep=0).all_logits)
+        out.append(forward.causal(cache, text[:, :5], starts, None, keep=0).logits)
+        out.append(forward.causal(cache, text[:, :5], starts, None, keep=2).logits)
+        out.append(forward.causal(cache, text[:, :5], starts, None, keep=1).logits)
+        out.append(forward.causal(cache, text[:, :1], starts, None, keep=1).logits)
+        out.append(forward.causal(cache.row(0), text[:1, :3], starts[:1], None, keep=0).logits)
+        out.append(forward.causal(cache.row(rows - 1), text[-1:, 2:6], starts[:1], None, keep=0).logits)
     for row in range(rows):
         out += [states for layer in cache.layers("target", row) for states in layer]
     return out

@@ -23,6 +23,7 @@ from specdec.kv.support import num_cache_layers
 from specdec.verify.attention.register import attention_of
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.observing import observing
+from specdec.verify.passes.parameters import Parameters
 
 DIRECT = [
     "llama-mha", "llama-gqa", "llama-mqa", "llama-tied", "llama-bias", "llama-rope-linear", "llama-rope-dynamic",
@@ -65,7 +66,7 @@ def test_angles_outgrow_their_first_table() -> None:
         forward = Forward(model, "target")
         with torch.no_grad(), forward.prepared() if direct else attention_of(model):
             for start in range(0, 700, 100):
-                logits = forward.causal(cache, text[:, start : start + 100], [start], None, keep=0).all_logits
+                logits = forward.causal(cache, text[:, start : start + 100], [start], None, keep=0).logits
         out.append(logits)
     assert torch.equal(out[0], out[1])
 

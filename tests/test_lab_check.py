@@ -124,7 +124,7 @@ def test_a_commit_that_moves_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
 def test_nodes_at_wrong_positions_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Forward.nodes
 
-    def nodes(self: Forward, cache: Any, tokens: Tensor, depths: Tensor, *rest: Any) -> Tensor:
+    def nodes(self: Forward, cache: Any, tokens: Tensor, depths: Tensor, *rest: Any) -> Any:
         return original(self, cache, tokens, torch.arange(depths.shape[1]).expand(depths.shape), *rest)
 
     monkeypatch.setattr(Forward, "nodes", nodes)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pass_history import history
 from test_direct import DIRECT
 from torch import Tensor
+from ways import forward_by, native_of
 
 from specdec.kv import SharedKVCache
 from specdec.kv.paged import PagedKVCache
@@ -104,7 +105,7 @@ def test_every_size(
         try:
             with torch.no_grad():
                 forward.causal(cache, text[:, :9], [0, 0], None, keep=1)
-                outs.append([forward.causal(cache, text[:, 9:], [9, 5], None, keep=0).all_logits])
+                outs.append([forward.causal(cache, text[:, 9:], [9, 5], None, keep=0).logits])
         finally:
             torch.set_num_threads(before)
         if way == "native":  # and token by token, the same bits
@@ -112,7 +113,7 @@ def test_every_size(
             with torch.no_grad():
                 forward.causal(again, text[:, :9], [0, 0], None, keep=1)
                 single = [
-                    forward.causal(again, text[:, 9 + i : 10 + i], [9 + i, 5 + i], None, keep=0).all_logits
+                    forward.causal(again, text[:, 9 + i : 10 + i], [9 + i, 5 + i], None, keep=0).logits
                     for i in range(width)
                 ]
             assert torch.equal(torch.cat(single, 1), outs[0][0])
@@ -130,33 +131,31 @@ def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
     def fresh(rows: int = 1, which: int = 0) -> Any:
         cache = list(caches(model, rows))[which]
         with torch.no_grad():
-            forward.causal(cache, text[:, :10].expand(rows, -1), [0] * rows, None, keep=1).all_logits
+            forward.causal(cache, text[:, :10].expand(rows, -1), [0] * rows, None, keep=1)
         for row in range(rows):
             cache.set_length(row, 10)
         return cache
 
     with torch.no_grad():
         cache = fresh()
-        single = torch.cat(
-            [forward.causal(cache, text[:, i : i + 1], [i], None, 0).all_logits for i in range(10, 30)], 1
-        )
+        single = torch.cat([forward.causal(cache, text[:, i : i + 1], [i], None, 0).logits for i in range(10, 30)], 1)
         for width in (2, 3, 5, 7, 20):  # 20 at once: in four pieces
             for which in (0, 1):
                 cache = fresh(which=which)
                 spans = [(i, min(i + width, 30)) for i in range(10, 30, width)]
-                chunks = [forward.causal(cache, text[:, a:b], [a], None, 0).all_logits for a, b in spans]
+                chunks = [forward.causal(cache, text[:, a:b], [a], None, 0).logits for a, b in spans]
                 assert torch.equal(torch.cat(chunks, 1), single)
         empty = next(caches(model, 1))
         assert torch.equal(
-            forward.causal(empty, text, [0], None, keep=7).all_logits, single[:, -7:]
+            forward.causal(empty, text, [0], None, keep=7).logits, single[:, -7:]
         )  # with what came before
         for i in range(30):  # and what came before token by token
-            last = forward.causal(empty, text[:, i : i + 1], [i], None, keep=1).all_logits
+            last = forward.causal(empty, text[:, i : i + 1], [i], None, keep=1).logits
         assert torch.equal(last, single[:, -1:])
         for threads in (2, 3):
             torch.set_num_threads(threads)
             try:
-                assert torch.equal(forward.causal(fresh(), text[:, 10:], [10], None, 0).all_logits, single)
+                assert torch.equal(forward.causal(fresh(), text[:, 10:], [10], None, 0).logits, single)
             finally:
                 torch.set_num_threads(before)
         cache = fresh(rows=2)
@@ -165,14 +164,14 @@ def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
         tokens = tree.tokens.clone()
         tokens[1, path] = text[0, 10:14]
         tree = DraftTree.build(Topology.widths((2, 1, 1)), tokens)
-        logits = forward.tree(cache, tree).all_logits
+        logits = forward.tree(cache, tree).logits
         assert torch.equal(logits[1, path], single[0, :4])
         cache.commit([[0], path])
         rest = text[:, 14:20].expand(2, -1)
-        assert torch.equal(forward.causal(cache, rest, cache.lengths, None, 0).all_logits[1], single[0, 4:10])
+        assert torch.equal(forward.causal(cache, rest, cache.lengths, None, 0).logits[1], single[0, 4:10])
         one, others = fresh(), [Text(fresh(), text[:, 10:13], [10], None)]
         chain = DraftTree.build(Topology.chain(3), text[:, 10:14])
-        assert torch.equal(forward.together(one, chain, others)[0].all_logits, single[:, :4])
+        assert torch.equal(forward.together(one, chain, others)[0].logits, single[:, :4])
 
 
 def test_torchs_products_do_depend_on_the_rest() -> None:
@@ -204,7 +203,7 @@ def test_nan_and_infinity_reach_the_logits() -> None:
             with torch.no_grad():
                 model.get_submodule(name).weight[7] = bad
                 forward, cache = forward_by(model, "native"), next(caches(model, 1))
-                ours = forward.causal(cache, torch.tensor([[3, 7, 5]]), [0], None, keep=0).all_logits
+                ours = forward.causal(cache, torch.tensor([[3, 7, 5]]), [0], None, keep=0).logits
                 theirs = model(torch.tensor([[3, 7, 5]])).logits
             assert torch.equal(ours[:, 1:].isfinite(), theirs[:, 1:].isfinite()), (bad, name)
             # torch multiplies what the mask hides by zero, and 0 * NaN is NaN; here a token before it is not touched

@@ -8,7 +8,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_native import caches, forward_of, native, pytestmark  # noqa: F401  (the mark is this module's, too)
+from test_native import caches, pytestmark  # noqa: F401  (the mark is this module's, too)
+from ways import forward_by, native_of
 
 import specdec
 from specdec.kv import CacheStateError, TargetFaultError

@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from torch import Tensor
+from ways import native_of
 
 import specdec
 from specdec.verify.native import build, library

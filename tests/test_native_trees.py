@@ -8,13 +8,13 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_native import caches, error, forward_of, native
+from test_native import caches, error
 from test_native import pytestmark as pytestmark
 from torch import Tensor
+from ways import forward_by
 
 from specdec.kv import PagedKVCache
 from specdec.verify import DraftTree
-from specdec.verify.passes.parameters import Parameters
 
 HEADS = [(1, 1), (2, 1), (6, 2), (4, 4)]
 """(query heads, K/V heads): groups of 1, 2, 3 and 1."""
@@ -44,16 +44,16 @@ def logits_of(model: Any, way: Any, cache: Any, lengths: list[int], tree: DraftT
         forward.prefill(cache, text, [0] * rows, lengths, chunk=64)
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
-        first = forward.tree(cache, tree).all_logits
+        first = forward.tree(cache, tree).logits
         masks, counts = tree.ancestor_mask, tree.num_nodes.tolist()
         ends = [int(tree.depths[row, :count].argmax()) for row, count in enumerate(counts)]
         cache.commit([masks[row, end].nonzero()[:, 0].tolist() for row, end in enumerate(ends)])
-        second = forward.tree(cache, tree).all_logits
+        second = forward.tree(cache, tree).logits
     return [logits[row, :count] for logits in (first, second) for row, count in enumerate(counts)]
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_random_trees_are_those_of_the_Parameters.of(heads: tuple[int, int]) -> None:
+def test_random_trees_are_those_of_the_direct_pass(heads: tuple[int, int]) -> None:
     model: Any = models.llama(heads=heads[0], num_key_value_heads=heads[1], hidden=24, head_dim=10, vocab=29)
     exact: Any = models.llama(heads=heads[0], num_key_value_heads=heads[1], hidden=24, head_dim=10, vocab=29).double()
     ours, reference = "native", "direct"

@@ -81,7 +81,7 @@ def test_the_probe_refuses_native_passes_that_depend_on_the_slot(small: Any, mon
 def test_the_probe_refuses_native_passes_that_are_not_the_model(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = NativePass.__call__
     monkeypatch.setattr(
-        NativePass, "__call__", lambda self, parts: [Output(own.all_logits.flip(-1)) for own in real(self, parts)]
+        NativePass, "__call__", lambda self, parts: [Output(own.logits.flip(-1)) for own in real(self, parts)]
     )
     with pytest.raises(UnsupportedModelError, match="does not reproduce"):
         StrictMode(small).cost(CPU)

@@ -57,9 +57,9 @@ def results(model: Any, kind: str, paged: bool, jointly: bool) -> list[Tensor]:
         passes: list[float] = []
         with observing(lambda _, seconds: passes.append(seconds)):
             if jointly:
-                out = [forward.together(rows, tree, texts)[0].all_logits]
+                out = [forward.together(rows, tree, texts)[0].logits]
             else:
-                out = [forward.tree(rows, tree).all_logits]
+                out = [forward.tree(rows, tree).logits]
                 for one in texts:
                     forward.causal(*one, keep=1)
         one_pass = forward.runners[0].refusal(None) is None or forward.runners[1].refusal(None) is None  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_rows_of_one_pass_do_not_see_each_other() -> None:
             forward.prefill(rows, text[:1], [0], [5], chunk=16)
             rows.set_length(0, 5)
             told = Text(other, text[1:] + shift, [0], [9])
-            logits = forward.together(rows, DraftTree.build(Topology.chain(2), text[:1, 5:8]), [told])[0].all_logits
+            logits = forward.together(rows, DraftTree.build(Topology.chain(2), text[:1, 5:8]), [told])[0].logits
         other.set_length(0, 9)
         out.append((logits, next(iter(other.layers("target", 0)))[0]))
     assert torch.equal(out[0][0], out[1][0])

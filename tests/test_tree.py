@@ -153,7 +153,7 @@ def test_one_pass_equals_a_pass_per_path(family: str, data: st.DataObject) -> No
         forward.prefill(cache, text, [0] * len(shapes), list(lengths), chunk=4)
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
-        logits = forward.tree(cache, tree).all_logits
+        logits = forward.tree(cache, tree).logits
     assert cache.lengths == list(lengths)
     for row, parents in enumerate(shapes):
         expected = per_path_logits(model, text[row, : lengths[row]], tree, row, parents)
@@ -171,9 +171,7 @@ def test_growing_a_tree_level_by_level_equals_one_pass() -> None:
         cache = SharedKVCache({"target": 2}, 1)
         with torch.no_grad(), attention_of(model):
             parts = [
-                forward.nodes(
-                    cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a
-                ).all_logits
+                forward.nodes(cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a).logits
                 for a, b in pairwise(cuts)
             ]
         outputs.append(torch.cat(parts, 1))
@@ -190,7 +188,7 @@ def test_the_last_position_of_a_table_is_used_and_none_behind_it() -> None:
     with torch.no_grad(), attention_of(model):
         forward.prefill(cache, text, [0], [count - 1], chunk=64)
         cache.set_length(0, count - 1)
-        logits = forward.tree(cache, tree).all_logits
+        logits = forward.tree(cache, tree).logits
         torch.testing.assert_close(logits[0, 0], model(text).logits[0, -1], rtol=1e-9, atol=1e-9)
         cache.commit([[0]])
         with pytest.raises(ValueError, match=f"has {count} positions"):

@@ -12,8 +12,9 @@ from test_tree import per_path_logits, tree_of
 
 from specdec.kv import PagedKVCache, SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify import Forward, masks
+from specdec.verify import Forward
 from specdec.verify.attention.register import attention_of
+from specdec.verify.passes import inputs
 
 WINDOW = 6
 """That of the models (tests/models.py)."""
@@ -45,12 +46,10 @@ def check(family: str, layout: str, cuts: tuple[int, ...] | None = None) -> None
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
         if cuts is None:
-            logits = forward.tree(cache, tree).all_logits
+            logits = forward.tree(cache, tree).logits
         else:
             pieces = [
-                forward.nodes(
-                    cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a
-                ).all_logits
+                forward.nodes(cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a).logits
                 for a, b in pairwise(cuts)
             ]
             logits = torch.cat(pieces, dim=1)
@@ -80,8 +79,8 @@ def test_plain_text_at_the_edge_of_the_window(lengths: tuple[int, int], width: i
     with torch.no_grad(), attention_of(model):
         forward.prefill(cache, text, [0, 0], list(lengths), chunk=99)
         behind = torch.stack([text[row, length : length + width] for row, length in enumerate(lengths)])
-        found = forward.causal(cache, behind, lengths, None, keep=0).all_logits
-        first = forward.causal(cache, text[:, :width], [0, 0], None, keep=0).all_logits
+        found = forward.causal(cache, behind, lengths, None, keep=0).logits
+        first = forward.causal(cache, text[:, :width], [0, 0], None, keep=0).logits
         for row, length in enumerate(lengths):
             plain = model(text[row : row + 1, : length + width], use_cache=False).logits[0]
             torch.testing.assert_close(found[row], plain[length:], rtol=1e-9, atol=1e-9)
@@ -90,7 +89,7 @@ def test_plain_text_at_the_edge_of_the_window(lengths: tuple[int, int], width: i
 
 @pytest.mark.parametrize("off", [-1, 1])
 def test_a_window_one_too_wide_or_too_narrow_is_caught(off: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = masks.additive_masks
+    original = inputs.additive_masks
 
     def shifted(visible: Any, positions: Any, slots: Any, windows: Any, dtype: Any) -> Any:
         return original(visible, positions, slots, {kind: size and size + off for kind, size in windows.items()}, dtype)
@@ -101,7 +100,7 @@ def test_a_window_one_too_wide_or_too_narrow_is_caught(off: int, monkeypatch: py
 
 
 def test_slots_taken_for_positions_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = masks.additive_masks
+    original = inputs.additive_masks
 
     def by_slot(visible: Any, positions: Any, slots: Any, windows: Any, dtype: Any) -> Any:
         return original(visible, positions, torch.arange(slots.shape[1]).expand_as(slots), windows, dtype)

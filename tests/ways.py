@@ -6,12 +6,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from specdec.verify.native import NativePass, native_pass
-from specdec.verify.passes.direct import Direct
+from specdec.verify.passes.choose import every_way
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.graphed import Graphed
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.modules import Modules
-from specdec.verify.passes.native import Native
 from specdec.verify.passes.parameters import Parameters
 
 
@@ -33,10 +32,7 @@ class Prepared(Forward):
 
 def forward_by(model: Any, way: str) -> Forward:
     """`way`: native, direct or modules (fitted); without another to fall back on."""
-    inputs = Inputs(model)
-    direct = Direct(model, inputs)
-    runners = {"native": Native(inputs, direct), "direct": direct, "modules": Modules(model, inputs)}
-    return Prepared(model, [runners[way]])
+    return Prepared(model, every_way(model)[way])
 
 
 def native_of(model: Any) -> NativePass | None:

@@ -106,12 +106,12 @@ class _Trial:
                 [text[at], stray[0], text[at + 1], text[at + 2], stray[1]]
                 for text, stray, at in zip(texts, strays, lengths, strict=True)
             ]
-            tree = forward.tree(cache, DraftTree.build(_TREE, torch.tensor(tokens, device=self.device))).all_logits
+            tree = forward.tree(cache, DraftTree.build(_TREE, torch.tensor(tokens, device=self.device))).logits
             cache.commit([[0, 2]] * len(texts))
             rest = [text[at + 2 : at + 4] for text, at in zip(texts, lengths, strict=True)]
             chain = forward.tree(
                 cache, DraftTree.build(Topology.chain(1), torch.tensor(rest, device=self.device))
-            ).all_logits
+            ).logits
         for row in rows:
             for node, step in ((0, 0), (2, 1), (3, 2)):
                 self._require(

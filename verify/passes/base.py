@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -69,17 +69,11 @@ class Part(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a pass gives for one part. logits: `[rows, *, vocab]`, None where none were asked for. features: one
+    """What a pass gives for one part. logits: `[rows, *, vocab]`, of the columns that were asked for. features: one
     `[rows, T, hidden]` for each that was asked for, in that order."""
 
-    logits: Tensor | None
+    logits: Tensor
     features: Sequence[Tensor] = ()
-
-    @property
-    def all_logits(self) -> Tensor:
-        """Of a part that asked for some."""
-        assert self.logits is not None, "this part asked for no logits"
-        return self.logits
 
 
 class Runner(ABC):
@@ -107,10 +101,9 @@ class Runner(ABC):
         """
         return most
 
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self) -> AbstractContextManager[None]:
         """Inside the block the model stays as it is, unless `refusal` says otherwise."""
-        yield
+        return nullcontext()
 
     @abstractmethod
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
@@ -136,15 +129,14 @@ def outputs(logits: Tensor, features: Sequence[Tensor], parts: Sequence[Part]) -
             same ones for every part.
     """
     if len(parts) == 1:
-        rows, kept = parts[0].kept
         shape = (*parts[0].tokens.shape, -1)
-        return [Output(logits.view(rows, kept, -1) if kept else None, [layer.view(shape) for layer in features])]
+        return [Output(logits.view(*parts[0].kept, logits.shape[1]), [layer.view(shape) for layer in features])]
     kept_counts = [rows * kept for rows, kept in (part.kept for part in parts)]
     counts = [part.tokens.numel() for part in parts]
     split = [layer.split(counts) for layer in features]
     return [
         Output(
-            own.view(*part.kept, -1) if part.kept[1] else None,
+            own.view(*part.kept, logits.shape[1]),
             [layer[i].view(*part.tokens.shape, -1) for layer in split],
         )
         for i, (part, own) in enumerate(zip(parts, logits.split(kept_counts), strict=True))

@@ -11,7 +11,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.attention.choose import VARIABLE as BACKEND
 from specdec.verify.passes.base import Runner
 from specdec.verify.passes.direct import Direct
-from specdec.verify.passes.graphed import Graphed
+from specdec.verify.passes.graphed import Capture, Graphed, cuda_capture
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.modules import Modules
 from specdec.verify.passes.native import Native
@@ -42,6 +42,23 @@ def runners_for(model: PreTrainedModel) -> Sequence[Runner]:
         return (Modules(model, inputs, by_plan=True),)
     direct = Direct(model, inputs)
     return Native(inputs, direct), direct, Modules(model, inputs)
+
+
+def every_way(model: PreTrainedModel, capture: Capture | None = cuda_capture) -> dict[str, Sequence[Runner]]:
+    """Each way to run a model by itself, by name, for whoever compares them.
+
+    Args:
+        capture: see `Graphed`.
+    """
+    inputs = Inputs(model)
+    direct, planned = Direct(model, inputs), Modules(model, inputs, by_plan=True)
+    return {
+        "native": (Native(inputs, direct),),
+        "direct": (direct,),
+        "modules": (Modules(model, inputs),),
+        "planned": (planned,),
+        "graphed": (Graphed(model, inputs, planned, capture, min_uses=1), planned),
+    }
 
 
 def runs_natively(model: PreTrainedModel) -> bool:

@@ -51,7 +51,7 @@ class Direct(Runner):
         if self.parameters is not None and self.parameters.hooked:
             self.parameters = None
         if self.parameters is None:
-            return "the model is not as transformers wrote it, not on a CPU, or was changed in the middle of a call (a hook?)"
+            return "not a stock model on a CPU, or changed in the middle of a call (a hook?)"
         return None
 
     def __call__(self, parts: Sequence[Part]) -> list[Output]:

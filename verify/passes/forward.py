@@ -127,7 +127,7 @@ class Forward:
         self._check_positions([start + 1 for start in starts])
         nodes, keep = self._places(tree, starts), 0
         if unread is not None:
-            assert nodes is None and self.reads_prompts, "only a chain can stand behind unread text"
+            assert nodes is None, "only a chain can stand behind unread text"
             keep, starts = tokens.shape[1], [start - unread.shape[1] for start in starts]
             tokens = torch.cat([unread, tokens], dim=1)
         with cache.writing(self.name, starts, tokens.shape[1]) as write:

@@ -108,7 +108,7 @@ class Graphed(Runner):
         self.num_replays = 0
 
     def refusal(self, part: Part) -> str | None:
-        write, (rows, width) = part.write, part.tokens.shape
+        write, width = part.write, part.tokens.shape[1]
         if self._given_up is not None:
             return f"passes of this model cannot be captured: {self._given_up}"
         if write.store is None:
@@ -140,7 +140,7 @@ class Graphed(Runner):
             return self._modules(parts)
         self.num_replays += 1
         logits = logits[:, nodes - part.kept[1] : nodes]
-        return [Output(None if part.keep is None else logits, [states[:, :nodes] for states in features])]
+        return [Output(logits, [states[:, :nodes] for states in features])]
 
     def _width(self, part: Part) -> int:
         width = bucket_width(part.tokens.shape[1])
@@ -149,7 +149,8 @@ class Graphed(Runner):
 
     def _shape(self, part: Part, read: int) -> Shape:
         store, first = part.write.store, 0 if part.nodes is None else part.nodes.first
-        assert store is not None and store.keys[0] is not None
+        assert store is not None
+        assert store.keys[0] is not None
         slots = bucket_slots(read, store.capacity)
         return Shape(len(part.tokens), self._width(part), first, slots, store.keys[0].data_ptr(), tuple(part.features))
 

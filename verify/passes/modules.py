@@ -101,7 +101,7 @@ class ModelCall:
         logits, features = self.run(
             part.tokens, positions, mask, view, part.features, 1 if part.keep is None else part.keep
         )
-        return Output(None if part.keep is None else logits, features)
+        return Output(logits[:, :0] if part.keep is None else logits, features)
 
     def run(
         self, tokens: Tensor, positions: Tensor, mask: Any, view: Cache, features: Sequence[int], keep: int = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.verify.attention.blocks import BlockPlan
@@ -33,7 +35,9 @@ class Strict(Runner):
         self._model, self._inputs, self._width = model, inputs, width
         self._call = ModelCall(model)
         self._modules = Modules(model, inputs)
-        self.prepared = self._modules.prepared
+
+    def prepared(self) -> AbstractContextManager[None]:
+        return self._modules.prepared()
 
     def refusal(self, part: Part) -> str | None:
         refuse_wider(part, self._width)
@@ -47,11 +51,11 @@ class Strict(Runner):
             given = [self._text(part, row) if part.tree is None else self._tree(part, row) for row in rows]
         return [_together(part, given)]
 
-    def _text(self, part: Part, row: int) -> Output:
-        """One row's text, without its padding."""
+    def _text(self, part: Part, row: int) -> Output | None:
+        """One row's text, without its padding; None where there is nothing else."""
         count = part.tokens.shape[1] if part.write.valid is None else part.write.valid[row]
         tokens, write = part.tokens[row : row + 1, :count], part.write.row(row, count)
-        return self._modules([part._replace(tokens=tokens, write=write)])[0] if count else Output(None)
+        return self._modules([part._replace(tokens=tokens, write=write)])[0] if count else None
 
     def _tree(self, part: Part, row: int) -> Output:
         """One row's tree, padded; of what is behind it nothing means anything."""
@@ -69,14 +73,19 @@ class Strict(Runner):
             return self._call(alone, positions, mask)
 
 
-def _together(part: Part, given: Sequence[Output]) -> Output:
+def _together(part: Part, given: Sequence[Output | None]) -> Output:
     """Of all rows, as wide as the part: cut, or filled with zeros where a row was shorter."""
-    rows, kept = part.kept
-    logits = torch.cat([own.all_logits[:, :kept] for own in given]) if kept else None
-    features = []
-    for states in zip(*(own.features for own in given if own.features), strict=True):
-        whole = states[0].new_zeros(rows, part.tokens.shape[1], states[0].shape[-1])
-        for row, own in zip((row for row, own in enumerate(given) if own.features), states, strict=True):
-            whole[row, : own.shape[1]] = own[0, : whole.shape[1]]
-        features.append(whole)
-    return Output(logits, features)
+    (rows, kept), width = part.kept, part.tokens.shape[1]
+    found = {row: own for row, own in enumerate(given) if own is not None}
+    features = [
+        _filled({row: own.features[i] for row, own in found.items()}, rows, width) for i in range(len(part.features))
+    ]
+    return Output(_filled({row: own.logits for row, own in found.items()}, rows, kept), features)
+
+
+def _filled(states: Mapping[int, Tensor], rows: int, width: int) -> Tensor:
+    """`[rows, width, *]` from `[1, *, *]` of some rows."""
+    whole = next(iter(states.values())).new_zeros(rows, width, next(iter(states.values())).shape[-1])
+    for row, own in states.items():
+        whole[row, : own.shape[1]] = own[0, :width]
+    return whole

@@ -150,7 +150,7 @@ class _Probe:
     def _pass(self, tokens: Tensor, parents: tuple[int, ...]) -> Tensor:
         tree = DraftTree.build(Topology(parents), tokens[None])
         start = perf_counter()
-        logits = self.forward.tree(self.cache, tree).all_logits[0].float().cpu()
+        logits = self.forward.tree(self.cache, tree).logits[0].float().cpu()
         self.ms.append(1e3 * (perf_counter() - start))
         return logits
 
@@ -161,10 +161,10 @@ class _Probe:
         with ordinary.prepared():
             for _ in range(3):
                 start = perf_counter()
-                ordinary.causal(self.cache, drafted[None, :1], [self.length], None, keep=0).all_logits.cpu()
+                ordinary.causal(self.cache, drafted[None, :1], [self.length], None, keep=0).logits.cpu()
                 ms.append(1e3 * (perf_counter() - start))
         with attention_of(self.model), own_linears():
-            logits = ordinary.causal(self.cache, drafted[None], [self.length], None, keep=0).all_logits[0]
+            logits = ordinary.causal(self.cache, drafted[None], [self.length], None, keep=0).logits[0]
         self.cache.rollback()
         return logits.float().cpu(), min(ms)
 
