@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specdec.kv.base import KVCache
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.rows import Rows
 from specdec.verify.tree import DraftTree, Verdict
 

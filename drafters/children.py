@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.verify.host import table
+from specdec.verify.host_integers import table
 from specdec.verify.rules.base import sample_from
 
 MODES = ("top", "mixed", "sampled")

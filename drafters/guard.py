@@ -15,7 +15,7 @@ from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
 from specdec.kv.errors import InvalidTreeError
 from specdec.kv.faults import described, from_outside
 from specdec.kv.limits import MOST_NODES, MOST_SLOTS, checked_count
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.tree import DraftTree, Verdict
 
 T = TypeVar("T")

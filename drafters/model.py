@@ -21,7 +21,7 @@ from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.limits import MOST_NODES, checked_count, checked_number
 from specdec.kv.support import check_model, num_cache_layers, text_config
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.passes.forward import Forward
 from specdec.verify.race import gumbel
 from specdec.verify.rules.base import sample_from

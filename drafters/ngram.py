@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.drafters.base import Budget, Drafter, Session
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.limits import MOST_NGRAM, MOST_NODES, checked_count
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
 

@@ -14,8 +14,8 @@ from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import NodeLaw
 from specdec.plain_order import PlainOrder
 from specdec.verify import DraftTree, Noise, NoiseStream, Rows
-from specdec.verify.host import argmax, on_host
-from specdec.verify.kinds import NO_DRAFTS, DraftKind
+from specdec.verify.draft_kind import NO_DRAFTS, DraftKind
+from specdec.verify.host_integers import argmax, on_host
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import AcceptanceRule, auto_rule
 from specdec.verify.rules.base import sample_from

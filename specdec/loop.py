@@ -23,14 +23,14 @@ from specdec.request import Request
 from specdec.stopping import StopRules
 from specdec.target import TARGET, TargetPasses
 from specdec.verify import DraftTree, NoiseStream, Rows, SamplingLaw
-from specdec.verify.kinds import NO_DRAFTS
+from specdec.verify.draft_kind import NO_DRAFTS
 from specdec.verify.passes.strict_mode import StrictMode
 from specdec.verify.purity import in_plain_order
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import choose_rule
 
 if TYPE_CHECKING:
-    from specdec.planner.base import Planning
+    from specdec.planner.base import Planner
 
 
 class DecodeLoop:
@@ -49,7 +49,7 @@ class DecodeLoop:
         monitor: Monitor | None = None,
         strict: StrictMode | None = None,
         page_size: int | None = None,
-        planner: Planning | None = None,
+        planner: Planner | None = None,
     ):
         self.request = request
         self.monitor = monitor

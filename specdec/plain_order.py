@@ -22,7 +22,7 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside
 from specdec.stopping import StopRules, interrupted
 from specdec.verify import DraftTree, Rows, Verdict
-from specdec.verify.host import on_host
+from specdec.verify.host_integers import on_host
 from specdec.verify.law import checked_scores
 from specdec.verify.purity import is_pure
 

@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from specdec.arguments import Draft, Target, make_draft, make_page_size, make_strict, make_target
+from specdec.call_lock import CallLock
 from specdec.drafters import FallbackGuard
 from specdec.fitting import refuse_unfit
 from specdec.inputs import check_call
@@ -26,13 +28,11 @@ from specdec.loop import DecodeLoop
 from specdec.monitor import AcceptanceMonitor, Monitor
 from specdec.pairing.loading import open_pair
 from specdec.pairing.schema import Pair
-from specdec.parts import Draft, Target, make_draft, make_page_size, make_strict, make_target
-from specdec.planner.calls import Plans
+from specdec.planner.factory import PlannerFactory
 from specdec.planner.options import Options
 from specdec.report import SpecReport, StepTrace
 from specdec.request import build_request
 from specdec.stopping import FROM_CONFIG, own_stop_strings
-from specdec.turns import Turn
 from specdec.verify.purity import in_plain_order
 from specdec.verify.rules import check_choice, check_order
 from specdec.verify.selfcheck import check_text
@@ -106,11 +106,13 @@ class Speculator:
         most_nodes = None if self.strict is None else self.strict.width - 1
         drafter = make_draft(draft, self.target, k, tree, rule, most_nodes)
         self.drafter = None if drafter is None else FallbackGuard(drafter, most_nodes)
-        self.plans = Plans(self.target, drafter, rule, self.strict) if isinstance(drafter, Options) else None
+        self.planners = (
+            PlannerFactory(self.target, drafter, rule, self.strict) if isinstance(drafter, Options) else None
+        )
         if drafter is not None:
             check_choice(rule, lossy, drafter.name, drafter.kind)
         self.report: SpecReport | None = None
-        self._turn = Turn()
+        self._lock = CallLock()
 
     @classmethod
     def from_pair(cls, pair: str | Path | Pair, *, dtype: Any = None, device: Any = None, **options: Any) -> Speculator:
@@ -174,7 +176,7 @@ class Speculator:
 
         strings = kwargs.pop("stop_strings", FROM_CONFIG)
         # From here on: the target's generation config is changed while `transformers` prepares the call.
-        with self._turn, own_stop_strings(self.target, generation_config, strings) as (config, found):
+        with self._lock, own_stop_strings(self.target, generation_config, strings) as (config, found):
             criteria = StoppingCriteriaList(stopping_criteria or [])
             if found is not None:
                 criteria.insert(0, self._stop_string_criteria(found, tokenizer))
@@ -235,19 +237,21 @@ class Speculator:
         refuse_unfit(self.target, request)
         ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
         check_order(self.rule, bool(config.do_sample), ordered)
-        with self._turn.alone():
+        with self._lock.alone():
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
             cost = None if self.strict is None else self.strict.cost(request.input_ids.device)
-            plan = None if self.plans is None else self.plans.call(request)
-            loop = DecodeLoop(request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, plan)
+            planner = None if self.planners is None else self.planners.planner_for(request)
+            loop = DecodeLoop(
+                request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, planner
+            )
             if request.note is not None:
                 loop.report.notes.append(request.note)
             if self.strict is not None and cost is not None:
                 loop.report.exactness, loop.report.strict_width = "strict", self.strict.width
                 loop.report.ms_strict_pass, loop.report.ms_plain_pass = cost
             out = loop.run()
-            self.report = loop.report if plan is None else plan.tell(loop.report)
+            self.report = loop.report if planner is None else planner.tell(loop.report)
             if isinstance(monitor, AcceptanceMonitor):
                 self.report.acceptance_z = monitor.z
         if isinstance(out, Tensor):

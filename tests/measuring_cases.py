@@ -10,7 +10,7 @@ import torch
 from exact_law import noisy_copy, tiny_llama
 from models import PAD
 
-from specdec.planner import calls
+from specdec.planner import factory
 from specdec.planner.costs import Costs
 from specdec.planner.measure import measure
 from specdec.planner.store import CostStore
@@ -26,7 +26,7 @@ def measured_quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     Returns:
         numbers of rows that are then measured.
     """
-    monkeypatch.setattr(calls, "STORE", CostStore())
+    monkeypatch.setattr(factory, "STORE", CostStore())
     monkeypatch.setenv("SPECDEC_CACHE", "off")
     rows: list[int] = []
     measuring: Callable[..., Costs] = measure
@@ -36,7 +36,7 @@ def measured_quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(arguments[4])
         return costs
 
-    monkeypatch.setattr(calls, "measure", quick)
+    monkeypatch.setattr(factory, "measure", quick)
     return rows
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from specdec.planner.acceptance import Known
+from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
-from specdec.planner.history import Known
 from specdec.planner.options import Option
-from specdec.planner.plan import Planner
 from specdec.planner.summary import PlanReport
 from specdec.report import StepTrace
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 
 DEPTH = 12
 Acceptance = Callable[[int, int], float]
@@ -103,7 +103,7 @@ class World:
 
     def planner(
         self, known: Known | None = None, believed: Costs | None = None, explores: bool = False
-    ) -> tuple[Planner, Any]:
+    ) -> tuple[BatchPlanner, Any]:
         """A planner of one call in this world, and the stand-in for its `Options`.
 
         Args:
@@ -112,7 +112,7 @@ class World:
         chosen = tuple(one.option() for one in self.all)
         options: Any = SimpleNamespace(options=chosen, max_depth=DEPTH, used=None, asked=[], heard=None)
         costs = self.costs if believed is None else believed
-        return Planner(options, lambda rows: costs, self.rows, self.prompt, known, explores), options
+        return BatchPlanner(options, lambda rows: costs, self.rows, self.prompt, known, explores), options
 
     def run(
         self,

@@ -25,7 +25,7 @@ from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.setting import COMPARED
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.errors import ExperimentError
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.passes import linear
 from specdec.verify.passes.linear import FormTable
 from specdec.verify.rules import RULES, make_rule

@@ -211,4 +211,4 @@ def test_a_context_by_hand() -> None:
     assert len(context.notes) == 1
     assert context.afresh().notes == []
     assert Context("Any", None).outgrown([10**6]) == [False]
-    assert [option.positions for option in Speculator(TARGET, [SAME, "ngram"]).plans.options.options] == [24, None]  # type: ignore[union-attr]
+    assert [option.positions for option in Speculator(TARGET, [SAME, "ngram"]).planners.options.options] == [24, None]  # type: ignore[union-attr]

@@ -12,17 +12,17 @@ from context_cases import POSITIONS, SAME, TARGET, one_note
 from planner_world import DEPTH, World
 
 from specdec import Speculator
-from specdec.planner import calls
+from specdec.planner import factory
+from specdec.planner.acceptance import AcceptanceHistory, Known
 from specdec.planner.choice import Situation, candidates
 from specdec.planner.costs import Costs, StepTimes
-from specdec.planner.history import History, Known
 from specdec.planner.store import CostStore
 
 
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = {name: {depth: 1.0 + 0.05 * depth for depth in (1, 4, 12)} for name in ("model", "ngram")}
-    monkeypatch.setattr(calls, "STORE", CostStore())
-    monkeypatch.setattr(calls, "measure", lambda *_, **__: Costs(1, 1.0, steps, 0.001, 0.5))
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    monkeypatch.setattr(factory, "measure", lambda *_, **__: Costs(1, 1.0, steps, 0.001, 0.5))
 
 
 def test_a_planner_lets_n_grams_draft_where_the_model_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +55,6 @@ def test_a_planner_expects_nothing_of_rows_that_the_model_cannot_read() -> None:
     times = StepTimes.of(world.costs, {"model": DEPTH})
     both, one = (Situation([0, 1], [90, 90], DEPTH, lambda rows: times, lengths) for lengths in ([6, 6], [40, 6]))
     assert one.limits_of(option) == both.limits == [(0, DEPTH), (1, DEPTH)]
-    history = History(DEPTH, 2)
+    history = AcceptanceHistory(DEPTH, 2)
     expected = [[plan.tokens - 2 for plan in candidates(0, stand_in.options[0], history, now)] for now in (both, one)]
     assert expected[1] == pytest.approx([tokens / 2 for tokens in expected[0]])

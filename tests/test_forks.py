@@ -122,16 +122,16 @@ def test_a_forked_child_decodes_or_is_told_why_not(case: str) -> None:
 def test_without_that_a_child_hangs() -> None:
     """Control: what the library does about it is needed, and the tests above would see it missing."""
     found = said("""
-import specdec.turns
-specdec.turns.settle = lambda: None
+import specdec.call_lock
+specdec.call_lock.settle = lambda: None
 spec = specdec.Speculator(model, "ngram", k=3)
-with spec._turn:
+with spec._lock:
     pass
 child(lambda: print("decodes", plain() == wanted), seconds=3)
-thread = threading.Thread(target=spec._turn.__enter__)
+thread = threading.Thread(target=spec._lock.__enter__)
 thread.start()
 thread.join()
-spec._turn.after_fork = lambda: None
+spec._lock.after_fork = lambda: None
 torch.set_num_threads(1)
 child(lambda: print("decodes", ours(spec) == wanted), seconds=3)
 """)

@@ -149,7 +149,7 @@ def test_numbers_of_other_kinds_are_numbers() -> None:
     assert NgramDrafter(k=most // 2, branches=2).max_nodes == most
     spec = specdec.Speculator(target(), "ngram", k=np.int64(3))  # type: ignore[arg-type]
     assert spec.drafter is not None
-    assert (spec.drafter.max_depth, spec.plans) == (3, None)
+    assert (spec.drafter.max_depth, spec.planners) == (3, None)
     assert KVPool({"target": 1}, np.int64(4), page_size=np.int64(8)).page_size == 8  # type: ignore[arg-type]
     assert sequoia_tree([0.6, 0.2], np.int64(3), 10**3).num_nodes == 4  # type: ignore[arg-type]
 

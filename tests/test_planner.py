@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 from planner_world import DEPTH, World
 
-from specdec.planner import risk, trials
-from specdec.planner.history import History, Known
-from specdec.planner.risk import Pause, Risk
+from specdec.planner import backoff, risk_budget
+from specdec.planner.acceptance import AcceptanceHistory, Known
+from specdec.planner.backoff import ProbeBackoff
+from specdec.planner.risk_budget import Debt
 
 COSTS = {"dear": (0.3, 0.15), "middling": (0.17, 0.1), "cheap": (0.05, 0.05), "nearly free": (0.02, 0.01)}
 SLOWEST = 0.98
@@ -32,9 +33,9 @@ def test_useless_drafters_cost_next_to_nothing(costs: str, rows: int, acceptance
 
 
 def test_a_planner_that_risks_more_fails_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(risk, "RISK", 0.5)
-    monkeypatch.setattr(risk, "LAST_WAIT", 16)
-    monkeypatch.setattr(trials, "PROBE_SHARE", 1.0)
+    monkeypatch.setattr(risk_budget, "RISK", 0.5)
+    monkeypatch.setattr(backoff, "LAST_WAIT", 16)
+    monkeypatch.setattr(risk_budget, "PROBE_SHARE", 1.0)
     useless = world("dear")
     assert useless.mean() > useless.plain / SLOWEST
 
@@ -44,12 +45,12 @@ def test_no_call_loses_more_than_was_risked(costs: str) -> None:
     useless = world(costs, tokens=200)
     for seed in range(20):
         lost = useless.run(seed).spent - useless.plain
-        assert lost <= max(risk.RISK * useless.plain, risk.RISK_STEPS) + 1e-9
+        assert lost <= max(risk_budget.RISK * useless.plain, risk_budget.RISK_STEPS) + 1e-9
 
 
 def test_a_short_call_risks_a_step_or_so() -> None:
     short = world("middling", tokens=24, prompt=16)
-    assert short.run(0).spent - short.plain <= risk.RISK_STEPS
+    assert short.run(0).spent - short.plain <= risk_budget.RISK_STEPS
     assert short.run(0).report.steps["plain"] < 24, "it was never tried"
 
 
@@ -70,7 +71,9 @@ def test_within_five_percent_of_the_best_fixed_chain(costs: str, rows: int, acce
 
 
 def test_a_planner_that_believes_its_prior_fails_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.planner.history.History.chances", lambda self, width, row=-1: [0.7] * DEPTH)
+    monkeypatch.setattr(
+        "specdec.planner.acceptance.AcceptanceHistory.chances", lambda self, width, row=-1: [0.7] * DEPTH
+    )
     here = world("middling", tokens=400, acceptance=lambda row, position: 0.95)
     best = min(here.mean(fixed, calls=6) for fixed in (6, 8, 12))
     assert here.mean(calls=6) > best / 0.95
@@ -126,7 +129,7 @@ def test_options_that_find_nothing_are_asked_ever_less() -> None:
 
 
 def test_history_by_hand() -> None:
-    history = History(DEPTH, rows=1)
+    history = AcceptanceHistory(DEPTH, rows=1)
     before = history.chances(1)
     assert before == pytest.approx([0.7] * DEPTH)
     history.add((1,) * DEPTH, [0], [3], [2])
@@ -141,7 +144,7 @@ def test_history_by_hand() -> None:
 
 
 def test_a_bad_row_is_told_from_a_good_batch() -> None:
-    history = History(4, rows=3)
+    history = AcceptanceHistory(4, rows=3)
     for _ in range(12):
         history.add((1,) * 4, [0, 1, 2], [4, 4, 1], [4, 4, 0])
     good, bad = (history.gains((1,) * 4, [(row, 4)])[4] for row in (0, 2))
@@ -150,35 +153,35 @@ def test_a_bad_row_is_told_from_a_good_batch() -> None:
 
 
 def test_waits_double_and_begin_anew_after_a_long_run() -> None:
-    pause, waits = Pause(), []
+    waiting, waits = ProbeBackoff(), []
     for _ in range(4):
-        assert pause.stop()
+        assert waiting.stop()
         plain = 1
-        while pause.waits():
+        while waiting.waits():
             plain += 1
         waits.append(plain)
-        assert pause.probing
-        pause.go()
-        assert not pause.waits()
+        assert waiting.probing
+        waiting.go()
+        assert not waiting.waits()
     assert waits == [16, 32, 64, 128]
     for _ in range(20):
-        pause.go()
-    pause.stop()
-    assert sum(pause.waits() for _ in range(100)) == 15
+        waiting.go()
+    waiting.stop()
+    assert sum(waiting.waits() for _ in range(100)) == 15
 
 
 def test_a_probe_is_not_begun_for_fewer_tokens_than_it_waited() -> None:
-    pause = Pause()
-    assert not pause.too_late(1)  # no probe
-    pause.stop()
-    assert sum(pause.waits() for _ in range(100)) == 15
-    assert not pause.stop()  # it was put off
-    assert sum(pause.waits() for _ in range(100)) == 15
-    assert pause.waited == 32
-    assert not pause.too_late(32)
-    assert not pause.too_late(None)
-    assert pause.too_late(31)
-    assert sum(pause.waits() for _ in range(100)) == 31  # and that was the last time it was thought of
+    waiting = ProbeBackoff()
+    assert not waiting.too_late(1)  # no probe
+    waiting.stop()
+    assert sum(waiting.waits() for _ in range(100)) == 15
+    assert not waiting.stop()  # it was put off
+    assert sum(waiting.waits() for _ in range(100)) == 15
+    assert waiting.waited == 32
+    assert not waiting.too_late(32)
+    assert not waiting.too_late(None)
+    assert waiting.too_late(31)
+    assert sum(waiting.waits() for _ in range(100)) == 31  # and that was the last time it was thought of
 
 
 KNOWN_USELESS = Known({"model": {1: ((64.0, *[0.0] * (DEPTH - 1)), (10.0, *[0.0] * (DEPTH - 1)))}})
@@ -193,7 +196,7 @@ def test_known_useless_drafts_are_not_asked_for_before_that_is_cheap() -> None:
 
 
 def test_probes_that_nobody_counts_fail_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "PROBE_SHARE", 1.0)
+    monkeypatch.setattr(risk_budget, "PROBE_SHARE", 1.0)
     assert sum(depth > 0 for depth in world("dear", tokens=100).run(0, known=KNOWN_USELESS).depths) > 0
 
 
@@ -205,10 +208,10 @@ def test_a_useless_drafter_is_asked_once_in_a_short_call() -> None:
 
 
 def test_the_debt_is_bounded_by_the_call() -> None:
-    ledger = Risk(horizon=200, prefill_ms=100.0)
-    assert ledger.affords(risk.RISK * (100 + 10 * 200), 10.0)
-    assert not ledger.affords(risk.RISK * (100 + 10 * 200) + 0.1, 10.0)
-    ledger.step(30.0)
-    assert not ledger.affords(10.0, 10.0)
-    ledger.step(-40.0)
-    assert ledger.affords(40.0, 10.0)
+    debt = Debt(horizon=200, prefill_ms=100.0)
+    assert debt.affords(risk_budget.RISK * (100 + 10 * 200), 10.0)
+    assert not debt.affords(risk_budget.RISK * (100 + 10 * 200) + 0.1, 10.0)
+    debt.step(30.0)
+    assert not debt.affords(10.0, 10.0)
+    debt.step(-40.0)
+    assert debt.affords(40.0, 10.0)

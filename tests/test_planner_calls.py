@@ -15,7 +15,7 @@ from law_checks import check_joint_law, must_be_caught
 from specdec import ModelDrafter, NgramDrafter, Speculator
 from specdec.experiments.laws.false_drafters import DropsUnlikelyTokens
 from specdec.kv import UnsupportedArgumentError
-from specdec.planner import calls
+from specdec.planner import factory
 from specdec.planner.costs import Costs
 from specdec.planner.options import Options
 from specdec.planner.store import CostStore
@@ -32,8 +32,8 @@ CHEAP = Costs(1, 1.0, {name: {1: 1.1, 4: 1.3, 12: 3.0} for name in ("model", "ng
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are nearly free, whatever this machine says."""
-    monkeypatch.setattr(calls, "STORE", CostStore())
-    monkeypatch.setattr(calls, "measure", lambda *_, **__: CHEAP)
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    monkeypatch.setattr(factory, "measure", lambda *_, **__: CHEAP)
 
 
 def generate(spec: Speculator, **options: Any) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_a_dishonest_option_is_caught_by_that_test() -> None:
 def test_costs_are_measured_once_and_kept_without_touching_global_noise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(calls, "STORE", CostStore())
+    monkeypatch.setattr(factory, "STORE", CostStore())
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     state = torch.get_rng_state()
     spec = Speculator(TARGET, DRAFT)
@@ -93,14 +93,14 @@ def test_costs_are_measured_once_and_kept_without_touching_global_noise(
     [file] = tmp_path.iterdir()
     costs = Costs.from_json(json.loads(file.read_text())["costs"])
     assert costs.plain < costs.step("model", 12)
-    monkeypatch.setattr(calls, "STORE", CostStore())  # another process
+    monkeypatch.setattr(factory, "STORE", CostStore())  # another process
     again = Speculator(TARGET, DRAFT)
     generate(again, max_new_tokens=8, do_sample=False)
     assert again.report is not None
     assert again.report.plan is not None
     assert again.report.plan.ms_measuring == 0
     file.write_text(file.read_text()[:40])
-    monkeypatch.setattr(calls, "STORE", CostStore())
+    monkeypatch.setattr(factory, "STORE", CostStore())
     third = Speculator(TARGET, DRAFT)
     generate(third, max_new_tokens=8, do_sample=False)
     assert third.report is not None
@@ -111,8 +111,8 @@ def test_without_costs_it_drafts_as_if_k_were_given(monkeypatch: pytest.MonkeyPa
     def fails(*_: Any, **__: Any) -> Costs:
         raise RuntimeError("no clock")
 
-    monkeypatch.setattr(calls, "STORE", CostStore())
-    monkeypatch.setattr(calls, "measure", fails)
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    monkeypatch.setattr(factory, "measure", fails)
     spec = Speculator(TARGET, DRAFT)
     fixed = Speculator(TARGET, DRAFT, k=4)
     planned, given = (generate(one, max_new_tokens=20, seed=1, **SAMPLING) for one in (spec, fixed))
@@ -124,9 +124,9 @@ def test_without_costs_it_drafts_as_if_k_were_given(monkeypatch: pytest.MonkeyPa
 def test_k_and_tree_and_drafter_objects_are_not_planned() -> None:
     for options in (dict(k=2), dict(tree=(2, 1))):
         assert not isinstance(Speculator(TARGET, DRAFT, **options).drafter.inner, Options)  # type: ignore[union-attr]
-    assert Speculator(TARGET, NgramDrafter(k=3)).plans is None
-    assert Speculator(TARGET, NgramDrafter(k=3), k="auto").plans is not None
-    assert Speculator(TARGET).plans is None
+    assert Speculator(TARGET, NgramDrafter(k=3)).planners is None
+    assert Speculator(TARGET, NgramDrafter(k=3), k="auto").planners is not None
+    assert Speculator(TARGET).planners is None
 
 
 @pytest.mark.parametrize(

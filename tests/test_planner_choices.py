@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from planner_world import DEPTH, Acceptance, Fixed, World
 
-from specdec.planner import risk, trials
-from specdec.planner.history import Belief, Known
+from specdec.planner import risk_budget
+from specdec.planner.acceptance import Belief, Known
 
 MACHINES = {
     "cheap passes": World(step=2.0, verify=0.05, draft=0.2, catch_up=0.012, prefill=0.05),
@@ -100,7 +100,7 @@ def test_drafts_deep_from_the_start_fail_that_test_in_shorter_calls(monkeypatch:
     worlds = prompts("cheap passes", "sampled", "model", 96)
     best = best_fixed(worlds, ROUNDS)
     assert first_calls(worlds, ROUNDS, None) <= best / CLOSE
-    monkeypatch.setattr("specdec.planner.plan.TRIES", 1)
+    monkeypatch.setattr("specdec.planner.batch_planner.TRIES", 1)
     assert first_calls(worlds, ROUNDS, None) > best / CLOSE
 
 
@@ -110,6 +110,6 @@ def test_false_beliefs_cost_no_more_than_may_be_risked(machine: str, tokens: int
     """Whatever was believed: evidence of the call itself must prove a drafter before it may lose more."""
     useless = replace(MACHINES[machine], tokens=tokens)
     false = Known({"model": {1: ([80.0] * DEPTH, [76.0] * DEPTH)}})
-    most = trials._TRUSTED * max(risk.RISK * useless.plain, risk.RISK_STEPS * useless.step)
+    most = risk_budget._TRUSTED * max(risk_budget.RISK * useless.plain, risk_budget.RISK_STEPS * useless.step)
     for seed in range(6):
         assert useless.run(seed, known=false).spent - useless.plain <= most + 1e-9

@@ -59,5 +59,5 @@ def test_a_waiting_step_is_planned_with_next_to_none(rows: int) -> None:
 
 
 def test_looking_at_everything_at_every_step_fails_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.planner.plan.LONGEST_HOLD", 1)
+    monkeypatch.setattr("specdec.planner.batch_planner.LONGEST_HOLD", 1)
     assert mean(replace(HERE, acceptance=lambda row, at: 0.9, ngram=lambda row, at: 0.6)) > 140

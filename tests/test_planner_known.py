@@ -13,14 +13,14 @@ from exact_law import noisy_copy, tiny_llama
 from planner_world import DEPTH, World
 
 from specdec import Speculator
-from specdec.planner import calls, risk, trials
+from specdec.planner import factory, risk_budget
+from specdec.planner.acceptance import AcceptanceHistory, Known, would_be_kept
+from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
-from specdec.planner.history import History, Known, would_be_kept
 from specdec.planner.options import Option
-from specdec.planner.plan import Planner
 from specdec.planner.store import CostStore, fingerprint
 from specdec.report import StepTrace
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 
 TARGET = tiny_llama(0)
 GOOD = {1: ([40.0] * DEPTH, [34.0] * DEPTH)}
@@ -35,11 +35,11 @@ def option(name: str) -> Option:
     return Option(name, name, drafter, (1,) * DEPTH, may_be_empty=name == "ngram")
 
 
-def run(text: list[tuple[int, int]], names: list[str], known: Known | None = None) -> tuple[float, Planner]:
+def run(text: list[tuple[int, int]], names: list[str], known: Known | None = None) -> tuple[float, BatchPlanner]:
     """One call along a text that says, position by position, how many tokens of the model and of the n-gram would be
     accepted there. Returns what it took, in plain steps."""
     options: Any = SimpleNamespace(options=tuple(map(option, names)), max_depth=DEPTH, used=None, asked=[], heard=None)
-    planner = Planner(options, lambda rows: TABLE, 1, 128, known)
+    planner = BatchPlanner(options, lambda rows: TABLE, 1, 128, known)
     spent, at, step = 0.0, 0, 0
     while at < len(text):
         budget: Any = planner.budget([0], [len(text) - at])
@@ -78,7 +78,7 @@ def test_a_drafter_known_to_be_good_survives_a_bad_start() -> None:
 
 def test_a_belief_that_has_become_false_is_bounded() -> None:
     spent, _ = run([(0, 0)] * 256, ["model"], Known({"model": GOOD}))
-    assert spent <= 256 * (1 + 1.1 * trials._TRUSTED * risk.RISK)
+    assert spent <= 256 * (1 + 1.1 * risk_budget._TRUSTED * risk_budget.RISK)
 
 
 def test_useless_n_grams_leave_the_model_its_chance() -> None:
@@ -94,7 +94,7 @@ def test_n_grams_that_become_good_are_noticed_without_being_tried() -> None:
 
 
 def test_nothing_is_noticed_without_listening(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Planner, "_hear", lambda self, index, chains, trace: None)
+    monkeypatch.setattr(BatchPlanner, "_hear", lambda self, index, chains, trace: None)
     text = [(2, 0)] * 60 + [(2, 10)] * 120
     assert run(text, ["model", "ngram"])[0] > 0.9 * run(text, ["model"])[0]
 
@@ -109,7 +109,7 @@ def test_chains_that_were_only_heard(chain: list[int], run: list[int], fate: tup
 
 
 def test_beliefs_weigh_little_and_add_up() -> None:
-    history = History(DEPTH, 1, GOOD)
+    history = AcceptanceHistory(DEPTH, 1, GOOD)
     assert history.believes
     assert history.num_decisions == 0
     assert history.chances(1)[0] == pytest.approx(0.85, abs=0.03)
@@ -124,11 +124,13 @@ def test_beliefs_weigh_little_and_add_up() -> None:
 def test_what_was_known_of_other_trees_is_passed_on_as_it_was() -> None:
     """A call that drafted chains has nothing to say about siblings, and takes nothing from what is known of them."""
     begun = {1: GOOD[1], 3: ([6.0] + [0.0] * (DEPTH - 1), [5.0] + [0.0] * (DEPTH - 1))}
-    history = History(DEPTH, 1, begun)
+    history = AcceptanceHistory(DEPTH, 1, begun)
     history.add((1,) * DEPTH, [0], [2], [1])
     assert set(history.belief) == {1, 3}
     assert history.belief[3] == begun[3]
-    assert History(DEPTH, 1, history.belief).chances(3)[0] == pytest.approx(History(DEPTH, 1, begun).chances(3)[0], 0.1)
+    assert AcceptanceHistory(DEPTH, 1, history.belief).chances(3)[0] == pytest.approx(
+        AcceptanceHistory(DEPTH, 1, begun).chances(3)[0], 0.1
+    )
 
 
 def test_forecasts_follow_a_text_that_gets_easier() -> None:
@@ -145,23 +147,23 @@ def generate(spec: Speculator, **sampling: Any) -> torch.Tensor:
 
 
 def test_calls_pass_on_what_they_learned_only_where_no_text_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "STORE", CostStore())
-    monkeypatch.setattr(calls, "measure", lambda *_, **__: replace(TABLE, beliefs={"model": USELESS}))
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    monkeypatch.setattr(factory, "measure", lambda *_, **__: replace(TABLE, beliefs={"model": USELESS}))
     spec = Speculator(TARGET, noisy_copy(TARGET, 1, 0.5))
-    assert spec.plans is not None
+    assert spec.planners is not None
     torch.manual_seed(3)
     first = generate(spec, do_sample=True)
     generate(spec, do_sample=True, seed=1)
-    assert not spec.plans._learned
+    assert not spec.planners._learned
     generate(spec, do_sample=False)
-    assert [sampling for sampling, _ in spec.plans._learned] == [False]
+    assert [sampling for sampling, _ in spec.planners._learned] == [False]
     torch.manual_seed(3)
     assert torch.equal(generate(spec, do_sample=True), first)
 
 
 def test_tables_keep_how_drafts_fared_and_other_weights_have_others(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = CostStore()
-    monkeypatch.setattr(calls, "STORE", kept)
+    monkeypatch.setattr(factory, "STORE", kept)
     monkeypatch.setenv("SPECDEC_CACHE", "off")
     for draft in (noisy_copy(TARGET, 1, 0.01), noisy_copy(TARGET, 2, 5.0)):
         generate(Speculator(TARGET, draft), do_sample=False)
@@ -176,7 +178,7 @@ def test_tables_keep_how_drafts_fared_and_other_weights_have_others(monkeypatch:
 
 def test_what_n_grams_would_have_proposed_while_measuring_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = CostStore()
-    monkeypatch.setattr(calls, "STORE", kept)
+    monkeypatch.setattr(factory, "STORE", kept)
     monkeypatch.setenv("SPECDEC_CACHE", "off")
     spec = Speculator(TARGET, "ngram")
     generate(spec, do_sample=False)

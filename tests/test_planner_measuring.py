@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdec import ModelDrafter, NgramDrafter, Speculator
 from specdec.drafters import Budget, Session
 from specdec.monitor import Monitor
-from specdec.planner import calls
+from specdec.planner import factory
 from specdec.planner.costs import Costs
 from specdec.planner.measure import kept_processors
 from specdec.verify import DraftTree
@@ -197,7 +197,7 @@ def test_the_callers_drafter_itself_runs_in_no_measurement(measured: list[int]) 
     Odd.asked.clear()
     spec = Speculator(TARGET, drafter, k="auto")
     Speculator(TARGET, k=None).generate(**batch(1), **GREEDY)
-    spec.plans.call(_request(spec))  # type: ignore[union-attr]
+    spec.planners.planner_for(_request(spec))  # type: ignore[union-attr]
     assert measured == [1]
     assert Odd.asked
     assert id(drafter) not in Odd.asked
@@ -206,22 +206,22 @@ def test_the_callers_drafter_itself_runs_in_no_measurement(measured: list[int]) 
 def _request(spec: Speculator) -> Any:
     """What a call hands to its planner."""
     caught: list[Any] = []
-    plans: Any = spec.plans
-    call = plans.call
+    plans: Any = spec.planners
+    call = plans.planner_for
     other = Odd.asked[:]
 
     def watched(request: Any) -> Any:
         caught.append(request)
         return call(request)
 
-    plans.call = watched
+    plans.planner_for = watched
     try:
         target: Any = spec.target
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(calls, "measure", _no_clock)
+            patch.setattr(factory, "measure", _no_clock)
             spec.generate(**batch(1), **GREEDY)
     finally:
-        plans.call = call
+        plans.planner_for = call
     assert target is TARGET
     Odd.asked[:] = other
     return caught[0]

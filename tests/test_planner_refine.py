@@ -13,10 +13,10 @@ from exact_law import noisy_copy, tiny_llama
 from planner_world import Outcome, World
 
 from specdec import Speculator
-from specdec.planner import calls
+from specdec.planner import factory
+from specdec.planner.cost_refinement import FEWEST, PLAIN, refined
 from specdec.planner.costs import Costs
-from specdec.planner.refine import FEWEST, PLAIN, refined
-from specdec.planner.risk import RISK, RISK_STEPS
+from specdec.planner.risk_budget import RISK, RISK_STEPS
 from specdec.planner.store import CostStore
 
 TRUE = Costs(1, 5.0, {"model": {1: 6.5, 2: 7.5, 4: 9.0, 8: 12.5}, "ngram": {4: 6.0}})
@@ -101,17 +101,17 @@ def test_calls_correct_their_table_only_where_no_text_shows_it(monkeypatch: pyte
     were."""
     target = tiny_llama(0)
     lie = Costs(1, 100.0, {"model": dict.fromkeys((1, 2, 4, 12), 120.0)})
-    monkeypatch.setattr(calls, "STORE", CostStore())
-    monkeypatch.setattr(calls, "measure", lambda *_, **__: lie)
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    monkeypatch.setattr(factory, "measure", lambda *_, **__: lie)
     spec = Speculator(target, noisy_copy(target, 1, 1.0))
     planned: list[Costs] = []
-    own = calls.CallPlanner.__init__
+    own = factory.CallPlanner.__init__
 
     def init(self: Any, costs: dict[int, Costs], *args: Any) -> None:
         planned.append(costs[1])
         own(self, costs, *args)
 
-    monkeypatch.setattr(calls.CallPlanner, "__init__", init)
+    monkeypatch.setattr(factory.CallPlanner, "__init__", init)
 
     def generate(**sampling: Any) -> torch.Tensor:
         prompt = torch.tensor([[3, 5, 2, 6, 3, 5]])

@@ -11,9 +11,9 @@ import torch
 from planner_world import DEPTH, World
 
 import specdec
-from specdec.planner import calls
+from specdec.planner import factory
 from specdec.planner.costs import Costs
-from specdec.planner.rowwise import RowwisePlanner
+from specdec.planner.row_planner import RowPlanner
 from specdec.planner.store import CostStore
 
 FAMILY = "llama-gqa"
@@ -51,8 +51,8 @@ def depends_on_companions(draft: Any) -> bool:
 
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "STORE", CostStore())
-    monkeypatch.setattr(calls, "measure", table)
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    monkeypatch.setattr(factory, "measure", table)
     monkeypatch.setenv("SPECDEC_CACHE", "off")
 
 
@@ -62,25 +62,27 @@ def test_a_seeded_row_is_the_same_alone_and_in_company(kind: str) -> None:
 
 
 def test_plans_for_the_whole_batch_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = calls.Plans.call
-    monkeypatch.setattr(calls.Plans, "call", lambda self, request: original(self, replace(request, seeded=False)))
+    original = factory.PlannerFactory.planner_for
+    monkeypatch.setattr(
+        factory.PlannerFactory, "planner_for", lambda self, request: original(self, replace(request, seeded=False))
+    )
     assert depends_on_companions(models.draft("near", FAMILY))
 
 
 def test_a_lone_seeded_row_is_planned_as_it_is_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first caller's prompt told the table is believed by calls without a seed only."""
     plans: list[object] = []
-    original = calls.Plans.call
+    original = factory.PlannerFactory.planner_for
 
-    def keep(self: calls.Plans, request: Any) -> Any:
+    def keep(self: factory.PlannerFactory, request: Any) -> Any:
         plans.append(original(self, request))
         return plans[-1]
 
     def hopeless(*arguments: Any) -> Costs:
         return replace(table(*arguments), beliefs={"model": {1: ([50.0] * DEPTH, [0.0] * DEPTH)}})
 
-    monkeypatch.setattr(calls.Plans, "call", keep)
-    monkeypatch.setattr(calls, "measure", hopeless)
+    monkeypatch.setattr(factory.PlannerFactory, "planner_for", keep)
+    monkeypatch.setattr(factory, "measure", hopeless)
     spec = specdec.Speculator(models.target(FAMILY), models.draft("near", FAMILY))
     ids, _ = models.prompts((7,), models.VOCAB, 3, period=3)
     drafted = []
@@ -88,7 +90,7 @@ def test_a_lone_seeded_row_is_planned_as_it_is_in_a_batch(monkeypatch: pytest.Mo
         spec.generate(ids, do_sample=True, temperature=0.5, max_new_tokens=24, eos_token_id=None, seed=seed)
         assert spec.report is not None
         drafted.append(spec.report.num_draft_tokens)
-    assert [type(plan) for plan in plans] == [RowwisePlanner, calls.CallPlanner]
+    assert [type(plan) for plan in plans] == [RowPlanner, factory.CallPlanner]
     assert drafted[0] > 0
     assert drafted[1] == 0, "by the table drafts are hopeless"
 

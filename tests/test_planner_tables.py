@@ -16,7 +16,7 @@ import torch
 from exact_law import noisy_copy, tiny_llama
 
 from specdec import Speculator
-from specdec.planner import calls
+from specdec.planner import factory
 from specdec.planner.costs import Costs
 from specdec.planner.store import CostStore
 from specdec.verify import folders
@@ -32,14 +32,14 @@ MEASURED = Costs(1, 1.0, {"model": {1: 1.1, 4: 1.3, 12: 3.0}, "ngram": {1: 1.1, 
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache folder; what is measured is MEASURED."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(calls, "measure", lambda *_, **__: MEASURED)
+    monkeypatch.setattr(factory, "measure", lambda *_, **__: MEASURED)
     monkeypatch.setattr(CostStore, "refine", lambda *_: None)  # what calls learn is another test's
     return tmp_path / "cache"
 
 
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of a call in a process that has not seen a table yet; its text is the target's."""
-    monkeypatch.setattr(calls, "STORE", CostStore())
+    monkeypatch.setattr(factory, "STORE", CostStore())
     spec = Speculator(TARGET, [DRAFT, "ngram"])
     given: dict[str, Any] = dict(
         attention_mask=torch.ones_like(PROMPT), eos_token_id=None, pad_token_id=0, max_new_tokens=8, do_sample=False

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from specdec import Speculator
 from specdec.drafters import Budget, Drafter, Session
-from specdec.planner import calls
+from specdec.planner import factory
 from specdec.planner.costs import Costs
-from specdec.planner.script import Script
+from specdec.planner.measuring_planner import MeasuringPlanner
 from specdec.verify import DraftTree, Topology
 from specdec.verify.passes.stock import callers_code
 
@@ -78,7 +78,7 @@ FAULTS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_whatever_fails_while_measuring_the_call_goes_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "measure", FAULTS[name])
+    monkeypatch.setattr(factory, "measure", FAULTS[name])
     spec = Speculator(TARGET, [DRAFT, "ngram"])
     out: Any = spec.generate(**batch(5), **GREEDY)
     assert torch.equal(out, plain(5))
@@ -92,7 +92,7 @@ def test_an_interrupt_while_measuring_ends_the_call(monkeypatch: pytest.MonkeyPa
     def interrupted(*_: Any) -> Costs:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calls, "measure", interrupted)
+    monkeypatch.setattr(factory, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Speculator(TARGET, DRAFT).generate(**batch(1), **GREEDY)
 
@@ -123,12 +123,14 @@ def test_a_drafter_that_cannot_be_cloned_drafts_all_the_same() -> None:
 
 
 def test_a_clock_that_stands_still_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    init = Script.__init__
+    init = MeasuringPlanner.__init__
 
-    def still(self: Script, options: Any, rows: int, seconds: float, clock: Any, room: int | None = None) -> None:
+    def still(
+        self: MeasuringPlanner, options: Any, rows: int, seconds: float, clock: Any, room: int | None = None
+    ) -> None:
         init(self, options, rows, seconds, lambda: 1.0, room)
 
-    monkeypatch.setattr(Script, "__init__", still)
+    monkeypatch.setattr(MeasuringPlanner, "__init__", still)
     spec = Speculator(TARGET, "ngram")
     spec.generate(**batch(1), **GREEDY)
     assert spec.report is not None
@@ -138,14 +140,14 @@ def test_a_clock_that_stands_still_measures_nothing(monkeypatch: pytest.MonkeyPa
 def test_scratch_texts_stay_within_the_positions_of_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft model cut off in the middle of measuring would look as if its drafts cost nothing."""
     lengths: list[int] = []
-    budget = Script.budget
+    budget = MeasuringPlanner.budget
 
-    def watched(self: Script, live: Any, left: Any, held: Any = ()) -> Any:
+    def watched(self: MeasuringPlanner, live: Any, left: Any, held: Any = ()) -> Any:
         plan = budget(self, live, left, held)
         lengths.append(max(held) + plan.max_depth)
         return plan
 
-    monkeypatch.setattr(Script, "budget", watched)
+    monkeypatch.setattr(MeasuringPlanner, "budget", watched)
     target: Any = models.target("gpt2")
     ids, mask = models.prompts((5,), models.VOCAB, 1)
     for draft, positions in ((with_fewer_positions(models.draft("near", "gpt2"), 100), 100), (SAME, 24)):

@@ -13,7 +13,7 @@ import specdec
 from specdec import ModelDrafter, NgramDrafter, Speculator, UnsupportedArgumentError
 from specdec.drafters import BestFirst, Budget, Drafter, DySpec, Session
 from specdec.verify import DraftTree, Topology
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.rules import RULES, UnsupportedTreeError, make_rule
 
 TARGET = tiny_llama(0)

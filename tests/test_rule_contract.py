@@ -13,7 +13,7 @@ from oracle.production import Batch, batch
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.rules import RULES, UnsupportedTreeError, auto_rule, make_rule
 from specdec.verify.topology import Topology

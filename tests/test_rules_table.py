@@ -16,7 +16,7 @@ from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.setting import Setting
 from specdec.experiments.rules import instances, overhead, pair
 from specdec.experiments.rules.__main__ import main
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.rules import RULES, make_rule
 
 

@@ -15,7 +15,7 @@ from specdec.drafters.children import best_token
 from specdec.drafters.guard import normalised
 from specdec.kv import InvalidTreeError
 from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw
-from specdec.verify.host import argmax, entries, on_host, packed
+from specdec.verify.host_integers import argmax, entries, on_host, packed
 from specdec.verify.noise import Role, uniform
 from specdec.verify.passes.inputs import CausalBand, additive_masks
 from specdec.verify.rules import RULES

@@ -123,7 +123,7 @@ def test_copies_take_turns_of_their_own() -> None:
     spec = Speculator(models.target("llama-gqa"), "ngram")
     other = copy.deepcopy(spec)
     prompt = torch.tensor([[3, 4, 5, 3, 4]])
-    with spec._turn:
+    with spec._lock:
         thread = threading.Thread(target=lambda: other.generate(prompt, max_new_tokens=2, do_sample=False), daemon=True)
         thread.start()
         thread.join(30)

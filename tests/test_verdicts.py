@@ -12,7 +12,7 @@ from test_tree import ancestors, tree_of
 
 from specdec.kv.base import kept_slots
 from specdec.verify import DraftTree, Noise, Topology
-from specdec.verify.host import entries, on_host, packed
+from specdec.verify.host_integers import entries, on_host, packed
 from specdec.verify.rules.base import row_at, sample_from, verdict_at
 from specdec.verify.rules.greedy import Greedy
 

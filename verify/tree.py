@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import InvalidTreeError
-from specdec.verify.host import entries
+from specdec.verify.host_integers import entries
 from specdec.verify.topology import Frame, Topology, frame_of, indices
 
 Q_SUM_TOLERANCE = 1e-3

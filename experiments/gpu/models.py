@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from specdec.drafters import Budget, Drafter, Session
 from specdec.experiments.gpu.options import Shape
 from specdec.verify import DraftTree, Topology
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 
 STEP = 101
 FAINT = 1e-3

@@ -33,7 +33,7 @@ from specdec.lab.tiny import tiny_llama
 from specdec.pairing import find_pair
 from specdec.pairing.loading import load_pair
 from specdec.verify import DraftTree
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 
 target, draft, tokenizer = load_pair(find_pair("stdlib-python"))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.engine.driving import StepThread
+from specdec.arguments import Draft, Target
 from specdec.engine.errors import EngineClosedError, QueueFullError, refuse_forked
 from specdec.engine.handle import Handle
 from specdec.engine.intake import Intake
@@ -21,13 +21,13 @@ from specdec.engine.params import Params, Preparation
 from specdec.engine.recovery import Mark, marks, recover, uninterrupted
 from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
+from specdec.engine.step_thread import StepThread
 from specdec.engine.stepping import Stepping
 from specdec.engine.task import Task
 from specdec.forks import renewed_after_fork
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
-from specdec.parts import Draft, Target
 
 
 class Engine:

@@ -19,7 +19,7 @@ from specdec.kv.paged import PagedKVCache
 from specdec.plain_order import PlainBatch, PlainOrder
 from specdec.stopping import Opinions, StopRules
 from specdec.verify import DraftTree, NoiseStream, Rows
-from specdec.verify.kinds import NO_DRAFTS
+from specdec.verify.draft_kind import NO_DRAFTS
 from specdec.verify.purity import decides_by_row
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import choose_rule

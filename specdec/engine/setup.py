@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from specdec.arguments import Draft, make_drafter
 from specdec.drafters import Drafter, FallbackGuard, ModelDrafter
 from specdec.engine.params import PLAIN
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import KVPool
 from specdec.kv.pool_size import check_pages
 from specdec.kv.support import num_cache_layers
-from specdec.parts import Draft, make_drafter
 from specdec.target import TARGET
 
 DEFAULT_BYTES = 512 << 20

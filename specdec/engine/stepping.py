@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec.deciding import Decided
 from specdec.drafters import FallbackGuard
-from specdec.engine.allotment import Allotment
+from specdec.engine.draft_depths import DraftDepths
 from specdec.engine.errors import EngineFaultError
 from specdec.engine.lane import Emitted, Lane
 from specdec.engine.lanes import Lanes
@@ -32,7 +32,7 @@ class Stepping:
 
     Args:
         drafters: by name; lanes clone them. pooled: the pool, and under which names it holds the drafters' K/V.
-        adaptive: share drafts by what they bring (see `Allotment`).
+        adaptive: share drafts by what they bring (see `DraftDepths`).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Stepping:
         self.device = self._passes.device
         self._lanes = Lanes(self.pool, drafters, pooled.names, self.vocab, self.device)
         self.scheduler = Scheduler(self.pool, limits, self._lanes.leave)
-        self._allotment = Allotment(limits, adaptive)
+        self._draft_depths = DraftDepths(limits, adaptive)
         self._finished: list[Task] = []
         self._weights = Weights([target, *(model for one in drafters.values() for model in models_of(one))])
 
@@ -73,7 +73,7 @@ class Stepping:
         for task in self.scheduler.admit(self.num_steps):
             task.started = monotonic() if task.started is None else task.started
         self._plan()
-        chunks = self.scheduler.chunks(self._allotment.left_for_prefill(self._lanes.live, self.scheduler.prefilling))
+        chunks = self.scheduler.chunks(self._draft_depths.left_for_prefill(self._lanes.live, self.scheduler.prefilling))
         lanes = self._lanes.live  # whoever had to give way is gone
         if lanes:
             chunks = self._decode(lanes, chunks)
@@ -147,8 +147,8 @@ class Stepping:
 
     def _plan(self) -> None:
         """Depths of this step's drafts, and pages for them."""
-        self._allotment.plan(self._lanes.live, bool(self.scheduler.prefilling))
-        slots = self._allotment.slots(self._lanes.live)
+        self._draft_depths.assign(self._lanes.live, bool(self.scheduler.prefilling))
+        slots = self._draft_depths.slots(self._lanes.live)
         for task in sorted(self.scheduler.running, key=lambda task: task.urgency(0)):
             if task.state is State.RUNNING:
                 self.scheduler.reserve(task, slots)
@@ -205,7 +205,7 @@ class Stepping:
             self.fail(task, error)
         width = max(tree.tokens.shape[1] for tree in trees)
         if not chunks:  # what a prompt costs says nothing about drafts
-            self._allotment.took(width * sum(tree.tokens.shape[0] for tree in trees), levels, monotonic() - start)
+            self._draft_depths.took(width * sum(tree.tokens.shape[0] for tree in trees), levels, monotonic() - start)
         return left
 
     def _verified(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.arguments import Draft, Target, make_drafter, make_target
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.limits import MOST_THREADS, checked_count, checked_number
@@ -22,7 +23,6 @@ from specdec.lab.kv import KVAudit, LogitAudit
 from specdec.lab.laws import NUM_TESTS, LawTests, draw
 from specdec.lab.pace import Pace, one_thread_if_faster, timed
 from specdec.lab.prompts import encode_prompts
-from specdec.parts import Draft, Target, make_drafter, make_target
 from specdec.planner.options import Options
 from specdec.speculator import Speculator
 from specdec.verify.rules import RULES, make_rule

@@ -1,1 +1,1 @@
-"""The planner: which drafter, how deep, and whether at all, at every step. Start reading at `Planner` in `plan.py`."""
+"""The planner: which drafter, how deep, and whether at all, at every step. Start at `batch_planner.py`."""

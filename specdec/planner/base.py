@@ -9,7 +9,7 @@ from specdec.drafters import Budget
 from specdec.report import StepTrace
 
 
-class Planning(Protocol):
+class Planner(Protocol):
     """Before every step `budget`, after it `learn`.
 
     What `budget` returns may depend on everything that happened before the step, never on a token drawn in it.

@@ -8,10 +8,9 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from specdec.drafters.base import depth_limits, levels_within
+from specdec.planner.acceptance import AcceptanceHistory
 from specdec.planner.costs import StepTimes
-from specdec.planner.history import History
 from specdec.planner.options import Option
-from specdec.planner.risk import RISK
 
 HORIZON = 256
 """Tokens per row that are counted on when the call's own limit is further away, or when there is none."""
@@ -78,7 +77,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    index: int, option: Option, history: History, now: Situation, found: int | None = None, least: float = 0.0
+    index: int, option: Option, history: AcceptanceHistory, now: Situation, found: int | None = None, least: float = 0.0
 ) -> list[Candidate]:
     """Every depth of one option that promises more than `least`.
 
@@ -109,7 +108,7 @@ def fastest(
     return None
 
 
-def ends_sooner(plan: Candidate, option: Option, history: History, now: Situation) -> bool:
+def ends_sooner(plan: Candidate, option: Option, history: AcceptanceHistory, now: Situation) -> bool:
     """Will the whole batch be finished sooner than plainly?
 
     More tokens per second are no gain for who waits for the slowest row: rows whose drafts are rejected pay for
@@ -136,19 +135,3 @@ def _drafted_total(plan: Candidate, paces: Sequence[float], now: Situation) -> f
         after = [(tokens - steps * each, pace) for (tokens, pace), each in zip(remaining, emitted, strict=True)]
         remaining = [row for row in after if row[0] > 1e-6]
     return total
-
-
-def why_plain(options: Sequence[Option], histories: Sequence[History], now: Situation) -> str:
-    """A sentence on what each option promises, where none is drafted with."""
-    said = []
-    for i, (option, history) in enumerate(zip(options, histories, strict=True)):
-        if not any(limit for _, limit in now.limits_of(option)) and any(limit for _, limit in now.limits):
-            said.append(f"{option.name} cannot read that many tokens ({option.positions} positions)")
-            continue
-        speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
-        if speed > MARGIN:
-            said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
-        else:
-            said.append(f"{option.name} promises {speed:.2f}x plain decoding with {history.acceptance:.2f} of its "
-                        "tokens accepted")  # fmt: skip
-    return "; ".join(said)

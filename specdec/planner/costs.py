@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from specdec.kv import UnsupportedArgumentError
-from specdec.planner.history import Belief
+from specdec.planner.acceptance import Belief
 
 _MOST_DECISIONS = 1e9
 """More of them nobody has seen while measuring, and a belief in so many would never change again."""
+MOST_MS = 3.6e6
+"""An hour for one step."""
+LEAST_MS = 1e-4
+"""A tenth of a microsecond."""
+LEAST_SHARE = 0.2
+"""A step with a draft does all that a plain one does: measured on a busy machine it may seem faster, not by far."""
+MOST_SHARE = 1e5
+"""Nor does drafting take so many times what a plain step takes."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +114,27 @@ def _counts(tried: Any, kept: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     if len(seen[0]) != len(seen[1]) or not all(0 <= k <= t < _MOST_DECISIONS for t, k in zip(*seen, strict=True)):
         raise ValueError("acceptances that do not fit the decisions")
     return seen
+
+
+def implausible(costs: Costs, rows: int, depths: Mapping[str, Collection[int]]) -> str | None:
+    """What is wrong with a table for these options, None where nothing is.
+
+    Args:
+        rows: of the steps it should be about. depths: by option, those it can draft.
+    """
+    if costs.rows != rows:
+        return f"it is about {costs.rows} rows, not {rows}"
+    if not set(depths) <= set(costs.steps):
+        return f"it is about {sorted(costs.steps)[:4]}, not {sorted(depths)}"
+    if not LEAST_MS <= costs.plain <= MOST_MS:
+        return f"a plain step of {costs.plain:g} ms"
+    for name, table in costs.steps.items():
+        if name in depths and not set(table) <= set(depths[name]):
+            return f"{name} at depths {sorted(set(table) - set(depths[name]))[:4]}, where it does not draft"
+        for depth, ms in table.items():
+            if not LEAST_SHARE * costs.plain <= ms <= MOST_SHARE * costs.plain:
+                return f"a step of {ms:g} ms with {name} at depth {depth}, where a plain one takes {costs.plain:g}"
+    for what, ms in (("catching up", costs.draft_token), ("reading", costs.prompt_token)):
+        if ms > MOST_SHARE * costs.plain:
+            return f"{ms:g} ms for {what} a token, where a plain step takes {costs.plain:g}"
+    return None

@@ -20,8 +20,8 @@ from specdec.drafters import Drafter, FallbackGuard
 from specdec.kv.support import text_config
 from specdec.loop import DecodeLoop
 from specdec.planner.costs import Costs
+from specdec.planner.measuring_planner import PLAIN, EnoughMeasured, FillingDrafter, MeasuringPlanner
 from specdec.planner.options import Option, Options
-from specdec.planner.script import PLAIN, Enough, Filler, Script
 from specdec.request import Request
 from specdec.verify.passes.positions import usable_positions
 from specdec.verify.passes.strict_mode import StrictMode
@@ -65,14 +65,14 @@ def measure(
     prompt = _scratch_prompt(request, target, rows, room)
     # One thread's own time does not count what other processes do meanwhile.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
-    script = Script(scratch, rows, seconds, process_time if alone else perf_counter, room)
+    script = MeasuringPlanner(scratch, rows, seconds, process_time if alone else perf_counter, room)
     loop = DecodeLoop(_scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
     script.loop = loop
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loop.run()
-    except Enough:
+    except EnoughMeasured:
         pass
     if guard.num_faults:
         raise RuntimeError(f"the drafter failed: {guard.last_fault}")
@@ -99,7 +99,7 @@ def measure(
 
 def _scratch_drafter(option: Option) -> Drafter:
     drafter = option.drafter.clone()
-    return Filler(drafter) if option.may_be_empty else drafter
+    return FillingDrafter(drafter) if option.may_be_empty else drafter
 
 
 def _typical(times: Sequence[float]) -> float:

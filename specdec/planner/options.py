@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from specdec.drafters import Budget, Drafter, ModelDrafter, Session
+from specdec.drafters import Budget, Drafter, ModelDrafter, NgramDrafter, Session
 from specdec.kv import UnsupportedArgumentError
 from specdec.verify import DraftTree, Verdict
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
+from specdec.verify.rules import make_rule
+
+MODEL_DEPTH = 12
+"""Longest chain planned with a draft model."""
+NGRAM_DEPTH = 10
+"""Longest continuation planned with prompt lookup."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class PlannedBudget(Budget):
+class OptionBudget(Budget):
     """A budget that names the option to ask.
 
     least_rows: it must propose something for so many rows; else `otherwise` is asked (None: decode plainly).
@@ -45,7 +51,7 @@ class PlannedBudget(Budget):
 
     option: int = 0
     least_rows: int = 0
-    otherwise: PlannedBudget | None = None
+    otherwise: OptionBudget | None = None
     beside: int | None = None
 
 
@@ -55,7 +61,7 @@ def chains(tree: DraftTree) -> list[list[int]]:
 
 
 class Options(Drafter):
-    """Asks the option named by a `PlannedBudget`; options of one model share its K/V in the shared cache.
+    """Asks the option named by a `OptionBudget`; options of one model share its K/V in the shared cache.
 
     Which option is asked never depends on a token drawn in this step: the second one is asked when the first, which
     proposes deterministic tokens only, found too little in the text so far (algorithms B.5).
@@ -123,8 +129,8 @@ class Options(Drafter):
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
         self.used, self.asked, self.heard = None, [], None
-        plan: PlannedBudget | None
-        plan = budget if isinstance(budget, PlannedBudget) else PlannedBudget(budget.depths, budget.max_nodes)
+        plan: OptionBudget | None
+        plan = budget if isinstance(budget, OptionBudget) else OptionBudget(budget.depths, budget.max_nodes)
         if plan.beside is not None:
             said = self.options[plan.beside].drafter.propose(plan, uniforms[:, :0])
             self.heard = plan.beside, chains(said)
@@ -170,3 +176,46 @@ class Options(Drafter):
             drafter = option.drafter
             models.setdefault(id(drafter.model if isinstance(drafter, ModelDrafter) else drafter), drafter)
         return list(models.values())
+
+
+def make_options(drafters: Sequence[Drafter], rule: str, most_nodes: int | None) -> Options:
+    """The options of `drafters`, those left out that the rule or the width of a strict pass forbids.
+
+    Args:
+        drafters: their own depth is the most that is planned. most_nodes: drafted tokens a pass has room for.
+
+    Raises:
+        UnsupportedArgumentError: nothing is left, with the reason.
+    """
+    options: list[Option] = []
+    refused: list[str] = []
+    for drafter in drafters:
+        option = _option(drafter, [other.name for other in options])
+        why = None if rule == "auto" or drafter.kind is None else make_rule(rule).refusal(drafter.kind)
+        if why is None and most_nodes is not None and drafter.max_nodes > most_nodes:
+            why = f"{option.name} drafts up to {drafter.max_nodes} tokens, a strict pass has room for {most_nodes}"
+        if why is None:
+            options.append(option)
+        else:
+            refused.append(why)
+    if not options:
+        raise UnsupportedArgumentError("draft: expected at least one usable drafter; " + "; ".join(refused))
+    return Options(options)
+
+
+def _option(drafter: Drafter, taken: Sequence[str]) -> Option:
+    chain = drafter.kind is not None and drafter.kind.shape == "chain"
+    name = drafter.name
+    while name in taken:
+        name += "'"
+    empty = isinstance(drafter, NgramDrafter)
+    return Option(name, name, drafter, (1,) * drafter.max_depth, chain, empty, drafter.num_positions)
+
+
+def longest_chain(drafter: Drafter, most_nodes: int | None) -> Drafter:
+    """The chains the planner may cut short where a user names a drafter and no length."""
+    if isinstance(drafter, ModelDrafter):
+        return ModelDrafter(drafter.model, k=min(MODEL_DEPTH, most_nodes or MODEL_DEPTH))
+    if isinstance(drafter, NgramDrafter):
+        return NgramDrafter(k=min(NGRAM_DEPTH, most_nodes or NGRAM_DEPTH))
+    return drafter

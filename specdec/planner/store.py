@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from specdec.forks import renewed_after_fork
 from specdec.hardware import cpu_name, gpu_name
 from specdec.kv import UnsupportedArgumentError
+from specdec.planner.cost_refinement import StepKind, refined
 from specdec.planner.costs import Costs
-from specdec.planner.refine import Kind, refined
 from specdec.verify.folders import cache_folder, write_whole
 from specdec.verify.passes.choose import runs_natively
 from specdec.verify.passes.linear import is_dense
@@ -112,7 +112,7 @@ class CostStore:
             count = self._asked[name] = self._asked.get(name, 0) + 1
         return count <= _EXPLORING or count % _EXPLORING == 0
 
-    def refine(self, key: Mapping[str, Any], took: Mapping[Kind, Sequence[float]]) -> None:
+    def refine(self, key: Mapping[str, Any], took: Mapping[StepKind, Sequence[float]]) -> None:
         """Correct a known table by the steps of one call, and write it every time their number has doubled."""
         name = _name(key)
         with self._lock:  # calls of several Speculators may end at once

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fuzz import bugs
 from fuzz.callbacks import AvoidsLast, Remembers, criterion, prefix_function, processor, streamer
+from specdec.call_lock import CallLock
 from specdec.deciding import Decider
 from specdec.engine.handle import Handle
 from specdec.kv import SharedKVCache
@@ -14,7 +15,6 @@ from specdec.loop import DecodeLoop
 from specdec.outputs import Collector
 from specdec.speculator import Speculator
 from specdec.stopping import StopRules
-from specdec.turns import Turn
 from specdec.verify import Rows, SamplingLaw
 from specdec.verify.race import RaceStream
 
@@ -95,7 +95,7 @@ FAULTS: dict[str, Fault] = {
         bugs.wrapped(DecodeLoop, "run", bugs.spins), _chain({"streamer": streamer()}), ("hang",)
     ),
     "the object is broken after an error": Fault(
-        bugs.wrapped(Turn, "alone", bugs.stays_busy),
+        bugs.wrapped(CallLock, "alone", bugs.stays_busy),
         _chain({"prefix_allowed_tokens_fn": prefix_function("raises later")}, lengths=(5,)),
         ("broken afterwards",),
     ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import SpecdecError
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.noise import Noise
 from specdec.verify.topology import indices
 from specdec.verify.tree import DraftTree, Verdict

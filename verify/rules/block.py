@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from specdec.verify.host import entries
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
+from specdec.verify.host_integers import entries
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import AcceptanceRule, Expected, residual_or, row_at, sample_from, verdict_at
 from specdec.verify.rules.chain import ChainView, chains_only, draft_law, view_chain

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.verify.host import argmax, on_host
+from specdec.verify.host_integers import argmax, on_host
 from specdec.verify.noise import Noise
 from specdec.verify.rules.base import AcceptanceRule, verdict_at
 from specdec.verify.tree import DraftTree, Verdict

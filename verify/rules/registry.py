@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.rules.base import AcceptanceRule
 from specdec.verify.rules.block import Block
 from specdec.verify.rules.budget_flow import BudgetFlow

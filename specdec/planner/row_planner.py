@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
-from specdec.planner.base import Planning
+from specdec.planner.base import Planner
+from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
-from specdec.planner.options import Options, PlannedBudget
-from specdec.planner.plan import Planner
+from specdec.planner.options import OptionBudget, Options
 from specdec.planner.summary import PlanReport
 from specdec.report import SpecReport, StepTrace
 
 
-class RowwisePlanner(Planning):
+class RowPlanner(Planner):
     """One planner per row, fed with nothing but that row and with the costs of a single one.
 
     How deep a row drafts decides which noise its later tokens meet: a plan made for the whole batch would make a
@@ -33,17 +33,17 @@ class RowwisePlanner(Planning):
         )
         view = cast(Options, self._view)
         # Without the table's beliefs: the first caller's prompt would leave its trace in others' texts.
-        self._rows = [Planner(view, lambda rows: costs, 1, count) for count in prompts]
+        self._rows = [BatchPlanner(view, lambda rows: costs, 1, count) for count in prompts]
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
-        self._plans: list[PlannedBudget] = []
+        self._plans: list[OptionBudget] = []
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> OptionBudget:
         held = [lengths[i : i + 1] for i in range(len(live))]
         self._plans = [
             self._rows[row].budget([0], [tokens], own) for row, tokens, own in zip(live, left, held, strict=True)
         ]
         depths = tuple(plan.depths[0] for plan in self._plans)
-        return PlannedBudget(depths, max(plan.max_nodes for plan in self._plans))
+        return OptionBudget(depths, max(plan.max_nodes for plan in self._plans))
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
         for i, row in enumerate(trace.rows):

@@ -7,19 +7,18 @@ from dataclasses import replace
 from functools import partial
 from math import ceil
 
-from specdec.planner.base import Planning
-from specdec.planner.choice import HORIZON, MARGIN, Candidate, Situation, candidates, ends_sooner, fastest, why_plain
+from specdec.planner.acceptance import AcceptanceHistory, Known, counterfactual_outcomes
+from specdec.planner.backoff import ProbeBackoff
+from specdec.planner.base import Planner
+from specdec.planner.choice import HORIZON, MARGIN, Candidate, Situation, candidates, ends_sooner, fastest
+from specdec.planner.cost_refinement import PLAIN, CostExplorer, StepKind
 from specdec.planner.costs import Costs, StepTimes
-from specdec.planner.explore import Explorer
-from specdec.planner.finds import Finds
-from specdec.planner.history import History, Known, fates
-from specdec.planner.options import Options, PlannedBudget
-from specdec.planner.refine import PLAIN, Kind
-from specdec.planner.risk import Pause, Risk
+from specdec.planner.decayed_counts import HitRates
+from specdec.planner.options import OptionBudget, Options
+from specdec.planner.risk_budget import TRIES, Debt, RiskBudget, why_plain
 from specdec.planner.summary import PlanReport
-from specdec.planner.trials import TRIES, Trials
 from specdec.report import StepTrace
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 
 PROBE_DEPTH = 2
 PROBE_FADE = 0.6
@@ -31,7 +30,7 @@ _ASKING = 0.005
 _CHAINS = DraftKind("chain", "deterministic")
 
 
-class Planner(Planning):
+class BatchPlanner(Planner):
     """Plans one call: before every step `budget`, after it `learn`.
 
     A plan maximises expected tokens per millisecond over all live rows, unless that would end the batch later, from
@@ -65,39 +64,39 @@ class Planner(Planning):
         self._options, self._costs, self._prompt_tokens = options, costs, prompt_tokens
         self._choices = options.options
         self._levels = {option.name: len(option.widths) for option in self._choices}
-        families = {option.family: History(options.max_depth, rows, known.beliefs.get(option.family))
+        families = {option.family: AcceptanceHistory(options.max_depth, rows, known.beliefs.get(option.family))
                     for option in self._choices}  # fmt: skip
         self._families = families
         self._history = [families[option.family] for option in self._choices]
-        self._finds = Finds(self._choices, known.found)
+        self._hit_rates = HitRates(self._choices, known.found)
         self._times: dict[int, StepTimes] = {}
-        self._plain: dict[int, PlannedBudget] = {}
-        self._trials: Trials | None = None
-        self._pause = Pause()
+        self._plain: dict[int, OptionBudget] = {}
+        self._risk: RiskBudget | None = None
+        self._backoff = ProbeBackoff()
         self._current: tuple[int, int] | None = None
         self._plans: dict[int, Candidate] = {}
-        self._last = PlannedBudget((), 0)
+        self._last = OptionBudget((), 0)
         self._now: Situation | None = None
         self._fresh, self._hold, self._debt = 0, 1, 0.0
         self._whole = rows
-        self.explorer = Explorer(list(self._levels), explores)
+        self.explorer = CostExplorer(list(self._levels), explores)
         self.report = PlanReport()
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
-        if self._pause.waits():  # most steps where drafts are no use: nothing is computed
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> OptionBudget:
+        if self._backoff.waits():  # most steps where drafts are no use: nothing is computed
             return self._plainly(len(live))
-        if self._fresh > 0 and self._trials is not None and self._trials.risk.debt <= self._debt:
+        if self._fresh > 0 and self._risk is not None and self._risk.debt.ms <= self._debt:
             again = self._again(live, left, lengths)
             if again is not None:
                 self._fresh -= 1
-                self._pause.go()
+                self._backoff.go()
                 return again
         now = self._now = Situation(live, left, self._options.max_depth, self._times_of, lengths)
-        if self._trials is None:
+        if self._risk is None:
             prefill = self._costs(now.rows).prompt_token * self._prompt_tokens
-            self._trials = Trials(self._choices, Risk(max(now.left), prefill), self._prompt_tokens)
-        ending = max(now.left) < 2 or self._pause.too_late(now.longest)
-        return self._plainly(now.rows) if ending else self._choose(now, self._trials)
+            self._risk = RiskBudget(self._choices, Debt(max(now.left), prefill), self._prompt_tokens)
+        ending = max(now.left) < 2 or self._backoff.too_late(now.longest)
+        return self._plainly(now.rows) if ending else self._choose(now, self._risk)
 
     def _times_of(self, rows: int) -> StepTimes:
         times = self._times.get(rows)
@@ -105,13 +104,13 @@ class Planner(Planning):
             times = self._times[rows] = StepTimes.of(self._costs(rows), self._levels)
         return times
 
-    def _plainly(self, rows: int) -> PlannedBudget:
+    def _plainly(self, rows: int) -> OptionBudget:
         self._plans, self._fresh = {}, 0
         if rows not in self._plain:
-            self._plain[rows] = PlannedBudget((0,) * rows, 0)
+            self._plain[rows] = OptionBudget((0,) * rows, 0)
         return self._plain[rows]
 
-    def _again(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int]) -> PlannedBudget | None:
+    def _again(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int]) -> OptionBudget | None:
         """The last plan, for the rows that are still there; None where it does not fit them."""
         now = self._now
         assert now is not None
@@ -121,8 +120,8 @@ class Planner(Planning):
         if all(tokens is not None and tokens <= deepest for tokens in left):  # nobody can use it: the call is ending
             return None
         now = self._now = Situation(live, left, self._options.max_depth, self._times_of, lengths)
-        plan: PlannedBudget | None = self._last
-        chain: list[PlannedBudget] = []
+        plan: OptionBudget | None = self._last
+        chain: list[OptionBudget] = []
         while plan is not None:
             chain.append(plan)
             plan = plan.otherwise
@@ -132,51 +131,51 @@ class Planner(Planning):
         self._last = plan
         return plan
 
-    def _choose(self, now: Situation, trials: Trials) -> PlannedBudget:
+    def _choose(self, now: Situation, risk: RiskBudget) -> OptionBudget:
         self._plans = {}
-        plan: PlannedBudget | None = None
-        best = self._best(now, trials)
+        plan: OptionBudget | None = None
+        best = self._best(now, risk)
         if best is not None:
             self._plans[best.option] = best
             plan = self._planned(best, now)
         for i, option in enumerate(self._choices):
             if option.may_be_empty:
-                ahead = self._ahead(i, now, trials, now.plain_rate if best is None else best.rate, plan)
+                ahead = self._ahead(i, now, risk, now.plain_rate if best is None else best.rate, plan)
                 if ahead is plan and plan is not None and option.drafter.kind == _CHAINS:
                     ahead = replace(plan, beside=i)  # not worth a pass, but what it would have drafted shows later
                 plan = ahead
         if plan is None:
             return self._stop(now)
-        if best is not None and plan.option == best.option and now.rows == self._whole and not self._pause.probing:
-            due, allowed = self.explorer.due(best), partial(self._allowed, now=now, trials=trials)
+        if best is not None and plan.option == best.option and now.rows == self._whole and not self._backoff.probing:
+            due, allowed = self.explorer.due(best), partial(self._allowed, now=now, risk=risk)
             other = self.explorer.other(best, self._good(now), allowed, self.report.table_ms) if due else None
             if other is not None:
                 self._plans, self._fresh = {other.option: other}, 0
                 return self._planned(other, now)
-        if self._pause.begins:
+        if self._backoff.begins:
             for history in self._families.values():
                 history.fade(PROBE_FADE)
-        self._pause.go()
+        self._backoff.go()
         chosen = best if best is not None else self._plans[plan.option]
-        confirmed = trials.risk.debt < 0 and (chosen.option, chosen.depth) == self._current
+        confirmed = risk.debt.ms < 0 and (chosen.option, chosen.depth) == self._current
         self._hold = min(2 * self._hold, LONGEST_HOLD) if confirmed else 1
-        self._fresh, self._debt = self._hold - 1, trials.risk.debt
+        self._fresh, self._debt = self._hold - 1, risk.debt.ms
         self._current = (chosen.option, chosen.depth)
         self._last = plan if plan.beside is None else replace(plan, beside=None)  # once per look is listened
         return plan
 
-    def _best(self, now: Situation, trials: Trials) -> Candidate | None:
+    def _best(self, now: Situation, risk: RiskBudget) -> Candidate | None:
         """The fastest affordable plan that beats plain decoding; a probe's is the fastest small one."""
         good = self._good(now)
-        for tries in (1,) if self._pause.probing else range(TRIES, 0, -1):
-            best = fastest(good, self._current, partial(self._allowed, now=now, trials=trials, tries=tries))
+        for tries in (1,) if self._backoff.probing else range(TRIES, 0, -1):
+            best = fastest(good, self._current, partial(self._allowed, now=now, risk=risk, tries=tries))
             if best is not None or not good:
                 return best
         return None
 
     def _good(self, now: Situation) -> list[Candidate]:
         """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones."""
-        probing = self._pause.probing
+        probing = self._backoff.probing
         least = 0.0 if probing else MARGIN * now.plain_rate
         return [
             plan
@@ -186,9 +185,9 @@ class Planner(Planning):
             if not probing or self._small(plan)
         ]
 
-    def _allowed(self, plan: Candidate, now: Situation, trials: Trials, tries: int = 1) -> bool:
+    def _allowed(self, plan: Candidate, now: Situation, risk: RiskBudget, tries: int = 1) -> bool:
         """Is it affordable, and does the batch not end later by it? (A probe may.)"""
-        return self._affordable(plan, now, trials, tries) and (self._pause.probing or self._in_time(plan, now))
+        return self._affordable(plan, now, risk, tries) and (self._backoff.probing or self._in_time(plan, now))
 
     def _small(self, plan: Candidate) -> bool:
         return plan.depth <= PROBE_DEPTH or not self._choices[plan.option].any_depth
@@ -196,15 +195,15 @@ class Planner(Planning):
     def _in_time(self, plan: Candidate, now: Situation) -> bool:
         return ends_sooner(plan, self._choices[plan.option], self._history[plan.option], now)
 
-    def _affordable(self, plan: Candidate, now: Situation, trials: Trials, tries: int = 1) -> bool:
-        waited = self._pause.waited if self._pause.probing else None
-        return trials.affordable(plan, self._history[plan.option], now, self._current is not None, waited, tries)
+    def _affordable(self, plan: Candidate, now: Situation, risk: RiskBudget, tries: int = 1) -> bool:
+        waited = self._backoff.waited if self._backoff.probing else None
+        return risk.affordable(plan, self._history[plan.option], now, self._current is not None, waited, tries)
 
     def _ahead(
-        self, index: int, now: Situation, trials: Trials, rate: float, otherwise: PlannedBudget | None
-    ) -> PlannedBudget | None:
+        self, index: int, now: Situation, risk: RiskBudget, rate: float, otherwise: OptionBudget | None
+    ) -> OptionBudget | None:
         """`otherwise` (which promises `rate`), with an option that may be empty asked before it where that pays."""
-        option, share, probing = self._choices[index], self._finds.share(index), self._pause.probing
+        option, share, probing = self._choices[index], self._hit_rates.share(index), self._backoff.probing
         expected = max(1, round(share * now.rows))
         plans = candidates(index, option, self._history[index], now, expected)
         plan = max((one for one in plans if not probing or self._small(one)), key=lambda one: one.rate)
@@ -214,52 +213,52 @@ class Planner(Planning):
             worth = share * (plan.rate - rate) / now.plain_rate
             if least > now.rows or worth < _ASKING or not self._in_time(plan, now):
                 return otherwise
-        if not self._affordable(plan, now, trials):
+        if not self._affordable(plan, now, risk):
             return otherwise
         self._plans[index] = plan
         return self._planned(plan, now, min(least, now.rows), otherwise)
 
     def _planned(
-        self, plan: Candidate, now: Situation, least: int = 0, otherwise: PlannedBudget | None = None
-    ) -> PlannedBudget:
+        self, plan: Candidate, now: Situation, least: int = 0, otherwise: OptionBudget | None = None
+    ) -> OptionBudget:
         depths = tuple([min(plan.depth, limit) for _, limit in now.limits_of(self._choices[plan.option])])
-        return PlannedBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
+        return OptionBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
 
-    def _stop(self, now: Situation) -> PlannedBudget:
+    def _stop(self, now: Situation) -> OptionBudget:
         self.report.why_plain = why_plain(self._choices, self._history, now)
         self._current = None
-        self.report.num_stops += int(self._pause.stop())
+        self.report.num_stops += int(self._backoff.stop())
         return self._plainly(now.rows)
 
     @property
     def known(self) -> Known:
         """What this call and those before it tell the next one."""
-        return Known({family: history.belief for family, history in self._families.items()}, self._finds.known)
+        return Known({family: history.belief for family, history in self._families.items()}, self._hit_rates.known)
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
-        assert self._trials is not None
+        assert self._risk is not None
         rows, emitted = len(trace.rows), len(trace.rows) + sum(trace.accepted)
         plans, used = self._plans, self._options.used
         if plans:
             for index, found in self._options.asked:
-                self._finds.add(index, found / rows)
+                self._hit_rates.add(index, found / rows)
             if self._options.heard is not None:
                 self._hear(*self._options.heard, trace)
         if used in plans and any(trace.drafted):
             self._learn_drafts(plans[used], trace, reached, emitted)
             return
-        self._trials.plain(ceil(emitted / rows))
-        if self._pause.probing:
+        self._risk.plain(ceil(emitted / rows))
+        if self._backoff.probing:
             self._current = None
-            self._pause.found_nothing()
+            self._backoff.found_nothing()
         if not plans:  # no time went into asking for a draft
             self._time(PLAIN, trace)
         self.report.add("plain", self._times_of(rows).plain, rows, trace, emitted)
 
     def _learn_drafts(self, plan: Candidate, trace: StepTrace, reached: Sequence[int], emitted: int) -> None:
-        now, trials = self._now, self._trials
+        now, risk = self._now, self._risk
         assert now is not None
-        assert trials is not None
+        assert risk is not None
         index, rows = plan.option, len(trace.rows)
         option, history = self._choices[index], self._history[index]
         ms, tokens = plan.ms, plan.tokens
@@ -271,24 +270,24 @@ class Planner(Planning):
             ms = now.times.by_depth[index][depth]
             tokens = rows + history.reach(option.widths)[depth] * len(drafting)
             reached, accepted = [reached[i] for i in places], [accepted[i] for i in places]
-        if not trials.behind(index):
+        if not risk.behind(index):
             self._time((option.name, depth), trace)
-        ms += trials.catching_up(index, now)
+        ms += risk.catching_up(index, now)
         history.add(option.widths, drafting, reached, accepted)
-        trials.drafted(index, ms - emitted * now.plain_ms / rows, ceil(emitted / rows))
-        self.report.num_probes += self._pause.probing
+        risk.drafted(index, ms - emitted * now.plain_ms / rows, ceil(emitted / rows))
+        self.report.num_probes += self._backoff.probing
         name = f"{option.name} k={plan.depth}" if option.any_depth else option.name
         self.report.add(name, ms, tokens, trace, emitted)
 
-    def _time(self, kind: Kind, trace: StepTrace) -> None:
+    def _time(self, kind: StepKind, trace: StepTrace) -> None:
         """Note what a step of all rows took; the first one may read the prompt as well, late ones read longer texts."""
         if 0 < trace.step <= HORIZON and len(trace.rows) == self._whole:
             self.explorer.add(kind, trace.ms_draft + trace.ms_verify + trace.ms_rest)
 
     def _hear(self, index: int, chains: Sequence[Sequence[int]], trace: StepTrace) -> None:
         """Count what would have become of chains that were not drafted."""
-        heard = fates(chains, trace)
-        self._finds.add(index, len(heard.rows) / len(trace.rows))
+        heard = counterfactual_outcomes(chains, trace)
+        self._hit_rates.add(index, len(heard.rows) / len(trace.rows))
         if heard.rows:
             self._history[index].add(self._choices[index].widths, *heard)
             if sum(heard.kept) > sum(trace.accepted):  # it would have been the better draft

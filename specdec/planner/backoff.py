@@ -1,50 +1,15 @@
-"""What trying drafts may cost, and when a drafter that was given up is tried again."""
+"""When to decode plainly without asking, and when to try drafting again: every wait is twice as long as the last."""
 
 from __future__ import annotations
 
-RISK = 0.015
-"""Share of a call's time that trying drafts may cost more than plain decoding would have."""
-RISK_STEPS = 1.2
-"""At least this many plain steps may be risked, or short calls would never draft."""
 FIRST_WAIT, LAST_WAIT = 16, 128
 """Plain steps before the first probe after a stop; doubled at every further stop in a row up to the last."""
 PATIENCE = 8
 """Steps a probe waits for an option that may be empty to find anything."""
-PROBE_SHARE, LONGEST_WAIT = 0.005, 512
-"""Share of the time since drafting was given up that a probe may be expected to lose, until so many steps are over."""
 
 
-class Risk:
-    """The debt of one call: milliseconds its drafted steps took beyond what plain ones would have taken for the same
-    tokens, by the cost table. A plan that might, if everything were rejected, lift it over the allowance is not
-    affordable until it has proven itself.
-
-    Args:
-        horizon: tokens per row that are counted on. prefill_ms: what the target's pass over the prompt takes.
-    """
-
-    def __init__(self, horizon: int, prefill_ms: float):
-        self.debt = 0.0
-        self._horizon, self._prefill_ms = horizon, prefill_ms
-        self._steps = 0
-
-    def affords(self, loss_ms: float, plain_ms: float, share: float = 1.0, debt: float | None = None) -> bool:
-        """May so much be lost?
-
-        Args:
-            share: how many times the usual allowance. debt: in place of the whole call's.
-        """
-        allowed = RISK * (self._prefill_ms + plain_ms * max(self._horizon, self._steps))
-        return (self.debt if debt is None else debt) + loss_ms <= share * max(RISK_STEPS * plain_ms, allowed)
-
-    def step(self, lost_ms: float = 0.0) -> None:
-        """One step was taken; a drafted one cost so much more (less: negative) than its tokens' worth."""
-        self._steps += 1
-        self.debt += lost_ms
-
-
-class Pause:
-    """When to decode plainly without asking, and when to probe: waits double from stop to stop.
+class ProbeBackoff:
+    """Says when a drafter that was given up is tried again (a probe), for one call: waits double from stop to stop.
 
     Attributes:
         probing: the step to come (or just taken) tries a drafter that was given up.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from specdec.planner.tally import Tally, Widths
+from specdec.planner.decayed_counts import DecayedCounts, Widths
 
 if TYPE_CHECKING:
     from specdec.report import StepTrace
@@ -61,17 +61,17 @@ def would_be_kept(chain: Sequence[int], run: Sequence[int]) -> tuple[int, int]:
     return min(known, same + 1), same
 
 
-class Heard(NamedTuple):
-    """Rows that had a chain, decisions about it and acceptances: what `History.add` takes."""
+class Outcomes(NamedTuple):
+    """Rows that had a chain, decisions about it and acceptances: what `AcceptanceHistory.add` takes."""
 
     rows: list[int]
     tried: list[int]
     kept: list[int]
 
 
-def fates(chains: Sequence[Sequence[int]], trace: StepTrace) -> Heard:
+def counterfactual_outcomes(chains: Sequence[Sequence[int]], trace: StepTrace) -> Outcomes:
     """What would have become of chains that were not drafted, one for each row of a step."""
-    heard = Heard([], [], [])
+    heard = Outcomes([], [], [])
     for row, chain, run in zip(trace.rows, chains, trace.emitted, strict=True):
         tried, kept = would_be_kept(chain, run)
         if tried:
@@ -81,7 +81,7 @@ def fates(chains: Sequence[Sequence[int]], trace: StepTrace) -> Heard:
     return heard
 
 
-class History:
+class AcceptanceHistory:
     """Acceptance of one family of drafts in one call: per row, and of all rows together.
 
     Estimates are shrunk: a depth towards all depths, several siblings towards what one would suggest, and a row that
@@ -98,11 +98,11 @@ class History:
         self._begun = dict(belief or {})
         tried, kept = (sum(sum(seen[i]) for seen in self._begun.values()) for i in (0, 1))
         self._prior = (PRIOR_WEIGHT * PRIOR_ACCEPTANCE + kept) / (PRIOR_WEIGHT + tried)
-        self._batch = Tally(depths)
+        self._batch = DecayedCounts(depths)
         for width, (decided, accepted) in self._begun.items():
             self._batch.begin(width, decided, accepted, _BELIEF)
         self.believes = self._batch.num_tried >= 1
-        self._rows = [Tally(depths) for _ in range(rows)] if rows > 1 else []
+        self._rows = [DecayedCounts(depths) for _ in range(rows)] if rows > 1 else []
         self._tried = self._kept = 0.0
         self._fates: dict[tuple[Widths, int, int], int] = {}
         self._chances: dict[tuple[int, int], Sequence[float]] = {}
@@ -146,10 +146,10 @@ class History:
         self._forget_estimates()
         self._batch.fade(MEMORY)
         self._tried, self._kept = MEMORY * self._tried + sum(tried), MEMORY * self._kept + sum(kept)
-        fates: dict[tuple[int, int], int] = {}
+        counterfactual_outcomes: dict[tuple[int, int], int] = {}
         for fate in zip(tried, kept, strict=True):
-            fates[fate] = fates.get(fate, 0) + 1
-        for (t, k), times in fates.items():
+            counterfactual_outcomes[fate] = counterfactual_outcomes.get(fate, 0) + 1
+        for (t, k), times in counterfactual_outcomes.items():
             self._batch.add(widths, t, k, times)
             self._fates[widths, t, k] = self._fates.get((widths, t, k), 0) + times
         if self._rows:

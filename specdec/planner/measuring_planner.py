@@ -10,12 +10,12 @@ from torch import Tensor
 
 from specdec.drafters import Budget, Drafter, Session
 from specdec.drafters.base import CACHE_NAME
-from specdec.planner.base import Planning
-from specdec.planner.history import History, fates
-from specdec.planner.options import Option, Options, PlannedBudget, chains
+from specdec.planner.acceptance import AcceptanceHistory, counterfactual_outcomes
+from specdec.planner.base import Planner
+from specdec.planner.options import Option, OptionBudget, Options, chains
 from specdec.report import StepTrace
 from specdec.verify import DraftTree
-from specdec.verify.kinds import DraftKind
+from specdec.verify.draft_kind import DraftKind
 from specdec.verify.topology import Topology
 
 if TYPE_CHECKING:
@@ -32,11 +32,11 @@ PLAIN, _FORGET = (-1, 0), (-2, 0)
 _CHAINS = DraftKind("chain", "deterministic")
 
 
-class Enough(Exception):
+class EnoughMeasured(Exception):
     """Ends the measuring loop."""
 
 
-class Filler(Drafter):
+class FillingDrafter(Drafter):
     """Asks a drafter that may have nothing to say, and proposes as many tokens as were asked for whatever it says: what
     looking up and judging costs does not depend on what the scratch text happens to repeat.
 
@@ -70,7 +70,7 @@ class Filler(Drafter):
         )
 
 
-class Script(Planning):
+class MeasuringPlanner(Planner):
     """Stands where the planner stands, and notes how long the steps took that it ordered.
 
     First three plain steps, then rounds of every order; the first round also pays for what is done once per process
@@ -91,9 +91,9 @@ class Script(Planning):
         self._rounds = 0
         self._begun = self._last = clock()
         self.asked: dict[str, list[float]] = {}
-        self.history = {option.family: History(options.max_depth, 1) for option in options.options}
+        self.history = {option.family: AcceptanceHistory(options.max_depth, 1) for option in options.options}
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> OptionBudget:
         if self._pending is not None:
             self._note(1e3 * (self._clock() - self._last), self._pending)
         if not self._queue:
@@ -105,13 +105,13 @@ class Script(Planning):
             self._forgotten = max(self.loop.rows.num_tokens)
             order = self._queue.pop(0)
         if self._room is not None and max(lengths) + order[1] > self._room:  # a model could not read it to its end
-            raise Enough
+            raise EnoughMeasured
         self._pending = order
         self._last = self._clock()
         option, depth = order
         if depth == 0:
-            return PlannedBudget((0,) * self._rows, 0)
-        return PlannedBudget((depth,) * self._rows, self._options.options[option].drafter.max_nodes, option)
+            return OptionBudget((0,) * self._rows, 0)
+        return OptionBudget((depth,) * self._rows, self._options.options[option].drafter.max_nodes, option)
 
     def _note(self, ms: float, order: tuple[int, int]) -> None:
         if self._forgotten:
@@ -127,11 +127,11 @@ class Script(Planning):
         elif self._rounds == 1:
             self._begun = self._clock()
             if 2 * self._plain_seconds() * sum(map(len, self.depths)) > 3 * self._seconds:
-                raise Enough
+                raise EnoughMeasured
         else:
             spent = self._clock() - self._begun
             if self._rounds > MOST_ROUNDS or spent * self._rounds / (self._rounds - 1) > self._seconds:
-                raise Enough
+                raise EnoughMeasured
         self._rounds += 1
         self._queue += [PLAIN, PLAIN]
         for option, depths in enumerate(self.depths):
@@ -149,10 +149,10 @@ class Script(Planning):
             return
         option = self._options.options[index]
         history, drafter = self.history[option.family], option.drafter
-        if not isinstance(drafter, Filler):
+        if not isinstance(drafter, FillingDrafter):
             history.add(option.widths, trace.rows, reached, trace.accepted)
         elif drafter.said is not None:
-            heard = fates(drafter.said, trace)
+            heard = counterfactual_outcomes(drafter.said, trace)
             history.add(option.widths, *heard)
             self.asked[option.name] = [*self.asked.get(option.name, ()), len(heard.rows) / len(trace.rows)]
 

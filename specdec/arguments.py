@@ -16,7 +16,7 @@ from specdec.kv.limits import MOST_NODES, checked_count
 from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size
 from specdec.kv.wrappers import unwrapped
 from specdec.pairing.loading import default_device, load_model, load_tokenizer
-from specdec.planner.catalogue import plan_options, planned_chain
+from specdec.planner.options import longest_chain, make_options
 from specdec.verify.passes.strict_mode import DEFAULT_WIDTH, StrictMode
 
 OneDraft = PreTrainedModel | Drafter | str | Path
@@ -69,7 +69,7 @@ def make_draft(
     """The drafter a user means by `draft`, `k` and `tree`: `Options` where every step is to be planned.
 
     Args:
-        rule, most_nodes: what options must suit (see `plan_options`).
+        rule, most_nodes: what options must suit (see `make_options`).
     """
     if isinstance(k, str) and k != "auto":
         raise UnsupportedArgumentError(f"k: expected a number of tokens or 'auto', got {k!r}")
@@ -85,11 +85,11 @@ def make_draft(
     given: Any = draft if several else [draft]
     drafters = [make_drafter(one, target, None, None) for one in given]
     chosen = [
-        one if isinstance(source, Drafter) else planned_chain(one, most_nodes)
+        one if isinstance(source, Drafter) else longest_chain(one, most_nodes)
         for source, one in zip(given, drafters, strict=True)
         if one is not None
     ]
-    return plan_options(chosen, rule, most_nodes)
+    return make_options(chosen, rule, most_nodes)
 
 
 def _as_it_is(draft: Any, k: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Whose turn it is: calls from several threads take turns on one Speculator."""
+"""One call at a time: calls from several threads wait for each other on one Speculator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specdec.forks import held_by_another, renewed_after_fork, settle
 from specdec.kv import UnsupportedArgumentError
 
 
-class Turn:
+class CallLock:
     """A re-entrant lock that a copy of its owner does not share: copies and pickles get one of their own. In a forked
     child it is free, unless the child goes on with the very call that holds it.
 
@@ -54,5 +54,5 @@ class Turn:
         if held_by_another(self._lock):
             self._lock, self.busy = threading.RLock(), False
 
-    def __reduce__(self) -> tuple[type[Turn], tuple[Any, ...]]:
-        return Turn, ()
+    def __reduce__(self) -> tuple[type[CallLock], tuple[Any, ...]]:
+        return CallLock, ()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from specdec.planner.options import Option
 
 Widths = tuple[int, ...]
 """Children per node, level by level; a chain is all ones."""
 _RESCALE = 1e12
 _LATEST = 256
 """Drafts whose depths are looked up when they are asked for; what is older weighs next to nothing."""
+_BEFORE, _MEMORY = 4.0, 0.95
+"""Steps that what is believed before a call is worth, and what a step still weighs one step later."""
 
 
-class Tally:
+class DecayedCounts:
     """What is remembered of one row, or of a batch.
 
     Forgetting multiplies everything seen so far by a factor. Instead of that, what comes next is counted in a unit
@@ -110,3 +114,29 @@ class Tally:
         weight *= self._unit
         pairs = zip(believed, self._kept[width], self._tried[width], strict=True)
         return [(weight * belief + kept) / (weight + tried) for belief, kept, tried in pairs]
+
+
+class HitRates:
+    """Per option, the share of rows it had a proposal for, slowly forgotten.
+
+    Args:
+        believed: by option's name; half where nothing is known.
+    """
+
+    def __init__(self, options: Sequence[Option], believed: Mapping[str, float]):
+        self._options = options
+        self._found = [_BEFORE * believed.get(option.name, 0.5) for option in options]
+        self._asked = [_BEFORE] * len(options)
+
+    def share(self, index: int) -> float:
+        return self._found[index] / self._asked[index]
+
+    def add(self, index: int, share: float) -> None:
+        """It was asked in one step, and found something for this share of the rows."""
+        self._found[index] = _MEMORY * self._found[index] + share
+        self._asked[index] = _MEMORY * self._asked[index] + 1
+
+    @property
+    def known(self) -> dict[str, float]:
+        """What the next call may begin with."""
+        return {option.name: self.share(i) for i, option in enumerate(self._options) if option.may_be_empty}

@@ -1,14 +1,19 @@
-"""May this plan be tried? What drafting has cost so far in a call, by option, and what all of it may cost."""
+"""What drafting may lose beside plain decoding, what it has lost so far in a call, and why nothing is drafted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdec.planner.choice import Candidate, Situation
-from specdec.planner.history import History
+from specdec.planner.acceptance import AcceptanceHistory
+from specdec.planner.choice import MARGIN, Candidate, Situation, candidates
 from specdec.planner.options import Option
-from specdec.planner.risk import LONGEST_WAIT, PROBE_SHARE, Risk
 
+RISK = 0.015
+"""Share of a call's time that trying drafts may cost more than plain decoding would have."""
+RISK_STEPS = 1.2
+"""At least this many plain steps may be risked, or short calls would never draft."""
+PROBE_SHARE, LONGEST_WAIT = 0.005, 512
+"""Share of the time since drafting was given up that a probe may be expected to lose, until so many steps are over."""
 PROVEN = 8.0
 """Decisions of a call after which an option in use is judged by their acceptance, no longer by what it risks."""
 TRIES = 3
@@ -20,15 +25,44 @@ _SIDE_SHARE = 0.4
 """Share of the allowance that an option which may be empty can use up beside others."""
 
 
-class Trials:
+class Debt:
+    """What drafting has cost one call: `ms` that its drafted steps took beyond what plain ones would have taken for the
+    same tokens, by the cost table. Where a rejected draft could lift it over the allowance, nothing is drafted that has
+    not proven itself.
+
+    Args:
+        horizon: tokens per row that are counted on. prefill_ms: what the target's pass over the prompt takes.
+    """
+
+    def __init__(self, horizon: int, prefill_ms: float):
+        self.ms = 0.0
+        self._horizon, self._prefill_ms = horizon, prefill_ms
+        self._steps = 0
+
+    def affords(self, loss_ms: float, plain_ms: float, share: float = 1.0, debt: float | None = None) -> bool:
+        """May so much be lost?
+
+        Args:
+            share: how many times the usual allowance. debt: in place of the whole call's.
+        """
+        allowed = RISK * (self._prefill_ms + plain_ms * max(self._horizon, self._steps))
+        return (self.ms if debt is None else debt) + loss_ms <= share * max(RISK_STEPS * plain_ms, allowed)
+
+    def step(self, lost_ms: float = 0.0) -> None:
+        """One step was taken; a drafted one cost so much more (less: negative) than its tokens' worth."""
+        self._steps += 1
+        self.ms += lost_ms
+
+
+class RiskBudget:
     """The accounts of one call.
 
     Args:
         prompt_tokens: which an option with K/V of its own has to read before its first draft.
     """
 
-    def __init__(self, options: Sequence[Option], risk: Risk, prompt_tokens: int):
-        self.risk = risk
+    def __init__(self, options: Sequence[Option], debt: Debt, prompt_tokens: int):
+        self.debt = debt
         self._options = options
         # Asked once: the property reads the model's configuration, which is slow.
         self._keeps = [bool(option.drafter.num_cache_layers) for option in options]
@@ -45,7 +79,13 @@ class Trials:
         return now.times.draft_token * self.behind(index)
 
     def affordable(
-        self, plan: Candidate, history: History, now: Situation, in_use: bool, waited: int | None, tries: int = 1
+        self,
+        plan: Candidate,
+        history: AcceptanceHistory,
+        now: Situation,
+        in_use: bool,
+        waited: int | None,
+        tries: int = 1,
     ) -> bool:
         """Even if all of it is rejected? What is in use and proven may lose now and then.
 
@@ -69,12 +109,12 @@ class Trials:
         loss = catching_up + tries * (plan.ms - now.plain_ms)
         if self._options[plan.option].may_be_empty and self._families > 1:
             # Or trying it would leave nothing to try the others with.
-            if not self.risk.affords(loss, now.plain_ms, _SIDE_SHARE, self._debts[plan.option]):
+            if not self.debt.affords(loss, now.plain_ms, _SIDE_SHARE, self._debts[plan.option]):
                 return False
         trusted = history.believes and plan.rate > _PROMISING * now.plain_rate and waited is None
-        return self.risk.affords(loss, now.plain_ms, _TRUSTED if trusted else 1.0)
+        return self.debt.affords(loss, now.plain_ms, _TRUSTED if trusted else 1.0)
 
-    def _proven(self, plan: Candidate, history: History, now: Situation) -> bool:
+    def _proven(self, plan: Candidate, history: AcceptanceHistory, now: Situation) -> bool:
         """Does what was seen in this call say that it pays, whatever was believed before?"""
         if history.num_decisions < PROVEN:
             return False
@@ -84,11 +124,27 @@ class Trials:
 
     def plain(self, emitted: int) -> None:
         """A step without a draft."""
-        self.risk.step()
+        self.debt.step()
         self._behind += emitted
 
     def drafted(self, index: int, lost_ms: float, emitted: int) -> None:
         """A step that drafted with an option, and what it took beyond plain steps for the same tokens."""
-        self.risk.step(lost_ms)
+        self.debt.step(lost_ms)
         self._debts[index] += lost_ms
         self._behind = 0 if self._keeps[index] else self._behind + emitted
+
+
+def why_plain(options: Sequence[Option], histories: Sequence[AcceptanceHistory], now: Situation) -> str:
+    """A sentence on what each option promises, where none is drafted with."""
+    said = []
+    for i, (option, history) in enumerate(zip(options, histories, strict=True)):
+        if not any(limit for _, limit in now.limits_of(option)) and any(limit for _, limit in now.limits):
+            said.append(f"{option.name} cannot read that many tokens ({option.positions} positions)")
+            continue
+        speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
+        if speed > MARGIN:
+            said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
+        else:
+            said.append(f"{option.name} promises {speed:.2f}x plain decoding with {history.acceptance:.2f} of its "
+                        "tokens accepted")  # fmt: skip
+    return "; ".join(said)

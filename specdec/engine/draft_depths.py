@@ -1,4 +1,4 @@
-"""The engine's drafts of one step: which row drafts how deep, what that may cost, what it did cost."""
+"""How deep every request of the engine drafts in the coming step, what that may cost, and what it did cost."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from specdec.engine.scheduler import Limits
 from specdec.engine.task import Task
 
 
-class Allotment:
-    """Plans `task.depth` for all running requests and learns from every step.
+class DraftDepths:
+    """Sets `task.depth` of all running requests, and learns from every step what steps cost.
 
     Args:
         adaptive: False lets every request draft as deep as its drafter does.
@@ -24,7 +24,7 @@ class Allotment:
         self.costs = StepCosts()
         self.budget = DraftBudget(self.costs)
 
-    def plan(self, lanes: Sequence[Lane], prefilling: bool) -> None:
+    def assign(self, lanes: Sequence[Lane], prefilling: bool) -> None:
         """Set `depth` of every task of these lanes."""
         tasks = [(lane, task) for lane in lanes for task in lane.live]
         if not tasks:

@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.drafters.base import depth_limits
 from specdec.drafters.model import DEFAULT_K
-from specdec.planner.base import Planning
-from specdec.planner.costs import Costs
-from specdec.planner.history import Known
+from specdec.planner.acceptance import Known
+from specdec.planner.base import Planner
+from specdec.planner.batch_planner import BatchPlanner
+from specdec.planner.costs import Costs, implausible
 from specdec.planner.measure import kept_processors, measure
-from specdec.planner.options import Options, PlannedBudget
-from specdec.planner.plan import Planner
-from specdec.planner.plausible import implausible
-from specdec.planner.rowwise import RowwisePlanner
-from specdec.planner.script import measured_depths
+from specdec.planner.measuring_planner import measured_depths
+from specdec.planner.options import OptionBudget, Options
+from specdec.planner.row_planner import RowPlanner
 from specdec.planner.store import STORE, describe, fingerprint, machine
 from specdec.report import SpecReport, StepTrace
 from specdec.request import Request
@@ -32,7 +31,7 @@ _EXACT_ROWS = 4
 _SIZES = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-class CallPlanner(Planner):
+class CallPlanner(BatchPlanner):
     """The planner of one request; notes about its tables go into `notes`, what it learned to `keep`."""
 
     def __init__(
@@ -73,16 +72,16 @@ class CallPlanner(Planner):
         return report
 
 
-class Unplanned(Planning):
+class FixedDepth(Planner):
     """Where costs cannot be measured: chains of the usual length with the first option, as if `k` had been given."""
 
     def __init__(self, options: Options, notes: list[str]):
         self._options, self._notes = options, notes
 
-    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> PlannedBudget:
+    def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> OptionBudget:
         option = self._options.options[0]
         deepest = min(DEFAULT_K, len(option.widths)) if option.any_depth else len(option.widths)
-        return PlannedBudget(depth_limits(deepest, left), option.drafter.max_nodes, 0)
+        return OptionBudget(depth_limits(deepest, left), option.drafter.max_nodes, 0)
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
         pass
@@ -92,7 +91,7 @@ class Unplanned(Planning):
         return report
 
 
-class Plans:
+class PlannerFactory:
     """Planners for the calls of one Speculator.
 
     Args:
@@ -106,12 +105,12 @@ class Plans:
         self._keys: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._learned: dict[tuple[Any, ...], Known] = {}
 
-    def call(self, request: Request) -> CallPlanner | RowwisePlanner | Unplanned:
+    def planner_for(self, request: Request) -> CallPlanner | RowPlanner | FixedDepth:
         """The planner of one call. Never raises: whatever fails beside a call is no reason for it to end."""
         rows = request.input_ids.shape[0]
         notes: list[str] = []
         tables: dict[int, Costs] = {}
-        # Plans leave no trace in such texts: a call may begin with what those before it have found out.
+        # What was planned leaves no trace in such texts: a call may begin with what those before it have found out.
         traceless = not request.config.do_sample or self._rule == "coupled"
         alone = request.seeded and not traceless
         try:
@@ -119,11 +118,11 @@ class Plans:
                 tables[size] = self._table(request, size, notes)
         except Exception as fault:
             why = str(fault) or type(fault).__name__
-            return Unplanned(self.options, [*notes, f"costs could not be measured ({why}): not planned"])
+            return FixedDepth(self.options, [*notes, f"costs could not be measured ({why}): not planned"])
         if alone:
             real = request.real
             counts = [request.input_ids.shape[1]] * rows if real is None else real.sum(1).tolist()
-            return RowwisePlanner(tables[1], self.options, counts, notes)
+            return RowPlanner(tables[1], self.options, counts, notes)
         whole = tables[max(tables)]
         known, keep, explores = Known(whole.beliefs, whole.found), None, False
         if traceless:
