@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import specdec
-from specdec.verify.attention import NAME, attention_of, folded_attention
+from specdec.verify.attention.register import NAME, attention_of, folded_attention
 
 
 def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 import specdec
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify.attention import attention_of
+from specdec.verify.attention.register import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.forward import TreeForward
 from specdec.verify.observing import observing

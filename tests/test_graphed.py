@@ -22,7 +22,7 @@ from specdec.drafters import model as model_drafter
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology, TreeForward, graphed
-from specdec.verify.backends.choose import VARIABLE
+from specdec.verify.attention.choose import VARIABLE
 from specdec.verify.graphed import GraphedForward, Run, bucket_slots, bucket_width
 
 TREE = Topology((-1, 0, 0, 1, 1, 2))

@@ -15,10 +15,10 @@ from torch import Tensor
 import specdec
 from specdec.drafters import BestFirst
 from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
-from specdec.verify.backends import choose
-from specdec.verify.backends.choose import VARIABLE
-from specdec.verify.backends.dispatch import planned_attention
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention import choose
+from specdec.verify.attention.choose import VARIABLE
+from specdec.verify.attention.dispatch import planned_attention
+from specdec.verify.attention.layout import TreePlan
 from specdec.verify.forward import TreeForward
 from specdec.verify.planned import GRAPHS, PlannedForward, forward_for
 

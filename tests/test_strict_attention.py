@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from specdec.kv import UnsupportedModelError
-from specdec.verify.attention import folded_attention
-from specdec.verify.blocks import BLOCK, BlockPlan, paths_of
+from specdec.verify.attention.blocks import BLOCK, BlockPlan, paths_of
+from specdec.verify.attention.register import folded_attention
 from specdec.verify.strict import block_attention, strict_attention
 
 WIDTH = 16

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from specdec.kv import InvalidTreeError, SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, TreeForward
-from specdec.verify.attention import attention_of
+from specdec.verify.attention.register import attention_of
 from specdec.verify.topology import Topology
 
 PARENTS = st.integers(0, 9).flatmap(

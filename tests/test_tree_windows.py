@@ -13,7 +13,7 @@ from test_tree import per_path_logits, tree_of
 from specdec.kv import PagedKVCache, SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import TreeForward, masks
-from specdec.verify.attention import attention_of
+from specdec.verify.attention.register import attention_of
 
 WINDOW = 6
 """That of the models (tests/models.py)."""

@@ -16,7 +16,7 @@ from specdec.kv.base import PassCache
 from specdec.kv.support import text_config
 from specdec.kv.versions import CACHE_KEYWORD, cache_argument
 from specdec.kv.wrappers import uncompiled
-from specdec.verify.attention import attention_of
+from specdec.verify.attention.register import attention_of
 from specdec.verify.direct import DirectPass, direct_pass
 from specdec.verify.linear import few_row_linears, is_dense
 from specdec.verify.masks import BAND_SLOTS, CausalBand, additive_masks

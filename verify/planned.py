@@ -14,10 +14,10 @@ from specdec.kv.base import PassCache
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.paged_store import PagedStore
 from specdec.kv.store import StoreView
-from specdec.verify.attention import NAME as FOLDED
-from specdec.verify.backends.choose import VARIABLE as BACKEND
-from specdec.verify.backends.dispatch import MAX_NODES, NAME, planned_pass
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.choose import VARIABLE as BACKEND
+from specdec.verify.attention.dispatch import MAX_NODES, NAME, planned_pass
+from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.register import NAME as FOLDED
 from specdec.verify.forward import TreeForward, ends
 
 GRAPHS = "SPECDEC_GRAPHS"
@@ -27,7 +27,7 @@ GRAPHS = "SPECDEC_GRAPHS"
 def forward_for(model: PreTrainedModel, name: str) -> TreeForward:
     """The way to run `model`: masked, unless the environment asks for something that is faster where it was measured.
 
-    An attention backend (see `backends/choose.py`; "auto", the fastest of all, on GPUs only) makes passes planned.
+    An attention backend (see `attention/choose.py`; "auto", the fastest of all, on GPUs only) makes passes planned.
     Nothing that has not been measured on a GPU is on there by default.
 
     Raises:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from specdec.kv.store import ModelStore, StoreView
 from specdec.kv.versions import cached
-from specdec.verify.backends.dispatch import planned_pass
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.dispatch import planned_pass
+from specdec.verify.attention.layout import TreePlan
 
 
 class StaticPass:

@@ -15,8 +15,8 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from specdec.verify.attention import NAME as FOLDED
-from specdec.verify.attention import fitting_attention
+from specdec.verify.attention.register import NAME as FOLDED
+from specdec.verify.attention.register import fitting_attention
 from specdec.verify.linear import is_dense
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")

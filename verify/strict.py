@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from specdec.kv.errors import UnsupportedModelError
-from specdec.verify.blocks import BLOCK, BlockPlan
+from specdec.verify.attention.blocks import BLOCK, BlockPlan
 
 NAME = "specdec_strict"
 

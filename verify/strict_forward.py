@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specdec.kv.base import PassCache
 from specdec.kv.errors import InvalidTreeError
-from specdec.verify.blocks import BlockPlan
+from specdec.verify.attention.blocks import BlockPlan
 from specdec.verify.forward import TreeForward
 from specdec.verify.linear import own_linears
 from specdec.verify.strict import strict_pass

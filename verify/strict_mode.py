@@ -13,8 +13,8 @@ from specdec.kv.errors import UnsupportedModelError
 from specdec.kv.limits import MOST_NODES, checked_count
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
-from specdec.verify.attention import attention_of
-from specdec.verify.blocks import BLOCK
+from specdec.verify.attention.blocks import BLOCK
+from specdec.verify.attention.register import attention_of
 from specdec.verify.forward import PREFILL_CHUNK, TreeForward
 from specdec.verify.linear import own_linears
 from specdec.verify.strict_forward import StrictForward

@@ -17,7 +17,7 @@ from specdec.experiments.gpu.options import Shape
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology, TreeForward
-from specdec.verify.backends.choose import VARIABLE as BACKEND
+from specdec.verify.attention.choose import VARIABLE as BACKEND
 from specdec.verify.graphed import GraphedForward
 from specdec.verify.planned import GRAPHS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.layout import TreePlan
 
 
 def reference_attention(

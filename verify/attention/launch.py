@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.layout import TreePlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels compute: 16-bit tiles through tensor cores, float32 in IEEE arithmetic (no TF32)."""
@@ -90,7 +90,7 @@ def triton_attention(
     reason = triton_serves(query, key, value)
     if reason is not None:
         raise UnsupportedArgumentError(f"the Triton kernels cannot serve this: {reason}; choose another backend")
-    from specdec.verify.backends.kernel import combine_kernel, tree_attention_kernel
+    from specdec.verify.attention.kernel import combine_kernel, tree_attention_kernel
 
     rows, heads, nodes, size = query.shape
     kv_heads, value_size = key.shape[1], value.shape[3]

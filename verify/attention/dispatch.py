@@ -14,8 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from specdec.kv.errors import UnsupportedModelError
-from specdec.verify.backends.choose import attend
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.choose import attend
+from specdec.verify.attention.layout import TreePlan
 
 NAME = "specdec_tree"
 

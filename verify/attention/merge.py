@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.backends.prefix import fold_heads
+from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.prefix import fold_heads
 
 Prefix = Callable[[Tensor, Tensor, Tensor, TreePlan, float], tuple[Tensor, Tensor]]
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.layout import TreePlan
 
 
 def fold_heads(query: Tensor, kv_heads: int) -> Tensor:

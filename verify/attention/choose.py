@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends.fold import fold_attention
-from specdec.verify.backends.launch import triton_attention, triton_serves
-from specdec.verify.backends.merge import Prefix, merged_attention
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.backends.prefix import aten_prefix, aten_serves, package_prefix, package_serves, torch_prefix
+from specdec.verify.attention.fold import fold_attention
+from specdec.verify.attention.launch import triton_attention, triton_serves
+from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.merge import Prefix, merged_attention
+from specdec.verify.attention.prefix import aten_prefix, aten_serves, package_prefix, package_serves, torch_prefix
 
 VARIABLE = "SPECDEC_ATTENTION"
 """Environment variable that names the backend, or "auto" (the default)."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdec.verify.attention import folded_attention
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.register import folded_attention
 
 _MODULE = torch.nn.Module()  # the attention function's first argument, which it does not use
 
