@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.verify.attention.fold import fold_attention
-from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.plan import TreePlan
 from specdec.verify.attention.reference import reference_attention
 
 EPS = {torch.float64: 1e-15, torch.float32: 2.4e-7, torch.bfloat16: 7.8e-3, torch.float16: 9.8e-4}

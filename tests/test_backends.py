@@ -13,8 +13,8 @@ from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.attention.choose import BACKENDS
-from specdec.verify.attention.layout import TreePlan
 from specdec.verify.attention.merge import merge, merged_attention, tail_part
+from specdec.verify.attention.plan import TreePlan
 from specdec.verify.attention.prefix import fold_heads, package_prefix, torch_prefix
 
 Case = AttentionCase

@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.attention.choose import VARIABLE, AttentionChoice, Backend
 from specdec.verify.attention.fold import fold_attention
-from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.plan import TreePlan
 
 Case = AttentionCase
 F64 = torch.float64

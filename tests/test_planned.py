@@ -14,11 +14,10 @@ from torch import Tensor
 
 import specdec
 from specdec.drafters import BestFirst
-from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
+from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.attention import choose
 from specdec.verify.attention.choose import VARIABLE
-from specdec.verify.attention.dispatch import planned_attention
-from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.layout import TreeLayout
 from specdec.verify.forward import TreeForward
 from specdec.verify.planned import GRAPHS, PlannedForward, forward_for
 
@@ -78,8 +77,10 @@ def test_a_window_forgotten_would_change_the_text(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VARIABLE, "fold")
     fold = choose.BACKENDS["fold"]
 
-    def blind(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None) -> Tensor:
-        return fold.attend(query, key, value, plan, scale, None)
+    def blind(
+        query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float, window: int | None
+    ) -> Tensor:
+        return fold.attend(query, key, value, layout, scale, None)
 
     monkeypatch.setattr(choose.attend, "_backends", {**choose.BACKENDS, "fold": fold._replace(attend=blind)})
     assert not torch.equal(text("mistral-window", (9, 4), False, tree=(2, 1, 1)), expected)
@@ -94,12 +95,6 @@ def test_eager_models_run_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
     out = specdec.Speculator(target, "ngram").generate(ids, **arguments)
     assert torch.equal(torch.as_tensor(out), target.generate(ids, **arguments))  # type: ignore[operator]
-
-
-def test_terms_nobody_computes_are_refused() -> None:
-    states = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(UnsupportedModelError, match="Module has s_aux in its attention"):
-        planned_attention(torch.nn.Module(), states, states, states, None, s_aux=torch.zeros(1))
 
 
 class TestTheWayToRunAModel:

@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 import specdec
 from specdec.drafters import NgramDrafter
 from specdec.kv import TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
-from specdec.verify import strict, strict_mode
+from specdec.verify import strict_mode
+from specdec.verify.attention.blocks import BlockPlan
 from specdec.verify.native import NativePass, why_not
 from specdec.verify.strict_forward import StrictForward
 from specdec.verify.strict_mode import StrictMode
@@ -98,10 +99,12 @@ def test_the_probe_refuses_an_attention_it_does_not_reproduce(small: Any, monkey
     """A consistent but different formula: all bits agree with each other, none with the model."""
     monkeypatch.setattr("specdec.verify.strict_native.native_pass", lambda direct: None)
 
-    def hotter(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return strict.strict_attention(module, 9 * query, *args, **kwargs)
+    attend = BlockPlan.attend
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, strict.NAME, hotter)
+    def hotter(plan: BlockPlan, query: Tensor, *args: Any) -> Tensor:
+        return attend(plan, 9 * query, *args)
+
+    monkeypatch.setattr(BlockPlan, "attend", hotter)
     with pytest.raises(UnsupportedModelError, match="does not reproduce"):
         StrictMode(small).cost(CPU)
 

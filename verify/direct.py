@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
-from specdec.verify.attention.register import attend, tiled
+from specdec.verify.attention.fold import attend, tiled
 from specdec.verify.linear import Form, few_row_form
 from specdec.verify.parts import Part, flat_positions, joined, kept_shapes, per_part
 from specdec.verify.stock import is_stock

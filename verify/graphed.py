@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from specdec.kv.base import PassCache
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.store import ModelStore
+from specdec.verify.attention.plan import chain
 from specdec.verify.observing import observed
 from specdec.verify.planned import PlannedForward
 from specdec.verify.static_pass import StaticPass
@@ -104,9 +105,8 @@ class GraphedForward(PlannedForward):
     ) -> Tensor:
         rows, width = tokens.shape
         if valid is None and self._fits(cache, width):
-            below = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
-            depths = torch.arange(width, device=tokens.device).expand(rows, -1)
-            logits = self._replay(cache, tokens, list(starts), depths, below, 0)
+            depths, ancestors = chain(rows, width, tokens.device)
+            logits = self._replay(cache, tokens, list(starts), depths, ancestors, 0)
             if logits is not None:
                 return logits[:, -keep:] if keep else logits
         return super().causal(cache, tokens, starts, valid, keep)

@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.kv.base import PassCache
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.paged_store import PagedStore
 from specdec.kv.store import StoreView
 from specdec.verify.attention.choose import VARIABLE as BACKEND
-from specdec.verify.attention.dispatch import MAX_NODES, NAME, planned_pass
-from specdec.verify.attention.layout import TreePlan
-from specdec.verify.attention.register import NAME as FOLDED
+from specdec.verify.attention.plan import TreePlan, chain
+from specdec.verify.attention.register import NAME, attending
 from specdec.verify.forward import TreeForward, ends
 
 GRAPHS = "SPECDEC_GRAPHS"
 """Environment variable: "1" turns CUDA graphs on. They are off until they have been measured on a GPU."""
+
+MAX_NODES = 256
+"""Wider passes (prefills) are better served by masked or causal SDPA."""
 
 
 def forward_for(model: PreTrainedModel, name: str) -> TreeForward:
@@ -63,10 +65,9 @@ class PlannedForward(TreeForward):
             return super().causal(cache, tokens, starts, valid, keep)
         if valid is not None:
             self._check_positions(ends(starts, valid))
-        below = torch.ones(width, width, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
-        depths = torch.arange(width, device=tokens.device).expand(rows, -1)
+        depths, ancestors = chain(rows, width, tokens.device)
         with cache.writing(self.name, starts, width, valid) as read:
-            return self._run_planned(cache, tokens, list(starts), depths, below, keep, read)
+            return self._run_planned(cache, tokens, list(starts), depths, ancestors, keep, read)
 
     def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Tensor:
         width = tree_tokens.shape[1]
@@ -77,7 +78,7 @@ class PlannedForward(TreeForward):
             return self._run_planned(cache, tree_tokens, lengths, depths, ancestors, 0, read)
 
     def _plans(self, width: int) -> bool:
-        return width <= MAX_NODES and self._config._attn_implementation == FOLDED  # as `prepared` found fitting
+        return width <= MAX_NODES and self._config._attn_implementation == NAME  # as `prepared` found fitting
 
     def _run_planned(
         self, cache: PassCache, tokens: Tensor, lengths: list[int], depths: Tensor, ancestors: Tensor, keep: int,
@@ -92,19 +93,13 @@ class PlannedForward(TreeForward):
         equal = len(set(lengths)) == 1
         plan = TreePlan(committed, ancestors, depths.to(torch.int32), max(lengths), equal, table)
         positions = committed[:, None] + depths[:, depths.shape[1] - tokens.shape[1] :]
-        with planned_pass(self.model, plan, self._windows) as mask:
-            return self._run(self._part(cache, tokens, positions.long(), mask, keep, read))
-
-    def _view(self, cache: PassCache) -> Cache:
-        pages = self._pages(cache)
-        return cache.view(self.name) if pages is None or not self._running_planned() else _PagesView(pages)
+        with attending(self.model, plan, self._windows) as mask:
+            part = self._part(cache, tokens, positions.long(), mask, keep, read)
+            return self._run(part if pages is None else part._replace(view=_PagesView(pages)))
 
     def _pages(self, cache: PassCache) -> PagedStore | None:
         store = getattr(cache.view(self.name), "store", None)
         return store if isinstance(store, PagedStore) else None
-
-    def _running_planned(self) -> bool:
-        return bool(self._config._attn_implementation == NAME)
 
 
 class _PagesView(StoreView):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from specdec.kv.store import ModelStore, StoreView
 from specdec.kv.versions import cached
-from specdec.verify.attention.dispatch import planned_pass
-from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.plan import TreePlan
+from specdec.verify.attention.register import attending
 
 
 class StaticPass:
@@ -83,7 +83,7 @@ class StaticPass:
         """Logits `[rows, width, vocab]`; K/V of all nodes is written."""
         # A plan of its own for every run: it remembers masks, which belong to the buffers' contents.
         plan = TreePlan(self.lengths, self.ancestors, self.depths, self._longest)
-        with planned_pass(self._model, plan, self._windows) as mask:
+        with attending(self._model, plan, self._windows) as mask:
             out = self._model(
                 input_ids=self.tokens,
                 position_ids=self.positions,

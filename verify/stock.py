@@ -15,8 +15,7 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from specdec.verify.attention.register import NAME as FOLDED
-from specdec.verify.attention.register import fitting_attention
+from specdec.verify.attention.register import NAME, fitting_attention
 from specdec.verify.linear import is_dense
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -38,7 +37,7 @@ def is_stock(model: PreTrainedModel) -> bool:
     family = next((name for name in _FAMILIES if kind.__name__ == f"{name}ForCausalLM"), None)
     if family is None or model.training or not kind.__module__.startswith("transformers.models."):
         return False
-    if fitting_attention(model) != FOLDED or model.config.hidden_act not in ("silu", "swish"):
+    if fitting_attention(model) != NAME or model.config.hidden_act not in ("silu", "swish"):
         return False
     if (
         torch.is_autocast_enabled("cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from transformers import PreTrainedModel
 from specdec.kv.base import PassCache
 from specdec.kv.errors import InvalidTreeError
 from specdec.verify.attention.blocks import BlockPlan
+from specdec.verify.attention.register import attending
 from specdec.verify.forward import TreeForward
 from specdec.verify.linear import own_linears
-from specdec.verify.strict import strict_pass
 from specdec.verify.tree import DraftTree
 
 
@@ -30,7 +29,7 @@ class StrictForward(TreeForward):
 
     Matrix products of one size give a row the same bits wherever it stands and whatever the other rows hold; products
     of different sizes do not. So each row of the batch has a pass of its own, always `width` nodes wide, and attention
-    is computed by `block_attention`. A row's prefill is its own pass, too: nothing depends on the batch.
+    is that of a `BlockPlan`. A row's prefill is its own pass, too: nothing depends on the batch.
 
     Args:
         width: nodes per pass, padding included.
@@ -66,13 +65,9 @@ class StrictForward(TreeForward):
         length, count = cache.lengths[0], len(parents)
         plan = BlockPlan.build(length, parents, self.width, tokens.device)
         padded = torch.cat([tokens[:count], tokens[:1].expand(self.width - count)])
-        masks: Any = plan.visible
-        if self._windows:
-            masks = {kind: plan.within(window) for kind, window in self._windows.items()}
-            masks = masks if len(masks) > 1 else next(iter(masks.values()))
         with (
             cache.writing(self.name, [length], self.width, [count]) as read,
             own_linears(),
-            strict_pass(self.model, plan),
+            attending(self.model, plan, self._windows) as mask,
         ):
-            return self._run(self._part(cache, padded[None], plan.positions[None], masks, 0, read))
+            return self._run(self._part(cache, padded[None], plan.positions[None], mask, 0, read))

@@ -11,7 +11,7 @@ from specdec.experiments.gpu.clock import Deadline, device_ms, wall_ms
 from specdec.experiments.gpu.options import GpuOptions
 from specdec.verify import Topology
 from specdec.verify.attention.choose import BACKENDS, CANDIDATES
-from specdec.verify.attention.layout import TreePlan
+from specdec.verify.attention.plan import TreePlan
 
 
 def attention(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:

@@ -1,23 +1,69 @@
-"""The attention function registered with `transformers`: query heads folded onto their K/V head, any mask."""
+"""How a pass of unmodified modules reaches our attention.
+
+`transformers` models look their attention function up by the name in their configuration. One function is registered,
+under `NAME`; `attention_of` puts that name into a model for a whole call, `attending` for one pass that has a `Plan`.
+The function attends as the plan of the running pass says, or, where there is none, under the model's own masks by
+folded SDPA.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "specdec_fold"
+from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.support import text_config
+from specdec.verify.attention.fold import folded_attention
+
+NAME = "specdec"
+
+TERMS = ("s_aux", "sinks", "position_bias", "alibi", "relative_position_bias", "softcap")
+"""Arguments by which models add terms to the softmax."""
 
 
-def folded_attention(
+class Plan(Protocol):
+    """How the layers of one pass attend.
+
+    Attributes:
+        computes: which of `TERMS` it computes.
+        refuses: what is said of the others: "... has s_aux in its attention, which `refuses`".
+    """
+
+    computes: ClassVar[tuple[str, ...]]
+    refuses: ClassVar[str]
+
+    def mask_for(self, window: int | None) -> Tensor:
+        """What layers that look back `window` positions (None: all) are given as their mask, 4-D.
+
+        It comes back in `attend`, perhaps as a copy on another device.
+        """
+        ...
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
+        """`[rows, T, heads, value's head_dim]` from what the layer and the cache hand over."""
+        ...
+
+
+class _Pass(NamedTuple):
+    config: Any  # whose modules are meant: a hook may call another model in the middle of a pass
+    plan: Plan
+
+
+_running: ContextVar[_Pass | None] = ContextVar("specdec_pass", default=None)
+
+
+def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -25,95 +71,88 @@ def folded_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: Any,
+    **terms: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention of `T` tree nodes over `S` cache slots without `repeat_kv`.
-
-    The `g` query heads that share a K/V head become `g * T` query rows of that head (the mask is tiled `g` times),
-    so K and V are read once. On a CPU bitwise equal to repeating them for T > 1; for T = 1 equal up to rounding.
+    """Attention of one layer of the pass that runs; the function registered with `transformers`.
 
     Args:
-        query: `[rows, heads, T, head_dim]`; key, value: `[rows, kv_heads, S, *]`.
-        attention_mask: additive float `[rows or 1, 1, T, S]`, or None for "everything" (T = 1) and for plain
-            causal attention over an empty prefix (T = S).
+        query: `[rows, heads, T, head_dim]`; key, value: what the cache's `update` returned.
+        attention_mask: the plan's, or without one as in `folded_attention`.
 
     Returns:
-        `[rows, T, heads, head_dim]` and no weights.
+        `[rows, T, heads, value's head_dim]` and no weights.
+
+    Raises:
+        UnsupportedModelError: the model's softmax has terms that the plan does not compute.
     """
-    groups = query.shape[1] // key.shape[1]
-    out = attend(query, key, value, tiled(attention_mask, groups), groups, scaling, dropout)
-    return out.view(*out.shape[:2], query.shape[1], -1), None
-
-
-def tiled(mask: Tensor | None, groups: int) -> Tensor | None:
-    """The mask of the folded query rows: `[rows or 1, 1, groups * T, S]` from `[rows or 1, 1, T, S]`."""
-    if mask is None or groups == 1 or mask.shape[2] == 1:  # one row broadcasts
-        return mask
-    return mask.repeat(1, 1, groups, 1)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    groups: int,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """The computation of `folded_attention`, under a mask that is `tiled` already.
-
-    Returns:
-        `[rows, T, heads * head_dim]`.
-    """
-    rows, heads, nodes, _ = query.shape
-    if mask is None and nodes > 1:
-        if key.shape[2] != nodes:
-            raise ValueError(
-                f"{NAME}: {nodes} queries over {key.shape[2]} slots need a mask, because SDPA's causal flag is aligned "
-                "to the first slot; pass attention_mask, or call the model outside of a running generate"
-            )
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
+    running = _running.get()
+    if running is None or getattr(module, "config", None) is not running.config:
+        return folded_attention(query, key, value, attention_mask, scaling, dropout), None
+    plan = running.plan
+    unknown = [name for name in TERMS if name not in plan.computes and terms.get(name) is not None]
+    unknown += [f"dropout={dropout} (call model.eval())"] if dropout else []
+    if unknown:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has {', '.join(unknown)} in its attention, which {plan.refuses}"
         )
-        return out.transpose(1, 2).reshape(rows, nodes, -1)
-    if groups > 1:
-        query = query.reshape(rows, key.shape[1], groups * nodes, query.shape[-1])
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout)
-    return out.reshape(rows, heads, nodes, -1).transpose(1, 2).reshape(rows, nodes, -1)
+    assert attention_mask is not None, "the pass was given its plan's mask"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return plan.attend(query, key, value, attention_mask, scale, terms.get("softcap")), None
 
 
-AttentionInterface.register(NAME, folded_attention)
-# TreeForward brings its own 4-D masks. Whoever calls the model while a generate runs (a callback, a criterion) relies
-# on transformers' masks: without a registered function they would be dropped silently, padding included.
+AttentionInterface.register(NAME, attention)
+# Passes bring their own 4-D masks. Whoever calls the model while a generate runs (a callback, a criterion) relies on
+# transformers' masks: without a registered function they would be dropped silently, padding included.
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def attention_of(model: PreTrainedModel) -> Iterator[str]:
-    """Use the folded attention inside the block, and the model's own again afterwards.
+def attending(model: PreTrainedModel, plan: Plan, windows: Mapping[str, int | None]) -> Iterator[Any]:
+    """Inside the block `model` attends as `plan` says, whatever its own attention is; then as before.
 
-    Eager models stay eager: they may soft-cap or add sinks, which SDPA cannot. So do functions somebody registered
-    under a name of their own: what they compute is not known. Yields the name in use.
+    Args:
+        windows: attention window per layer type; empty when every layer sees everything (see `TreeForward`).
+
+    Yields:
+        what to pass as `attention_mask`: a dict by layer type where there are several.
     """
-    config = model.config.get_text_config(decoder=True)
-    own = config._attn_implementation
-    used = fitting_attention(model)
-    config._attn_implementation = used
+    config = text_config(model)
+    masks = {kind: plan.mask_for(window) for kind, window in windows.items()} or {"": plan.mask_for(None)}
+    token = _running.set(_Pass(config, plan))
     try:
-        with _without_cudnn():
-            yield used
+        with _named(config, NAME):
+            yield masks if len(masks) > 1 else next(iter(masks.values()))
+    finally:
+        _running.reset(token)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel) -> Iterator[str]:
+    """Inside the block `model` attends by `fitting_attention`, whose name is yielded; then by its own again."""
+    used = fitting_attention(model)
+    with _named(text_config(model), used), _without_cudnn():
+        yield used
+
+
+@contextmanager
+def _named(config: Any, name: str) -> Iterator[None]:
+    own = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
     finally:
         config._attn_implementation = own
 
 
 def fitting_attention(model: PreTrainedModel) -> str:
-    """By which function a model attends in a decode loop: the folded one wherever its own is plain scaled dot-product
-    attention by any of the usual names (a name with a slash is a kernel from the hub), looked up in the registry.
+    """By which function a model attends in a decode loop: ours wherever its own is plain scaled dot-product attention
+    by any of the usual names (a name with a slash is a kernel from the hub), looked up in the registry.
 
-    Models that branch on the name themselves (Falcon) keep theirs: they would take another name for eager attention.
+    Eager models stay eager: they may soft-cap or add sinks, which SDPA cannot. So do functions somebody registered
+    under a name of their own: what they compute is not known. Models that branch on the name themselves (Falcon) keep
+    theirs: they would take another name for eager attention.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     own = config._attn_implementation or "sdpa"
     if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
         return "eager"
