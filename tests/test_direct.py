@@ -248,3 +248,17 @@ def test_a_hook_put_on_the_model_during_a_call_is_called_from_then_on(pre: bool)
     assert torch.equal(out, wanted)  # type: ignore[arg-type]
     assert len(steps) > 3
     assert seen == list(range(2, len(steps)))
+
+
+def test_a_model_that_was_asked_for_hidden_states_is_still_a_stock_one() -> None:
+    """transformers leaves its collecting hooks on every layer; a hook of the user's beside them still counts."""
+    model: Any = copy.deepcopy(models.target("llama-gqa"))
+    with torch.no_grad():
+        model(models.prompts((5,), models.VOCAB, 0)[0], output_hidden_states=True)
+    assert model.model.layers[0]._forward_hooks, "no longer so? then this test and its reason can go"
+    own = Parameters.of(model)
+    assert own is not None
+    assert not own.hooked
+    model.model.layers[1].register_forward_hook(lambda *args: None)
+    assert own.hooked
+    assert Parameters.of(model) is None

@@ -23,6 +23,11 @@ Reader = Callable[[Sequence[int], Sequence[int], Output], None]
 """Told of every pass of a prefill: slots of the first tokens, real tokens per row, output."""
 
 
+def nodes_of(tree: DraftTree, lengths: Sequence[int]) -> Nodes | None:
+    """Where the nodes of whole trees stand, behind `lengths` committed slots; None where all are one chain."""
+    return None if tree.is_shared_chain else Nodes(lengths, tree.depths, tree.ancestor_mask, 0)
+
+
 class Forward:
     """Runs `model` (a target or a drafter) on the cache named `name`; each part by the first runner that takes it.
 
@@ -125,7 +130,7 @@ class Forward:
         """
         starts, tokens = cache.lengths[: cache.num_rows], tree.tokens
         self._check_positions([start + 1 for start in starts])
-        nodes, keep = self._places(tree, starts), 0
+        nodes, keep = nodes_of(tree, starts), 0
         if unread is not None:
             assert nodes is None, "only a chain can stand behind unread text"
             keep, starts = tokens.shape[1], [start - unread.shape[1] for start in starts]
@@ -140,7 +145,7 @@ class Forward:
         self._check_positions([length + 1 for length in lengths])
         with ExitStack() as stack:
             write = stack.enter_context(cache.writing(self.name, lengths, tree.tokens.shape[1]))
-            parts = [Part(tree.tokens, write, self._places(tree, lengths), tree, 0, self.features)]
+            parts = [Part(tree.tokens, write, nodes_of(tree, lengths), tree, 0, self.features)]
             for text in texts:
                 if text.valid is not None:
                     ends = [start + count for start, count in zip(text.starts, text.valid, strict=True) if count]
@@ -150,10 +155,6 @@ class Forward:
                 )
                 parts.append(Part(text.tokens, write, None, None, None, self.features))
             return self._run(*parts)
-
-    @staticmethod
-    def _places(tree: DraftTree, lengths: Sequence[int]) -> Nodes | None:
-        return None if tree.is_shared_chain else Nodes(lengths, tree.depths, tree.ancestor_mask, 0)
 
     def _run(self, *parts: Part) -> list[Output]:
         """Every part by the first runner that takes it, those of one runner together."""

@@ -76,7 +76,14 @@ def _changed(part: nn.Module) -> bool:
         return True
     if isinstance(part, (nn.Linear, nn.Embedding)) and "weight" not in part._parameters:  # set by something else
         return True
-    return "forward" in own or "_hf_hook" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return "forward" in own or "_hf_hook" in own or not all(map(_only_collects, hooks))
+
+
+def _only_collects(hook: Any) -> bool:
+    """Whether a hook is one that `transformers` leaves on a model once it was asked for hidden states: it does nothing
+    in a pass that was not."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and _original(hook)
 
 
 def callers_code(model: PreTrainedModel) -> str | None:
