@@ -27,7 +27,7 @@ from specdec.experiments.bench.pair import Pair
 from specdec.experiments.provenance import provenance
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify.native import why_not
+from specdec.verify.native.library import why_not
 from specdec.verify.passes.choose import every_way
 from specdec.verify.passes.forward import Forward
 

@@ -9,8 +9,7 @@ import torch
 
 from specdec.kv.base import KVCache, PassCache, kept_slots, owners_of
 from specdec.kv.errors import CacheStateError
-from specdec.kv.shared_write import SharedWrite
-from specdec.kv.store import ModelStore
+from specdec.kv.store import ModelStore, SharedWrite
 
 INITIAL_SLOTS = 256
 """Slots allocated at first; storage doubles from there."""
@@ -104,6 +103,9 @@ class SharedKVCache(KVCache):
                 if store.filled[row] < base:  # this model lags behind the tail: nothing of the tail is its own
                     continue
                 have = store.filled[row] - base
+                if store.places is None and len(path) <= have and list(path) == list(range(len(path))):  # as usual
+                    store.filled[row] = base + len(path)
+                    continue
                 slots = kept_slots(path, have, None if store.places is None else store.places[row])
                 moved = [i for i, slot in enumerate(slots) if slot != i]
                 if moved:

@@ -1,10 +1,16 @@
-"""One model's K/V inside the shared cache: plain preallocated tensors, grown by doubling, never concatenated."""
+"""One model's K/V inside the shared cache: plain preallocated tensors, grown by doubling, never concatenated; and the
+passes that write to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 import torch
+from torch import Tensor
+
+from specdec.kv.layout import Layout, check_layout
+from specdec.kv.write import Write
 
 
 class ModelStore:
@@ -19,24 +25,24 @@ class ModelStore:
         self.num_rows = num_rows
         self.capacity = capacity
         self.most = most
-        self._keys: list[torch.Tensor | None] = [None] * num_layers
-        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
         self._moves: dict[int, int] = {}
         self.filled = [0] * num_rows
         self.places: list[Sequence[int] | None] | None = None
         """Tail slot of each node, per active row, where they differ (see `KVCache.place`)."""
         self.borrowed: dict[str, list[int]] = {}
         """Of each model that borrows this storage, per row: the slot behind its own tail, 0 where it has none."""
-        self._row_numbers = torch.empty(0, 1, dtype=torch.int64)
+        self._layout: Layout | None = None
 
     @property
-    def keys(self) -> list[torch.Tensor | None]:
+    def keys(self) -> list[Tensor | None]:
         """Per layer, None until it first writes."""
         self._settle()
         return self._keys
 
     @property
-    def values(self) -> list[torch.Tensor | None]:
+    def values(self) -> list[Tensor | None]:
         """Per layer, None until it first writes."""
         self._settle()
         return self._values
@@ -47,7 +53,7 @@ class ModelStore:
         if slots <= self.capacity:
             return
         doubled = 2 * self.capacity if self.most is None else min(2 * self.capacity, self.most)
-        self.capacity = max(doubled, slots)
+        self.capacity, self._layout = max(doubled, slots), None
         used = max(map(self._used, range(self.num_rows)))
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
@@ -78,12 +84,19 @@ class ModelStore:
         """Slots of a row that hold anything."""
         return max([self.filled[row], *(tails[row] for tails in self.borrowed.values())])
 
-    @property
-    def row_numbers(self) -> torch.Tensor:
-        """Int64 `[>= rows, 1]`: every row is one page of a table."""
-        if len(self._row_numbers) < self.num_rows:
-            self._row_numbers = torch.arange(self.num_rows)[:, None]
-        return self._row_numbers
+    def layout(self, like: Tensor) -> Layout:
+        """Of all rows, every one of which is one page of a table: the same object until storage moves.
+
+        Args:
+            like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
+        """
+        known, heads, slots, size = self._layout, like.shape[1], self.capacity, like.shape[3]
+        strides = (slots, heads * slots * size, size, slots * size)
+        if known is None or known.keys[0].dtype != like.dtype or known.strides != strides:
+            keys, values = zip(*(self.layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
+            check_layout((*keys, *values), (self.num_rows, heads, slots, size), like)
+            known = self._layout = Layout(keys, values, strides, torch.arange(self.num_rows)[:, None])
+        return known
 
     def gather(self, rows: list[int], sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy slot `sources[i][j]` of `rows[i]` to slot `targets[i][j]`, all layers, in place."""
@@ -119,7 +132,7 @@ class ModelStore:
             tensor[rows.to(tensor.device), :, :stop] = tensor[sources.to(tensor.device), :, :stop]
 
     def fork(self, repeats: int) -> None:
-        self.num_rows *= repeats
+        self.num_rows, self._layout = self.num_rows * repeats, None
         self.filled = [count for count in self.filled for _ in range(repeats)]
         self.borrowed = {
             name: [tail for tail in tails for _ in range(repeats)] for name, tails in self.borrowed.items()
@@ -156,10 +169,10 @@ class ModelStore:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def _tensors(self) -> list[Tensor]:
         return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
 
-    def layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's storage, allocated for states like these."""
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
@@ -168,3 +181,75 @@ class ModelStore:
                 keys = self._keys[layer] = key.new_zeros(*shape, key.shape[3])
                 values = self._values[layer] = value.new_zeros(*shape, value.shape[3])
         return keys, values
+
+
+class SharedWrite(Write):
+    """A pass of one model over neighbouring rows of its store. A class: a generator would cost as much again as all it
+    does, at every level of a draft.
+
+    Args:
+        first: storage row of the pass's first row.
+        borrower: name of the model, where the store is another's.
+    """
+
+    def __init__(
+        self,
+        store: ModelStore,
+        first: int,
+        starts: Sequence[int],
+        width: int,
+        valid: Sequence[int] | None,
+        num_layers: int,
+        borrower: str | None = None,
+    ):
+        self._store, self._first, self._borrower = store, first, borrower
+        self.store = store if first == 0 else None
+        self.starts, self.width, self.valid, self.num_layers = starts, width, valid, num_layers
+        longest = max(starts)
+        self.read = longest + width
+        self._start = longest if min(starts) == longest else None
+        self._index: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> SharedWrite:
+        self._store.make_room(self.read)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            real = [self.width] * len(self.starts) if self.valid is None else self.valid
+            self._store.have_written(self._first, self.starts, real, self._borrower)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._store.layer(layer, key, value)
+        if len(self.starts) != len(keys):
+            keys, values = (
+                keys.narrow(0, self._first, len(self.starts)),
+                values.narrow(0, self._first, len(self.starts)),
+            )
+        if self._start is not None:  # narrow() costs a third of an indexing expression, and this runs per layer
+            keys.narrow(2, self._start, self.width).copy_(key)
+            values.narrow(2, self._start, self.width).copy_(value)
+        else:
+            index, slots = self._places(key.device)
+            keys[index, :, slots] = key.transpose(1, 2)
+            values[index, :, slots] = value.transpose(1, 2)
+        return keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read)
+
+    put = update
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and slots of the new tokens, where rows start apart."""
+        if self._index is None or self._index[1].device != device:
+            slots = torch.tensor(list(self.starts))[:, None] + torch.arange(self.width)
+            self._index = torch.arange(len(slots))[:, None].to(device), slots.to(device)
+        return self._index
+
+    def layout(self, like: Tensor) -> Layout:
+        layout = self._store.layout(like)
+        return layout if self._first == 0 else layout._replace(table=layout.table[self._first :])
+
+    def row(self, row: int, width: int) -> Write:
+        own = [self.width if self.valid is None else self.valid[row]]
+        return SharedWrite(self._store, self._first + row, [self.starts[row]], width, own, self.num_layers).__enter__()

@@ -11,7 +11,6 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from specdec.kv.layout import Layout
-from specdec.kv.store import ModelStore
 
 
 class Write(ABC):
@@ -33,7 +32,7 @@ class Write(ABC):
     valid: Sequence[int] | None
     read: int
     table: Tensor | None = None
-    store: ModelStore | None = None
+    store: Any = None
     num_layers: int
 
     @property

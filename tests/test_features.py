@@ -14,7 +14,7 @@ from ways import graphed_forward
 from specdec.kv import PagedKVCache, SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
-from specdec.verify.native import why_not
+from specdec.verify.native.library import why_not
 from specdec.verify.passes.base import Output, Text
 from specdec.verify.passes.choose import every_way, strict_runners_for
 from specdec.verify.passes.forward import Forward

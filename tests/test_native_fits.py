@@ -14,7 +14,8 @@ from ways import forward_by, native_of
 import specdec
 from specdec.kv import CacheStateError, TargetFaultError
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
-from specdec.verify.native import NativePass, run
+from specdec.verify.passes import native
+from specdec.verify.passes.native import NativePass
 from specdec.verify.passes.parameters import Parameters
 
 
@@ -62,14 +63,14 @@ def test_weights_that_do_not_fit_the_configuration_are_left_to_the_modules() -> 
 
 
 def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "usable_cores", lambda: 2)
+    monkeypatch.setattr(native, "usable_cores", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
         assert NativePass._num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert run.usable_cores() == 2
+    assert native.usable_cores() == 2
 
 
 def _bias(model: Any, size: tuple[int, ...]) -> None:

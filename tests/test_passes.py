@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specdec.experiments import passes
-from specdec.verify.native import why_not
+from specdec.verify.native.library import why_not
 from specdec.verify.passes.base import Output
 from specdec.verify.passes.direct import Direct
 

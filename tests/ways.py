@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from specdec.verify.native import NativePass, native_pass
 from specdec.verify.passes.choose import every_way
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.graphed import Graphed
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.modules import Modules
+from specdec.verify.passes.native import NativePass, native_pass
 from specdec.verify.passes.parameters import Parameters
 
 

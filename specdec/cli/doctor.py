@@ -136,7 +136,7 @@ def _hardware(threads: int | None) -> Iterator[Check]:
 
 
 def _native() -> Iterator[Check]:
-    from specdec.verify.native import why_not
+    from specdec.verify.native.library import why_not
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said below

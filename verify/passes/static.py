@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kv.shared_write import IndexedWrite
+from specdec.kv.layout import Layout
 from specdec.kv.store import ModelStore
+from specdec.kv.write import Write
 from specdec.verify.attention.plan import TreePlan
 from specdec.verify.attention.register import attending
 from specdec.verify.passes.inputs import Inputs
@@ -80,3 +81,33 @@ class StaticPass:
         with attending(self._model, plan, self._inputs.windows) as mask:
             logits, features = self._call.run(self.tokens, self.positions, mask, self._view, self._features)
         return logits, *features
+
+
+class IndexedWrite(Write):
+    """A pass whose places are a tensor, so that nothing of it is known to the host: what a CUDA graph records.
+
+    It reads the whole storage of its rows.
+
+    Args:
+        slots: int64 `[rows, width]`.
+    """
+
+    def __init__(self, store: ModelStore, slots: Tensor):
+        self._store, self._slots = store, slots
+        self._rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        self.starts, self.width, self.valid = [0] * slots.shape[0], slots.shape[1], None
+        self.read, self.num_layers = store.capacity, store.num_layers
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._store.layer(layer, key, value)
+        keys[self._rows, :, self._slots] = key.transpose(1, 2)
+        values[self._rows, :, self._slots] = value.transpose(1, 2)
+        return keys[: self.num_rows], values[: self.num_rows]
+
+    put = update
+
+    def layout(self, like: Tensor) -> Layout:
+        raise NotImplementedError("a pass over static buffers runs the model's modules")
+
+    def row(self, row: int, width: int) -> Write:
+        raise NotImplementedError("a pass over static buffers is of one shape")
