@@ -21,8 +21,7 @@ import specdec
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify.attention.register import attention_of
-from specdec.verify.passes.forward import Forward
-from specdec.verify.passes.observing import observing
+from specdec.verify.passes.forward import Forward, observing
 from specdec.verify.passes.parameters import Parameters
 
 DIRECT = [

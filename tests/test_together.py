@@ -14,8 +14,7 @@ from specdec.kv.paged import PagedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
 from specdec.verify.passes.base import Text
-from specdec.verify.passes.forward import Forward
-from specdec.verify.passes.observing import observing
+from specdec.verify.passes.forward import Forward, observing
 
 PREFIXES = (6, 3, 5)
 """Committed tokens of the rows whose trees are run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from time import perf_counter
 
 import torch
@@ -15,12 +16,27 @@ from specdec.kv.support import text_config
 from specdec.verify.passes.base import Nodes, Output, Part, Runner, Text
 from specdec.verify.passes.choose import runners_for
 from specdec.verify.passes.linear import is_dense
-from specdec.verify.passes.observing import observed
 from specdec.verify.passes.positions import usable_positions
 from specdec.verify.tree import DraftTree
 
 Reader = Callable[[Sequence[int], Sequence[int], Output], None]
 """Told of every pass of a prefill: slots of the first tokens, real tokens per row, output."""
+
+
+Observer = Callable[[PreTrainedModel, float], None]
+"""Told of every pass: the model, and the seconds spent in it."""
+
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("specdec_pass_observers", default=())
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Inside the block `observer` hears of every pass; hooks on a model would force its passes through its modules."""
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
 
 
 def nodes_of(tree: DraftTree, lengths: Sequence[int]) -> Nodes | None:
@@ -158,16 +174,23 @@ class Forward:
 
     def _run(self, *parts: Part) -> list[Output]:
         """Every part by the first runner that takes it, those of one runner together."""
+        if len(parts) == 1:
+            return self._pass(self._runner(parts[0]), parts)
         chosen = [self._runner(part) for part in parts]
         given: dict[int, Output] = {}
         for runner in dict.fromkeys(chosen):
             mine = [i for i, own in enumerate(chosen) if own is runner]
             for group in [mine] if runner.joint else [[i] for i in mine]:
-                start = perf_counter()
-                with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
-                    given.update(zip(group, runner([parts[i] for i in group]), strict=True))
-                observed(self.model, perf_counter() - start)
+                given.update(zip(group, self._pass(runner, [parts[i] for i in group]), strict=True))
         return [given[i] for i in range(len(parts))]
+
+    def _pass(self, runner: Runner, parts: Sequence[Part]) -> list[Output]:
+        start = perf_counter()
+        with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
+            outputs = runner(parts)
+        for observer in _observers.get():
+            observer(self.model, perf_counter() - start)
+        return outputs
 
     def _runner(self, part: Part) -> Runner:
         reasons = []

@@ -66,7 +66,7 @@ class Native(Runner):
             refuse_wider(part, self._most_nodes)
         if self._pass is None:
             return "there is no native pass over these weights (docs/models.md)"
-        return self._direct.refusal(part)
+        return self._direct.refusal(part) if self._pass.hooked else None
 
     def stride(self, rows: int, read: int, most: int) -> int | None:
         return None if self._pass is None else min(most, CHUNK)
@@ -143,6 +143,10 @@ class NativePass:
         self._pass.values = ctypes.addressof(self._kv) + shape.layers * ctypes.sizeof(structures.Pointer)
         self._pass.features = ctypes.addressof(self._wanted)
         self._pass.tickets = self._tickets.data_ptr()
+
+    @property
+    def hooked(self) -> bool:
+        return self._own.hooked
 
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         """See `Runner.__call__`."""
