@@ -1,4 +1,4 @@
-"""What the decode loop asks of whoever plans its steps."""
+"""What the decode loop asks of a planner: how much every step drafts, and with what."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class CostStore:
         self._lock = Lock()
 
     def explores(self, key: Mapping[str, Any]) -> bool:
-        """May the call that asks try other plans than the best? The first eight of a process, then every eighth."""
+        """May the call at hand try others than the best candidate? The first eight of a process, then every eighth."""
         name = _name(key)
         with self._lock:
             count = self._asked[name] = self._asked.get(name, 0) + 1
