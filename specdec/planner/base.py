@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from specdec.drafters import Budget
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 
 
 class Planner(Protocol):

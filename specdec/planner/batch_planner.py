@@ -17,7 +17,7 @@ from specdec.planner.decayed_counts import HitRates
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.risk_budget import TRIES, Debt, RiskBudget, why_plain
 from specdec.planner.summary import PlanReport
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 from specdec.verify.draft_kind import DraftKind
 
 PROBE_DEPTH = 2

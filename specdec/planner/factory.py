@@ -21,8 +21,9 @@ from specdec.planner.measuring_planner import measured_depths
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.row_planner import RowPlanner
 from specdec.planner.store import STORE, describe, fingerprint, machine
-from specdec.report import SpecReport, StepTrace
+from specdec.report import SpecReport
 from specdec.request import Request
+from specdec.trace import StepTrace
 from specdec.verify.stock import callers_code
 from specdec.verify.strict_mode import StrictMode
 

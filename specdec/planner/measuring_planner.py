@@ -13,7 +13,7 @@ from specdec.drafters.base import CACHE_NAME
 from specdec.planner.acceptance import AcceptanceHistory, counterfactual_outcomes
 from specdec.planner.base import Planner
 from specdec.planner.options import Option, OptionBudget, Options, chains
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 from specdec.verify import DraftTree
 from specdec.verify.draft_kind import DraftKind
 from specdec.verify.topology import Topology

@@ -11,7 +11,8 @@ from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.summary import PlanReport
-from specdec.report import SpecReport, StepTrace
+from specdec.report import SpecReport
+from specdec.trace import StepTrace
 
 
 class RowPlanner(Planner):

@@ -22,6 +22,7 @@ from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder, write_whole
 from specdec.verify.linear import is_dense
 from specdec.verify.strict_native import serves
+from specdec.version import __version__
 
 SCHEMA = 3
 
@@ -76,8 +77,6 @@ def _numbers(weight: Tensor) -> Iterator[Tensor]:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions."""
-    from specdec import __version__
-
     return {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),

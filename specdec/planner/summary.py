@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from specdec.report import StepTrace
-
+from specdec.trace import StepTrace
 
 _RECENT = 16
 """Steps that say how fast the machine is at the moment."""
