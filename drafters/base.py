@@ -104,7 +104,8 @@ class Drafter(ABC):
     emitted tokens in `session.rows`.
 
     Exactness: the decision to draft or keep a *sampled* token may depend on the text before it, on q and on time,
-    never on the token itself or later ones (algorithms B.5). Deterministic tokens may be chosen freely.
+    never on the token itself or later ones (algorithms B.5). Deterministic tokens may be chosen freely, but not by
+    sampled ones that are judged after them.
     """
 
     name: str = "drafter"
