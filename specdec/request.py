@@ -70,7 +70,7 @@ def refuse_config(config: GenerationConfig) -> str | None:
     """Name what cannot be honoured, before any work is done.
 
     Returns:
-        a note for the report on what is served without being followed, if anything.
+        a note for the report about settings that are accepted but change nothing, if there are any.
 
     Raises:
         UnsupportedArgumentError

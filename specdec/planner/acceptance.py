@@ -1,4 +1,4 @@
-"""What became of the drafts of one call: acceptance by depth and siblings, for every row, slowly forgotten."""
+"""Acceptance in one call, by depth and number of siblings, for every row; earlier steps weigh ever less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cost table made better by what steps really took, once calls have used it."""
+"""Cost tables corrected by what a call's steps really took, and the steps a call takes only to find out."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Debt:
 
 
 class RiskBudget:
-    """The accounts of one call.
+    """What one call may still lose by drafting, in all and by option.
 
     Args:
         prompt_tokens: which an option with K/V of its own has to read before its first draft.
@@ -87,11 +87,12 @@ class RiskBudget:
         waited: int | None,
         tries: int = 1,
     ) -> bool:
-        """Even if all of it is rejected? What is in use and proven may lose now and then.
+        """May this be drafted: is the loss within the allowance even if all of it is rejected? An option that is in use
+        and proven may lose now and then.
 
         Args:
             waited: before a probe, plain steps since drafting was given up; else None.
-            tries: even if that happens so often in a row.
+            tries: drafts in a row that may all be rejected.
         """
         catching_up = self.catching_up(candidate.option, now)
         if waited is None:

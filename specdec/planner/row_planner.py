@@ -55,7 +55,7 @@ class RowPlanner(Planner):
             self._rows[row].learn(_alone(trace, i), reached[i : i + 1])
 
     def tell(self, report: SpecReport) -> SpecReport:
-        """Put what there is to say into a call's report. What a batch was foretold to take, nobody has foretold."""
+        """Put what there is to say into a call's report. There is no forecast for a batch as a whole."""
         reports = [planner.report for planner in self._rows]
         report.plan = reports[0] if len(reports) == 1 else _together(reports)
         report.notes += self._notes
