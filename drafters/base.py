@@ -46,7 +46,7 @@ def depth_limits(deepest: int, left: Sequence[int | None]) -> tuple[int, ...]:
 
 
 def levels_within(positions: int | None, deepest: int, num_tokens: int) -> int:
-    """Levels, `deepest` at most, that a drafter of so many positions can draft below a text of so many tokens."""
+    """Levels (at most `deepest`) that a drafter can draft below `num_tokens` tokens when it can read `positions`."""
     return deepest if positions is None else max(0, min(deepest, positions + 1 - num_tokens))
 
 
@@ -78,9 +78,10 @@ class Session:
     law: logits -> scores, with the caller's processors.
     do_sample: False means greedy decoding: only the target's argmax will be accepted.
     vocab: the target's vocabulary size; drafted ids must be below it and q rows that wide.
-    race: only where the target's tokens are decided by a race (rule "coupled"): `race(depths)` is the very noise of
-        the next `depths` positions of each live row, float64 `[live, depths, vocab]`, first that of the token after
-        the root. Who runs it under q (`specdec.verify.race`) meets the target's token most often; q is not asked for.
+    race: only with rule "coupled", where a race decides on the target's tokens: `race(depths)` is the noise of the next
+        `depths` positions of each live row, float64 `[live, depths, vocab]`, first that of the token after the root.
+        A drafter that runs the same race under its own law (`specdec.verify.race`) proposes the target's token as
+        often as it can. It need not return q.
     """
 
     rows: Rows
@@ -104,7 +105,8 @@ class Drafter(ABC):
     emitted tokens in `session.rows`.
 
     Exactness: the decision to draft or keep a *sampled* token may depend on the text before it, on q and on time,
-    never on the token itself or later ones (algorithms B.5). Deterministic tokens may be chosen freely.
+    never on the token itself or later ones (algorithms B.5). Deterministic tokens may be chosen freely, but not by
+    sampled ones that are judged after them.
     """
 
     name: str = "drafter"
@@ -127,8 +129,8 @@ class Drafter(ABC):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether nodes are withdrawn after a look at deeper ones. In a race (rule coupled) those show noise of later
-        positions: the text is unchanged, but where a step ends then says something about the token after it."""
+        """Whether nodes are withdrawn after a look at deeper ones. Under rule coupled deeper nodes show noise of later
+        positions. The text stays the same, but where a step ends then depends on the token after it."""
         return False
 
     @property

@@ -59,7 +59,11 @@ class BestFirst(TreeShape):
 
 
 class BestFirstGrower(Grower):
-    """Args: depths: int64 `[rows]`, levels each row may have; max_nodes: drafted tokens each row may have."""
+    """One step of `BestFirst`.
+
+    Args:
+        depths: int64 `[rows]`, levels each row may have; max_nodes: drafted tokens each row may have.
+    """
 
     def __init__(self, roots: Tensor, depths: Tensor, top_k: int, max_nodes: int):
         self._roots, self._limits, self._top_k, self._max_nodes = roots, depths, top_k, max_nodes

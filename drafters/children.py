@@ -52,7 +52,8 @@ def top_children(scores: Tensor, count: int) -> Children:
 def best_token(scores: Tensor, peaks: list[Tensor]) -> Tensor:
     """The best token of every node, int64 `[rows, width]`.
 
-    NaN is refused at once where a look costs nothing; elsewhere `peaks` grows by what `refuse_nan` has to look at.
+    On a CPU NaN is refused at once. Elsewhere a look would wait for the device: `peaks` is given what `refuse_nan` is
+    to look at later.
     """
     array = table(scores)
     if array is None:

@@ -1,4 +1,4 @@
-"""A draft model's positions: rows that have outgrown them go without its drafts, the others draft on."""
+"""The limit of a draft model's positions: rows with longer texts get no drafts from it, the others still do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specdec.drafters.base import Budget, levels_within
 
 
 class Context:
-    """How far a draft model can draft for whom, in one session.
+    """For which rows of a session a draft model can draft, and how deep.
 
     Whether a row is drafted for depends on the length of its own text alone: rows around it notice nothing, and no
     drawn token is withdrawn (algorithms B.5).
@@ -31,7 +31,7 @@ class Context:
         return Context(self._model, self.num_positions)
 
     def outgrown(self, num_tokens: Sequence[int]) -> list[bool]:
-        """Per row of so many tokens: can the model not even read it to its end?"""
+        """Per row: are its `num_tokens` more than the model can read? Notes the first such row."""
         positions = self.num_positions
         if positions is None:
             return [False] * len(num_tokens)

@@ -1,4 +1,4 @@
-"""Value-driven growth with sampled nodes: another shape at every step, which no drawn token can withdraw (DySpec)."""
+"""DySpec: trees of sampled nodes that grow where the drafter is sure, of another shape at every step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from specdec.verify.tree import DraftTree
 class DySpec(TreeShape):
     """Grows where the drafter is sure of itself (DySpec arXiv 2410.11744, its layer-wise form; algorithms B.2).
 
-    The value of a node guesses the chance that the target gets there: the product of q**trust along its path; that of
-    an undrawn sibling is the value of the parent times the mass its elder siblings left. Level by level, siblings are
-    drawn without replacement, best value first, while their value exceeds `threshold` and nodes are left; drawn nodes
-    whose value exceeds it are run and get children of their own.
+    The value of a node estimates the chance that the target gets there: the product of q**trust along its path. The
+    value of a sibling that is not drawn yet is the parent's value times the mass of q that the siblings before it left.
+    Level by level, siblings are drawn without replacement, the best value first, while the value exceeds `threshold`
+    and nodes are left. Drawn nodes whose value exceeds it are run and get children of their own.
 
     Whether a sibling is drawn depends on the tokens drawn before it, never on its own, and what was drawn stays
     (B.5); the laws really sampled from come along. Rules: traversal, recursive_rejection or naive. In greedy decoding
@@ -136,9 +136,9 @@ class DySpecGrower(Grower):
         return self._next(tokens, values, drawn, number, count, width)
 
     def _within_budget(self, worth: Tensor) -> Tensor:
-        """Bool `[rows, n]`: the most valuable ones, as many as nodes are left. A younger sibling is never worth more
-        than an elder one, and of equals the elder goes first: so this is the order in which a heap would draw them,
-        and nothing drawn in vain has been looked at."""
+        """Bool `[rows, n]`: the most valuable draws, as many as nodes are left. A sibling is never worth more than one
+        before it, and of equals the earlier one goes first. So these are the draws that a heap would have made one by
+        one; what was drawn beyond them influences nothing."""
         order = worth.sort(dim=1, descending=True, stable=True).indices
         left = self._capacity + 1 - self._count
         first = torch.arange(worth.shape[1], device=worth.device) < left[:, None]

@@ -67,7 +67,7 @@ class Grown(NamedTuple):
 
 
 class Grower(ABC):
-    """Grows one step's trees. All decisions of a row depend on that row, and on no token that they could withdraw."""
+    """Grows one step's trees. What a row gets depends on that row alone, and no token is withdrawn for what it is."""
 
     @abstractmethod
     def extend(self, scores: Tensor) -> Frontier | None:

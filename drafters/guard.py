@@ -163,7 +163,7 @@ class FallbackGuard(Drafter):
         self._tell()
 
     def clone(self) -> FallbackGuard:
-        """For rows of several callers: a warning that somebody has turned into an error is not raised there."""
+        """A guard for rows of several callers. A warning that one of them made an error is not raised."""
         copy = FallbackGuard(self.inner.clone(), self.max_nodes)
         copy._serves_many, copy._unprepared = True, self._unprepared
         return copy
@@ -206,7 +206,7 @@ class FallbackGuard(Drafter):
             self._unprepared.append(fault)
 
     def _asked(self, question: Callable[[], T], otherwise: T) -> T:
-        """What the drafter says of itself; the safe answer where that fails: its proposals are looked at anyway."""
+        """What the drafter says of itself, `otherwise` where that fails: its proposals are checked in any case."""
         try:
             return question()
         except BaseException as fault:

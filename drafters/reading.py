@@ -20,7 +20,7 @@ MOST_LAG = 8
 
 
 class DraftPasses:
-    """Runs a draft model below the roots of all live rows; idle ones are not read, and their logits mean nothing.
+    """Runs a draft model below the roots of all live rows. Idle rows are not read, and their logits mean nothing.
 
     Logits are `[live, *, vocab]` in the target's vocabulary.
 
@@ -75,7 +75,7 @@ class DraftPasses:
             self._forward.prefill(alone, text[i : i + 1], filled[i : i + 1], lengths[i : i + 1], PREFILL_CHUNK)
 
     def _known(self, tokens: Tensor) -> Tensor:
-        """Ids the drafter has no embedding for become its last one: it may read anything, the target decides."""
+        """Replace ids that the drafter has no embedding for by its last one. The target decides anyway."""
         return tokens.clamp(max=self._vocab - 1) if self._vocab < self._target_vocab else tokens
 
     def _fit(self, logits: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def _checked(acceptance: ArrayLike) -> Floats:
 
 
 def _check_work(num_nodes: int, levels: int, acceptance: Floats) -> None:
-    """levels: of all tables together."""
+    """Refuse what would take minutes. `levels`: of all tables together."""
     ranks = min(acceptance.shape[1], num_nodes)
     work = num_nodes**2 * levels * ranks
     if work > _MOST_WORK:

@@ -1,4 +1,4 @@
-"""Code that is not ours may raise anything: whose fault it is, and how to tell of it without running more of it."""
+"""Exceptions of code that is not ours: who is to blame, and how to report them without running more of that code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import CodeType
 
 
 def from_outside(fault: BaseException) -> bool:
-    """Did it only happen to be raised here: Ctrl-C, or what a signal handler raises (an exit, a time limit)?
+    """Did `fault` come from outside of the code that was called: Ctrl-C, or a signal handler (an exit, a time limit)?
 
-    Python runs signal handlers in the main thread alone, between any two of its instructions. Everything else is the
-    doing of the code that was called, `SystemExit` and its like included.
+    Python runs signal handlers in the main thread alone, between any two of its instructions. Everything else was
+    raised by the code that was called, `SystemExit` and the like included.
     """
     if threading.current_thread() is not threading.main_thread():
         return False

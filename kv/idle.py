@@ -1,4 +1,4 @@
-"""A cache some of whose rows sit the passes of one model out."""
+"""A view of a cache in which some rows take no part in the passes of one model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from specdec.kv.write import Write
 
 
 class IdleRows(PassCache):
-    """All active rows of a cache, of which the idle ones are in a pass of model `name` for its shape only.
+    """All active rows of a cache, some of them idle in the passes of model `name`.
 
-    Such a row's text ends, for these passes, where its K/V does, however long it really is; nothing of it is kept. So
-    a pass over the other rows needs no batch of its own, and is no longer for a row that the model cannot read.
-    Valid until rows move or any K/V of the model is written otherwise.
+    An idle row is in a pass only because a pass has one row for each row of the cache. Its text counts as ending where
+    its K/V ends, and nothing that the pass computes for it is kept. So the other rows need no batch of their own, and
+    their pass is no longer than they need it, even where an idle row is longer than the model can read. Valid until
+    rows move or K/V of the model is written in another way.
 
     Args:
         idle: per active row.

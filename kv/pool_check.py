@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Protocol
 
 from specdec.kv.errors import CacheStateError
-from specdec.kv.pages import ZERO_PAGE
+from specdec.kv.paged_store import PagedStore
+from specdec.kv.pages import ZERO_PAGE, PageAllocator
 from specdec.kv.pool_pages import PooledSequence
-from specdec.kv.prefix import ROOT
-
-if TYPE_CHECKING:
-    from specdec.kv.pool import KVPool
+from specdec.kv.prefix import ROOT, PrefixIndex
 
 
-def check_pool(pool: KVPool) -> None:
+class Bookkeeping(Protocol):
+    """What is checked of a `KVPool`."""
+
+    page_size: int
+    index: PrefixIndex
+    allocator: PageAllocator
+
+    @property
+    def num_pages(self) -> int | None: ...
+
+    @property
+    def stores(self) -> Mapping[str, PagedStore]: ...
+
+    @property
+    def sequences(self) -> Mapping[int, PooledSequence]: ...
+
+
+def check_pool(pool: Bookkeeping) -> None:
     """See `KVPool.check_integrity`."""
     _check_pages(pool)
     _check_index(pool)
@@ -25,7 +41,7 @@ def check_pool(pool: KVPool) -> None:
             _require(tensor is None or not bool(tensor[ZERO_PAGE].any()), f"the page of zeros of {name!r} is not zero")
 
 
-def _check_pages(pool: KVPool) -> None:
+def _check_pages(pool: Bookkeeping) -> None:
     allocator, resting = pool.allocator, pool.index.resting
     holders = Counter(page for sequence in pool.sequences.values() for page in sequence.pages)
     free = allocator.free_pages
@@ -44,7 +60,7 @@ def _check_pages(pool: KVPool) -> None:
     _require(limit is None or allocator.num_made <= limit, f"{allocator.num_made} pages made, the limit is {limit}")
 
 
-def _check_index(pool: KVPool) -> None:
+def _check_index(pool: Bookkeeping) -> None:
     index, published = pool.index, pool.index.pages
     for page in published:
         before, tokens = index.key(page)
@@ -59,7 +75,7 @@ def _check_index(pool: KVPool) -> None:
             _require(order.get(page, len(order)) < order[before], f"page {before} would go before page {page}")
 
 
-def _check_sequence(pool: KVPool, number: int, sequence: PooledSequence) -> None:
+def _check_sequence(pool: Bookkeeping, number: int, sequence: PooledSequence) -> None:
     size, pages = pool.page_size, sequence.pages
     room = len(pages) * size
     where = f"sequence {number}"

@@ -129,8 +129,8 @@ class SequencePages:
         return sequence.published
 
     def _all_agree(self, sequence: PooledSequence, i: int) -> bool:
-        """Do all holders of page `i` hold the page before it too, and agree on its tokens? What is published rests on
-        it: a page outlives those that continue it, and no holder writes to it."""
+        """Do all holders of page `i` also hold the page before it, and agree on its tokens? Only then may it be
+        published: such a page must live longer than those that continue it, and nobody may write to it."""
         page = sequence.pages[i]
         if self._allocator.refs[page] == 1:
             return True
@@ -142,7 +142,7 @@ class SequencePages:
         )
 
     def _settle(self, sequence: PooledSequence, i: int) -> None:
-        """Page `i` gets another holder: what it holds by now of agreed text is not written again."""
+        """Page `i` gets one more holder: from now on nobody writes the slots of agreed text that it holds already."""
         page = sequence.pages[i]
         shared = self._allocator.shared(page)
         for name, store in self._stores.items():

@@ -45,7 +45,7 @@ def check_pages(models: Mapping[str, PreTrainedModel], num_pages: int, page_size
     """Do the models' devices have memory for so many pages?
 
     Raises:
-        UnsupportedArgumentError: they do not, or one of the numbers is none.
+        UnsupportedArgumentError: they do not, or a number is no whole number in its range.
     """
     page_bytes = _page_bytes(models, checked_page_size(page_size))
     most = max(1, min(MOST_PAGES, _memory_for(models) // max(1, page_bytes)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from specdec.version import __version__
 
 _EXPORTS = {
     "Speculator": "specdec.speculator",
@@ -16,7 +16,7 @@ _EXPORTS = {
     "Engine": "specdec.engine",
     "patch": "specdec.patching",
     "SpecReport": "specdec.report",
-    "StepTrace": "specdec.report",
+    "StepTrace": "specdec.trace",
     "SpecdecError": "specdec.kv.errors",
     "UnsupportedModelError": "specdec.kv.errors",
     "UnsupportedArgumentError": "specdec.kv.errors",
@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     from specdec.lab.check import check
     from specdec.lab.findings import CheckReport
     from specdec.patching import patch
-    from specdec.report import SpecReport, StepTrace
+    from specdec.report import SpecReport
     from specdec.speculator import Speculator, generate
+    from specdec.trace import StepTrace
     from specdec.verify.purity import pure
 
 

@@ -33,10 +33,11 @@ class CallLock:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Waits for calls of other threads; a call from a callback of the call at hand would wait for itself.
+        """Holds the lock for one whole call: calls from other threads wait. A call from one of its own callbacks would
+        wait for itself, and is refused.
 
         Raises:
-            UnsupportedArgumentError: it is such a call.
+            UnsupportedArgumentError: it comes from a callback.
         """
         with self:
             if self.busy:

@@ -24,7 +24,7 @@ class Forked(Protocol):
 
 _known: weakref.WeakSet[Any] = weakref.WeakSet()
 _guard = Lock()
-"""Of `_known`: a set must not be added to while a fork of another thread looks through it."""
+"""Held while `_known` changes: a fork in another thread looks through it."""
 
 
 def renewed_after_fork(one: Forked) -> None:
@@ -44,8 +44,8 @@ def held_by_another(lock: Any) -> bool:
 
 
 def settle() -> None:
-    """Before work in a process that was forked: one thread. OpenMP's other threads stayed in the parent, and GNU's
-    OpenMP waits for them for ever; torch's own data loaders therefore work with one thread, too."""
+    """To be called before work: in a process that was forked torch gets one thread. OpenMP's other threads stayed in
+    the parent, and GNU's OpenMP would wait for them for ever; torch's own data loaders use one thread, too."""
     if os.getpid() != _FIRST and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
         warnings.warn(

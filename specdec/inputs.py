@@ -20,7 +20,7 @@ _ONLY_COLLECTED = {"output_attentions", "output_hidden_states"}
 
 
 def check_call(inputs: Any, config: Any, kwargs: Mapping[str, Any], ways: Mapping[str, Any]) -> None:
-    """Name what cannot be meant for this library, and what `transformers` would stumble over without a word on it.
+    """Refuse by name what cannot be meant for this library, and what `transformers` fails on without naming it.
 
     Args:
         ways: arguments of `generate` that name other ways to decode.
@@ -95,7 +95,7 @@ def checked_ids(input_ids: Tensor, target: PreTrainedModel) -> Tensor:
 
 
 def check_forced_ids(config: GenerationConfig, target: PreTrainedModel) -> None:
-    """Plain decoding meets an id that does not exist where it is to be forced, drafts meet it sooner.
+    """Refuse forced ids that do not exist: plain decoding fails where they are to be forced, drafts would fail earlier.
 
     Raises:
         UnsupportedArgumentError
@@ -146,7 +146,7 @@ def _means_text(name: str, value: Any, input_ids: Tensor, target: PreTrainedMode
 
 
 def _is_nothing(value: Any) -> bool:
-    """Models that could see hand an empty dict of features along with every text."""
+    """Whether nothing is meant: None, or the empty dict that multimodal models pass along with every text."""
     return value is None or (isinstance(value, dict) and not value)
 
 

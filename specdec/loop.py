@@ -18,10 +18,11 @@ from specdec.kv.support import num_cache_layers, text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.plain_order import NOTHING_LEFT, PlainBatch, PlainOrder
-from specdec.report import SpecReport, StepTrace, Stopwatch
+from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.stopping import StopRules
 from specdec.target import TARGET, TargetPasses
+from specdec.trace import StepTrace, Stopwatch
 from specdec.verify import DraftTree, NoiseStream, Rows, SamplingLaw
 from specdec.verify.draft_kind import NO_DRAFTS
 from specdec.verify.passes.strict_mode import StrictMode

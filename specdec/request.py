@@ -19,7 +19,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.exchange import cached_tokens, check_adoptable
 from specdec.kv.limits import shown
 from specdec.kv.versions import CACHE_KEYWORD, cache_in
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 
 SAME_TEXT_CACHES = frozenset(ALL_STATIC_CACHE_IMPLEMENTATIONS) | {"offloaded"}
 """Names of `cache_implementation` that choose where K/V lies, not what it is: a call that does not return its cache has
@@ -70,7 +70,7 @@ def refuse_config(config: GenerationConfig) -> str | None:
     """Name what cannot be honoured, before any work is done.
 
     Returns:
-        a note for the report on what is served without being followed, if anything.
+        a note for the report about settings that are accepted but change nothing, if there are any.
 
     Raises:
         UnsupportedArgumentError

@@ -30,9 +30,10 @@ from specdec.pairing.loading import open_pair
 from specdec.pairing.schema import Pair
 from specdec.planner.factory import PlannerFactory
 from specdec.planner.options import Options
-from specdec.report import SpecReport, StepTrace
+from specdec.report import SpecReport
 from specdec.request import build_request
 from specdec.stopping import FROM_CONFIG, own_stop_strings
+from specdec.trace import StepTrace
 from specdec.verify.purity import in_plain_order
 from specdec.verify.rules import check_choice, check_order
 from specdec.verify.selfcheck import check_text

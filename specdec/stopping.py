@@ -21,8 +21,8 @@ FROM_CONFIG = object()
 
 
 class Opinions:
-    """What criteria that may keep state said of one row's text: in a step that is taken again after Ctrl-C nobody is
-    asked twice."""
+    """Answers of criteria that may keep state, about one row's text. They are remembered for one step: if it is taken
+    again after Ctrl-C, no criterion is asked twice."""
 
     def __init__(self) -> None:
         self._said: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -72,9 +72,9 @@ class StopRules:
     we (`finish_line`), because those tokens are part of its output.
 
     Attributes:
-        stream: given every token `[rows]` once the criteria were asked about it and before they are asked about the
-            next one, as plain `generate` feeds a streamer: the two may know each other. Not where the rows of a batch
-            are looked through one by one; those criteria know nobody.
+        stream: given every token `[rows]` after the criteria were asked about it and before they are asked about the
+            next one, as plain `generate` feeds a streamer: criterion and streamer may be connected. Not used where rows
+            are looked through one by one (`scan`): those criteria keep no state.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, rows: Rows, memory: Opinions | None = None):

@@ -127,8 +127,8 @@ class TargetPasses:
         """The tree again, level by level, down to the first level with NaN: drafts may lead where plain decoding
         never goes, and one such node spoils all others of its row (hidden slots enter attention as 0 * NaN).
 
-        Sampled nodes of that level stay, as leaves: to withdraw them because of what they turned out to be would
-        bias the output, to draft no further does not (algorithms B.5). Deterministic ones are dropped.
+        In a tree with sampled nodes that level stays, as leaves: to withdraw nodes because of what they turned out to
+        be would bias the output, to draft no further does not (algorithms B.5). A deterministic tree loses the level.
 
         All rows are cut at that level. So a healthy row beside a sick one keeps its law, but it may get fewer tokens in
         this step, and its later noise then belongs to other positions: with a seed its sampled text may be another one.

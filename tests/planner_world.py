@@ -13,7 +13,7 @@ from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
 from specdec.planner.options import Option
 from specdec.planner.summary import PlanReport
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 from specdec.verify.draft_kind import DraftKind
 
 DEPTH = 12

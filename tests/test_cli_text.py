@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_pair import byte_tokenizer
 
 from specdec.cli.text import Detokenizer, Screen, Writer, has_colours
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 
 TOKENIZER = byte_tokenizer()
 

@@ -1,4 +1,4 @@
-"""Every code block of the README and of docs/ runs; the site builds without a warning."""
+"""Every code block of the README and of docs/ runs; the site builds without a warning; what the code cites is there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from source_files import ROOT, sources
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -20,12 +21,12 @@ import specdec
 from specdec.cli.app import app
 from specdec.shipped import pair_folder
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 QUICK = {"doctor", "generate", "pairs"}
 """Commands that are run as they stand; of the others only the options are checked."""
 MOST_NOT_RUN = 5
+LONGEST_LINE = 200
 
 
 def blocks(page: Path, language: str, reason: bool = False) -> list[re.Match[str]]:
@@ -99,6 +100,25 @@ def test_nothing_is_shown_in_a_language_that_nobody_checks() -> None:
     every = [(page.name, match["reason"]) for page in PAGES for match in BLOCK.finditer(page.read_text())]
     skipped = [(name, reason) for name, reason in every if reason]
     assert len(skipped) <= MOST_NOT_RUN, skipped
+
+
+def test_every_cited_section_of_the_algorithms_is_there() -> None:
+    """Code cites "algorithms A.4, B.5" or, where the page is clear, "A.4" alone."""
+    headings = re.findall(r"^#+ ([ABC]\.\d+[a-z]?(?:\.\d+)?) ", (ROOT / "docs" / "algorithms.md").read_text(), re.M)
+    cited = {
+        section: f"{path.relative_to(ROOT)} cites {section}"
+        for path in [*sources(), *(ROOT / "tests").rglob("*.py")]
+        for section in re.findall(r"(?<![\w.])[ABC]\.\d+[a-z]?(?:\.\d+)?(?!\w)", path.read_text())
+    }
+    assert len(cited) > 12
+    assert len(set(headings)) == len(headings)
+    assert not set(cited) - set(headings), [cited[section] for section in set(cited) - set(headings)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "experiments" / "LOG.md"], ids=lambda page: page.name)
+def test_no_line_is_too_long_to_read_or_to_compare(page: Path) -> None:
+    long = [i for i, line in enumerate(page.read_text().splitlines(), 1) if len(line) > LONGEST_LINE]
+    assert not long, f"lines {long} have more than {LONGEST_LINE} characters"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

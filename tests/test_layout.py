@@ -10,43 +10,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from source_files import FLOORS, FOLDERS, ROOT, floor_of_file, floor_of_module, sources
 
-ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ["kv", "verify", "drafters", "specdec", "experiments", "specdec.cli"]
-"""Lowest first. A floor imports itself and what lies below it."""
-FOLDERS = ["kv", "verify", "drafters", "experiments"]
-"""Folders at the top of the repository that are imported as `specdec.<folder>` through a symlink."""
 MAX_LINES = 300
-
-
-def _floor_of_file(path: Path) -> str:
-    parts = path.relative_to(ROOT).parts
-    if parts[:2] == ("specdec", "cli") or parts == ("specdec", "__main__.py"):
-        return "specdec.cli"
-    return parts[0]
-
-
-def _floor_of_module(name: str) -> str | None:
-    """The floor a dotted module name belongs to, None if it is not ours."""
-    parts = name.split(".")
-    if parts[0] != "specdec":
-        return None
-    if len(parts) > 1 and parts[1] in FOLDERS:
-        return parts[1]
-    return "specdec.cli" if parts[1:2] == ["cli"] else "specdec"
-
-
-def _sources() -> Iterator[Path]:
-    """Every Python file of the library, each once: symlinks are not followed. Notebooks are no part of it."""
-    for top in ["specdec", *FOLDERS]:
-        for folder, names, files in os.walk(ROOT / top):
-            skipped = {"__pycache__", "notebooks"}
-            names[:] = [name for name in names if name not in skipped and not Path(folder, name).is_symlink()]
-            yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -69,7 +38,7 @@ def upward_imports(floor: str, source: str) -> list[tuple[int, str]]:
     rank = FLOORS.index(floor)
     found = []
     for line, name in _imports(ast.parse(source)):
-        other = _floor_of_module(name)
+        other = floor_of_module(name)
         if other is not None and FLOORS.index(other) > rank:
             found.append((line, name))
     return found
@@ -77,8 +46,8 @@ def upward_imports(floor: str, source: str) -> list[tuple[int, str]]:
 
 def test_imports_go_down_only() -> None:
     wrong = []
-    for path in _sources():
-        floor = _floor_of_file(path)
+    for path in sources():
+        floor = floor_of_file(path)
         wrong += [f"{path.relative_to(ROOT)}:{line} imports {name}" for line, name in
                   upward_imports(floor, path.read_text())]  # fmt: skip
     assert not wrong, "imports go cli -> experiments -> specdec -> drafters -> verify -> kv:\n" + "\n".join(wrong)
@@ -137,7 +106,7 @@ def _settings() -> dict[str, Any]:
 
 def test_every_package_is_listed() -> None:
     here = {"specdec"}
-    for path in _sources():
+    for path in sources():
         if path.name == "__init__.py":
             parts = path.parent.relative_to(ROOT).parts
             here.add(".".join(parts if parts[0] == "specdec" else ("specdec", *parts)))
@@ -148,12 +117,12 @@ def test_every_package_is_listed() -> None:
 
 
 def test_every_module_lies_in_a_package() -> None:
-    lost = [str(path.relative_to(ROOT)) for path in _sources() if not (path.parent / "__init__.py").is_file()]
+    lost = [str(path.relative_to(ROOT)) for path in sources() if not (path.parent / "__init__.py").is_file()]
     assert not lost, f"without an __init__.py beside them these are left out of the wheel: {lost}"
 
 
 def test_no_source_file_is_too_long() -> None:
-    files = [*_sources(), *(ROOT / "tests").rglob("*.py")]
+    files = [*sources(), *(ROOT / "tests").rglob("*.py")]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     long = {name: count for name, count in lengths.items() if count > MAX_LINES}
     assert not long, f"split by idea, not by size; at most {MAX_LINES} lines: {long}"
@@ -161,7 +130,7 @@ def test_no_source_file_is_too_long() -> None:
 
 def test_no_path_of_one_machine() -> None:
     pattern = re.compile(r"(?<![\w.])/(home|root|Users|work|mnt|opt)/\w")
-    texts = [*_sources(), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    texts = [*sources(), *(ROOT / "tests").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     texts += [ROOT / name for name in ("Makefile", "pyproject.toml", "constraints.txt", ".ci/run")]
     texts += (ROOT / "experiments").rglob("*.md")
     found = [
@@ -181,7 +150,7 @@ def test_only_one_module_knows_what_a_cache_is_called() -> None:
     knowing = ("versions.py", "test_versions.py", "test_smoke_generate.py", "test_layout.py")
     found = [
         f"{path.relative_to(ROOT)}:{number}"
-        for path in [*_sources(), *(ROOT / "tests").rglob("*.py")]
+        for path in [*sources(), *(ROOT / "tests").rglob("*.py")]
         if path.name not in knowing
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if pattern.search(line)
@@ -217,7 +186,7 @@ def test_every_lazy_export_exists() -> None:
 def test_the_structure_page_names_every_module() -> None:
     page = (ROOT / "docs" / "structure.md").read_text()
     named = set(re.findall(r"^- `([\w/]+\.py)`: \S", page, flags=re.MULTILINE))
-    here = {str(path.relative_to(ROOT)) for path in _sources() if path.name != "__init__.py"}
+    here = {str(path.relative_to(ROOT)) for path in sources() if path.name != "__init__.py"}
     assert named == here, "docs/structure.md has one sentence per module"
 
 

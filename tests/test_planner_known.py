@@ -19,7 +19,7 @@ from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
 from specdec.planner.options import Option
 from specdec.planner.store import CostStore, fingerprint
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 from specdec.verify.draft_kind import DraftKind
 
 TARGET = tiny_llama(0)

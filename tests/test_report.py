@@ -15,7 +15,8 @@ from specdec import ModelDrafter, Speculator, StepTrace
 from specdec.drafters import BestFirst
 from specdec.monitor import AcceptanceMonitor
 from specdec.planner.summary import PlanReport
-from specdec.report import SpecReport, Stopwatch
+from specdec.report import SpecReport
+from specdec.trace import Stopwatch
 from specdec.verify import DraftTree, Topology, Verdict
 from specdec.verify.rules.base import Expected
 

@@ -11,7 +11,7 @@ from statistics import mean
 import pytest
 import torch
 from oracle.enumerate import distance, step_law
-from oracle.instances import Instance, Law, Number, Prefix, Spec, prefixes
+from oracle.instances import Instance, Law, Number, Prefix, Spec, context_free, prefixes
 from oracle.production import draft_everything, production_law
 from oracle.reference import Coins, Rule, Tree, block_laws, block_residual, norm, one_hot, positive, without
 from oracle.tree_reference import REFERENCES, Emitted, flow_shares
@@ -196,6 +196,25 @@ class KeepsBestOfTwo(Instance):
             return [([], 1)]
         pairs = [((a, b), q[a] * q[b]) for a in range(self.vocab) for b in range(self.vocab)]
         return [([(max(pair, key=q.__getitem__), True)], weight) for pair, weight in pairs]
+
+
+class WithdrawsFixed(Instance):
+    """Proposes token 0 and one drawn token, and withdraws token 0 where the drawn one is token 1."""
+
+    def proposals(self, prefix: Prefix) -> list[tuple[list[tuple[int, bool]], Number]]:
+        return [
+            ([(token, sampled) for token, sampled in children if sampled or (1, True) not in children], weight)
+            for children, weight in super().proposals(prefix)
+        ]
+
+
+def test_a_fixed_token_withdrawn_for_what_was_drawn_after_it_biases_the_text() -> None:
+    """The example of algorithms B.5."""
+    half, p = Fraction(1, 2), (Fraction(5, 10), Fraction(4, 10), Fraction(1, 10))
+    honest = context_free(p, (0 * half, half, half), MIXED, 1)
+    drafter = WithdrawsFixed(honest.vocab, honest.depth, honest.p, honest.q, honest.specs)
+    laws = [step_law(instance, REFERENCES["traversal"]).emitted for instance in (honest, drafter)]
+    assert [sum(m for text, m in law.items() if text[0] == 0) for law in laws] == [half, Fraction(35, 100)]
 
 
 @pytest.mark.parametrize("rule", [*CHAIN_RULES, "budget_flow"])

@@ -13,8 +13,8 @@ from specdec.experiments.accept.models import Models
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.watch import Watch
 from specdec.experiments.workloads import Prompt
-from specdec.report import StepTrace
 from specdec.speculator import Speculator
+from specdec.trace import StepTrace
 
 KIND_LETTERS = {"accepted": "a", "recovered": "r", "bonus": "b"}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from specdec.experiments.laws.world import COMMON, NEW, PROMPTS, SETTINGS
-from specdec.report import StepTrace
 from specdec.speculator import Speculator
+from specdec.trace import StepTrace
 
 
 class Texts(NamedTuple):

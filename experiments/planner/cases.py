@@ -14,7 +14,8 @@ import specdec
 from specdec.drafters import NgramDrafter
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.pair import Pair, prompt_batches
-from specdec.report import SpecReport, StepTrace
+from specdec.report import SpecReport
+from specdec.trace import StepTrace
 
 MODEL_KS = (1, 2, 3, 4, 6, 8, 10, 12)
 NGRAM_KS = (1, 2, 4, 6, 10)

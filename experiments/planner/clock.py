@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from specdec.experiments.planner.cases import Generate
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from specdec.experiments.accept.setting import Setting
 from specdec.experiments.accept.steps import expected_steps
 from specdec.experiments.accept.summary import Summary, summarise
 from specdec.experiments.corpus import held_out_prompts
-from specdec.report import StepTrace
 from specdec.speculator import Speculator
+from specdec.trace import StepTrace
 
 DRAWN = 4
 """Stored drafts per position that expected figures are averaged over."""

@@ -82,7 +82,7 @@ class Seat:
     fixed: bool = False
 
 
-class Plan(NamedTuple):
+class Split(NamedTuple):
     """Depths for the rows that may be cut, and the tokens per unit of cost they promise."""
 
     depths: dict[int, int]
@@ -131,40 +131,42 @@ class DraftBudget:
             self._within(levels, depth, widest, fixed_gain, max([depth, *chosen]))
             for depth in range(levels.deepest + 1)
         )
-        plans = [plan for plan in found if plan is not None]  # of 0 levels, of 1, ...
-        best = max(range(len(plans)), key=lambda depth: plans[depth].rate)
-        self.expected = plans[best].rate / self.costs.scale
-        tried = self._experiment(best, plans)
-        plan = plans[tried].depths
+        splits = [split for split in found if split is not None]  # of 0 levels, of 1, ...
+        best = max(range(len(splits)), key=lambda depth: splits[depth].rate)
+        self.expected = splits[best].rate / self.costs.scale
+        tried = self._experiment(best, splits)
+        split = splits[tried].depths
         if tried != best or self._steps % _PROBE_EVERY == 0:  # rows that were left out may have changed
-            plan, _, _ = levels.within(tried, everybody=True)
-        for i, depth in plan.items():
+            split, _, _ = levels.within(tried, everybody=True)
+        for i, depth in split.items():
             chosen[i] = depth
         return chosen
 
-    def _within(self, levels: _Levels, depth: int, widest: int, gain: float, deepest: int) -> Plan | None:
-        """The plan in which rows have up to `depth` levels, beside rows that bring `gain` and draft `widest` nodes for
+    def _within(self, levels: _Levels, depth: int, widest: int, gain: float, deepest: int) -> Split | None:
+        """The split in which rows have up to `depth` levels, beside rows that bring `gain` and draft `widest` nodes for
         certain; None where the nodes do not suffice for any row to get that deep."""
-        plan, added, nodes = levels.within(depth)
-        if max(plan.values()) < depth:
+        split, added, nodes = levels.within(depth)
+        if max(split.values()) < depth:
             return None
         tokens = levels.num_rows * (1 + max(widest, nodes))  # the pass is as wide for every row as for the widest
-        return Plan(plan, (gain + added) / self.costs.cost(tokens, deepest), tokens, deepest)
+        return Split(split, (gain + added) / self.costs.cost(tokens, deepest), tokens, deepest)
 
-    def _experiment(self, best: int, plans: Sequence[Plan]) -> int:
-        """The best plan, or another one where it is time to learn what that brings."""
-        hope = plans[best].rate / _HOPE
+    def _experiment(self, best: int, splits: Sequence[Split]) -> int:
+        """The best split, or another one where it is time to learn what that brings."""
+        hope = splits[best].rate / _HOPE
         unknown = [
-            i for i, plan in enumerate(plans) if plan.rate > hope and not self.costs.known(plan.tokens, plan.levels)
+            i
+            for i, split in enumerate(splits)
+            if split.rate > hope and not self.costs.known(split.tokens, split.levels)
         ]
         if unknown:
-            return max(unknown, key=lambda depth: plans[depth].rate)
+            return max(unknown, key=lambda depth: splits[depth].rate)
         self._credit += PROBING
         other = best - 1 if self._trials % 3 == 2 else best + 1  # deeper levels are known least
-        if not 0 <= other < len(plans):
+        if not 0 <= other < len(splits):
             self._trials += 1
             return best
-        if self._credit < max(1 - plans[other].rate / plans[best].rate, PROBING * _PROBE_EVERY):
+        if self._credit < max(1 - splits[other].rate / splits[best].rate, PROBING * _PROBE_EVERY):
             return best
         self._credit = 0.0
         self._trials += 1
@@ -199,12 +201,12 @@ class _Levels:
         Args:
             everybody: also rows that gain next to nothing.
         """
-        plan, added, left = dict.fromkeys(self._free, 0), 0.0, self._most
+        split, added, left = dict.fromkeys(self._free, 0), 0.0, self._most
         for _, level, i, gain in self._entries:
             useless = gain < _LEAST_GAIN and level in self._useful and not everybody
-            if level >= depth or plan[i] != level or useless:
+            if level >= depth or split[i] != level or useless:
                 continue
             nodes = self._seats[i].nodes[level + 1] - self._seats[i].nodes[level]
             if nodes <= left:
-                plan[i], left, added = level + 1, left - nodes, added + gain
-        return plan, added, max(self._seats[i].nodes[own] for i, own in plan.items())
+                split[i], left, added = level + 1, left - nodes, added + gain
+        return split, added, max(self._seats[i].nodes[own] for i, own in split.items())

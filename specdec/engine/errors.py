@@ -16,8 +16,8 @@ class EngineClosedError(SpecdecError, RuntimeError):
 
 
 class RequestFaultError(SpecdecError, RuntimeError):
-    """A request's own code failed: a logits processor, prefix function or stopping criterion raised, or gave what is no
-    law. It ended with this error, nobody else did.
+    """A request's own code failed: a logits processor, prefix function or stopping criterion raised, or left no valid
+    law. Only this request ended with the error.
 
     Attributes:
         request: the handle's id. step: its decoding step (0 = first after the prefill).
@@ -46,7 +46,7 @@ class EngineFaultError(SpecdecError, RuntimeError):
 
 
 def refuse_forked(process: int) -> None:
-    """Requests, and the thread that may be in the middle of a step, are those of the process an engine was made in.
+    """Refuse to work in a forked child: requests, and the thread that may be in the middle of a step, stayed behind.
 
     Raises:
         EngineClosedError: this is a child of that process.

@@ -86,10 +86,10 @@ class Intake:
         )
 
     def _try(self, request: Request) -> None:
-        """What its lane will make of the request is made here once: what fails does so before anything has begun.
+        """Make once, on trial, what the request's lane will make of it: what fails does so before anything has begun.
 
-        `transformers`' own processors that look at token ids are asked once as well: some find out in their first call
-        that an id is none of the model's. Nobody else's code is called.
+        `transformers`' own processors that look at token ids are called once as well, since some check those ids in
+        their first call only. No other code of the request is called.
         """
         for what, things in (("logits processor", request.processors), ("stopping criterion", request.criteria)):
             for thing in things:

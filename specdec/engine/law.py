@@ -14,7 +14,7 @@ from specdec.verify import Rows, SamplingLaw
 from specdec.verify.law import PREFIX_FREE
 
 _WARPERS = PREFIX_FREE - {SuppressTokensLogitsProcessor}
-"""They leave something possible whatever they are given."""
+"""Processors that never exclude every token."""
 _PLAIN_VALUES = (int, float, bool, str, type(None))
 
 

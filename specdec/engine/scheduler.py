@@ -50,8 +50,8 @@ class Chunk(NamedTuple):
 class Scheduler:
     """Waiting, prefilling and running requests, and the pages they hold.
 
-    The most urgent request that has pages is never made to give them up, so every step gets someone further and every
-    request ends. Among waiting requests nobody overtakes for being short.
+    The most urgent request that has pages never has to give them up. So every step advances some request, and every
+    request ends. Among waiting requests a short one does not overtake.
 
     Args:
         leave: takes a running request out of its lane.
@@ -203,7 +203,7 @@ class Scheduler:
         return active[-1] if active and active[-1].granted > task.params.priority else None
 
     def _prefix_is_coming(self, task: Task) -> bool:
-        """Is another request prefilling pages that this one could share, once they are there?"""
+        """Is another request prefilling pages that this one could share soon?"""
         size = self.pool.page_size
         text = task.text[: task.wanted]
         shared = max((_common(text, other.text[: other.wanted]) for other in self.prefilling), default=0) // size * size

@@ -112,7 +112,7 @@ def check(
 
 
 def _unplanned(drafter: Drafter | None) -> Drafter | None:
-    """Where every step would be planned: the first option at every step, chains of the usual length."""
+    """The drafter to check: where every step would be planned, the first option with chains of the usual length."""
     if not isinstance(drafter, Options):
         return drafter
     first = drafter.options[0].drafter

@@ -14,9 +14,9 @@ from specdec.kv.versions import cached
 from specdec.lab.findings import Finding, Status
 from specdec.loop import DecodeLoop
 from specdec.monitor import Monitor
-from specdec.report import StepTrace
 from specdec.speculator import Speculator
 from specdec.target import TARGET
+from specdec.trace import StepTrace
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 """Largest relative error of one token's keys or values in one layer. Those of another token, or of this token at

@@ -15,8 +15,8 @@ from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.lab.findings import Finding
 from specdec.lab.reference import MAX_ENTRIES, Position, Reference, places
 from specdec.lab.stats import GTest, detectable_tv, g_test_strata, g_test_two_samples, uniform_bins
-from specdec.report import StepTrace
 from specdec.speculator import Speculator
+from specdec.trace import StepTrace
 
 STRATA = 16
 """First tokens, the likeliest of each prompt, after which the second token is judged cell by cell."""

@@ -1,16 +1,14 @@
-"""What became of the drafts of one call: acceptance by depth and siblings, for every row, slowly forgotten."""
+"""Acceptance in one call, by depth and number of siblings, for every row; earlier steps weigh ever less."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from specdec.planner.decayed_counts import DecayedCounts, Widths
-
-if TYPE_CHECKING:
-    from specdec.report import StepTrace
+from specdec.trace import StepTrace
 
 PRIOR_ACCEPTANCE = 0.7
 """Acceptance believed of a drafter nothing is known of: most people's drafters are useful."""

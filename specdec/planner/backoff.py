@@ -35,9 +35,10 @@ class ProbeBackoff:
         return False
 
     def too_late(self, left: int | None) -> bool:
-        """Is this a probe whose finding would serve fewer tokens than were waited for it?
+        """Is this a probe for which too little of the text is left?
 
-        What changed during a wait is worth what is left; near the end of a text it is not asked, nor again after that.
+        What a probe finds serves the tokens that are left. Where these are fewer than the steps that were waited, the
+        probe is dropped, and no further one is made.
 
         Args:
             left: tokens that the longest row may still get; None without a limit.

@@ -1,4 +1,4 @@
-"""What the decode loop asks of whoever plans its steps."""
+"""What the decode loop asks of a planner: how much every step drafts, and with what."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from specdec.drafters import Budget
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 
 
 class Planner(Protocol):

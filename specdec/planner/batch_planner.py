@@ -1,4 +1,4 @@
-"""Which drafter, how deep, now: the plan of every step of one call, and when to decode plainly instead."""
+"""Which drafter, how deep, now: one draft for all rows of a call at every step, and when to decode plainly instead."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from specdec.planner.decayed_counts import HitRates
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.risk_budget import TRIES, Debt, RiskBudget, why_plain
 from specdec.planner.summary import PlanReport
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 from specdec.verify.draft_kind import DraftKind
 
 PROBE_DEPTH = 2
 PROBE_FADE = 0.6
 """What is left of the evidence when a probe asks whether it still holds."""
 LONGEST_HOLD = 8
-"""Steps that a plan is kept for at most before all candidates are looked at again."""
+"""Steps that a choice is kept for at most before all candidates are looked at again."""
 _ASKING = 0.005
 """Share of a plain step that asking an option that may be empty costs."""
 _CHAINS = DraftKind("chain", "deterministic")
@@ -33,22 +33,22 @@ _CHAINS = DraftKind("chain", "deterministic")
 class BatchPlanner(Planner):
     """Plans one call: before every step `budget`, after it `learn`.
 
-    A plan maximises expected tokens per millisecond over all live rows, unless that would end the batch later, from
-    the cost table, the acceptance seen in this call and what was `known` before it. The clock is never asked, so the
-    same call with the same table and knowledge is planned the same way again, and nothing a plan looks at was drawn in
-    the step it is for (algorithms B.5).
+    It chooses what promises most tokens per millisecond over all live rows, unless that would end the batch later. It
+    looks at the cost table, at the acceptance seen in this call, and at what was `known` before it. It never asks the
+    clock: the same call with the same table and knowledge is planned the same way again. Nothing it looks at was drawn
+    in the step the choice is for (algorithms B.5).
 
-    A plan holds for 1, 2, 4 and then 8 steps as long as a new look confirms it, and ends at once where drafts have lost
-    time since: planning should cost less than it can gain.
+    A choice holds for 1, 2, 4 and then 8 steps as long as a new look confirms it, and ends at once where drafts have
+    lost time since: planning should cost less than it can gain.
 
     Args:
         options: what can be drafted with.
         costs: live rows -> their table.
         rows, prompt_tokens: of the call.
-        known: what earlier drafts tell, if any. explores: whether near rivals of the best plan are tried as well.
+        known: what earlier drafts tell, if any. explores: whether near rivals of the best candidate are tried as well.
 
     Attributes:
-        explorer: times of the steps of all rows. No plan looks at them.
+        explorer: times of the steps of all rows. No choice looks at them.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class BatchPlanner(Planner):
         self._risk: RiskBudget | None = None
         self._backoff = ProbeBackoff()
         self._current: tuple[int, int] | None = None
-        self._plans: dict[int, Candidate] = {}
+        self._chosen: dict[int, Candidate] = {}
         self._last = OptionBudget((), 0)
         self._now: Situation | None = None
         self._fresh, self._hold, self._debt = 0, 1, 0.0
@@ -105,67 +105,67 @@ class BatchPlanner(Planner):
         return times
 
     def _plainly(self, rows: int) -> OptionBudget:
-        self._plans, self._fresh = {}, 0
+        self._chosen, self._fresh = {}, 0
         if rows not in self._plain:
             self._plain[rows] = OptionBudget((0,) * rows, 0)
         return self._plain[rows]
 
     def _again(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int]) -> OptionBudget | None:
-        """The last plan, for the rows that are still there; None where it does not fit them."""
+        """The last budget, for the rows that are still there; None where it does not fit them."""
         now = self._now
         assert now is not None
-        deepest = max(plan.depth for plan in self._plans.values())
+        deepest = max(one.depth for one in self._chosen.values())
         if now.live == live and all(tokens is None or tokens > deepest for tokens in left):
             return self._last
         if all(tokens is not None and tokens <= deepest for tokens in left):  # nobody can use it: the call is ending
             return None
         now = self._now = Situation(live, left, self._options.max_depth, self._times_of, lengths)
-        plan: OptionBudget | None = self._last
+        budget: OptionBudget | None = self._last
         chain: list[OptionBudget] = []
-        while plan is not None:
-            chain.append(plan)
-            plan = plan.otherwise
+        while budget is not None:
+            chain.append(budget)
+            budget = budget.otherwise
         for old in reversed(chain):
-            plan = self._planned(self._plans[old.option], now, min(old.least_rows, now.rows), plan)
-        assert plan is not None
-        self._last = plan
-        return plan
+            budget = self._budget(self._chosen[old.option], now, min(old.least_rows, now.rows), budget)
+        assert budget is not None
+        self._last = budget
+        return budget
 
     def _choose(self, now: Situation, risk: RiskBudget) -> OptionBudget:
-        self._plans = {}
-        plan: OptionBudget | None = None
+        self._chosen = {}
+        budget: OptionBudget | None = None
         best = self._best(now, risk)
         if best is not None:
-            self._plans[best.option] = best
-            plan = self._planned(best, now)
+            self._chosen[best.option] = best
+            budget = self._budget(best, now)
         for i, option in enumerate(self._choices):
             if option.may_be_empty:
-                ahead = self._ahead(i, now, risk, now.plain_rate if best is None else best.rate, plan)
-                if ahead is plan and plan is not None and option.drafter.kind == _CHAINS:
-                    ahead = replace(plan, beside=i)  # not worth a pass, but what it would have drafted shows later
-                plan = ahead
-        if plan is None:
+                ahead = self._ahead(i, now, risk, now.plain_rate if best is None else best.rate, budget)
+                if ahead is budget and budget is not None and option.drafter.kind == _CHAINS:
+                    ahead = replace(budget, beside=i)  # not worth a pass, but what it would have drafted shows later
+                budget = ahead
+        if budget is None:
             return self._stop(now)
-        if best is not None and plan.option == best.option and now.rows == self._whole and not self._backoff.probing:
+        if best is not None and budget.option == best.option and now.rows == self._whole and not self._backoff.probing:
             due, allowed = self.explorer.due(best), partial(self._allowed, now=now, risk=risk)
             other = self.explorer.other(best, self._good(now), allowed, self.report.table_ms) if due else None
             if other is not None:
-                self._plans, self._fresh = {other.option: other}, 0
-                return self._planned(other, now)
+                self._chosen, self._fresh = {other.option: other}, 0
+                return self._budget(other, now)
         if self._backoff.begins:
             for history in self._families.values():
                 history.fade(PROBE_FADE)
         self._backoff.go()
-        chosen = best if best is not None else self._plans[plan.option]
+        chosen = best if best is not None else self._chosen[budget.option]
         confirmed = risk.debt.ms < 0 and (chosen.option, chosen.depth) == self._current
         self._hold = min(2 * self._hold, LONGEST_HOLD) if confirmed else 1
         self._fresh, self._debt = self._hold - 1, risk.debt.ms
         self._current = (chosen.option, chosen.depth)
-        self._last = plan if plan.beside is None else replace(plan, beside=None)  # once per look is listened
-        return plan
+        self._last = budget if budget.beside is None else replace(budget, beside=None)  # once per look is listened
+        return budget
 
     def _best(self, now: Situation, risk: RiskBudget) -> Candidate | None:
-        """The fastest affordable plan that beats plain decoding; a probe's is the fastest small one."""
+        """The fastest affordable candidate that beats plain decoding; a probe's is the fastest small one."""
         good = self._good(now)
         for tries in (1,) if self._backoff.probing else range(TRIES, 0, -1):
             best = fastest(good, self._current, partial(self._allowed, now=now, risk=risk, tries=tries))
@@ -174,30 +174,33 @@ class BatchPlanner(Planner):
         return None
 
     def _good(self, now: Situation) -> list[Candidate]:
-        """All plans, of options that are never empty, that beat plain decoding; a probe's are all small ones."""
+        """All candidates, of options that are never empty, that beat plain decoding; a probe's are all small ones."""
         probing = self._backoff.probing
         least = 0.0 if probing else MARGIN * now.plain_rate
         return [
-            plan
+            one
             for i, option in enumerate(self._choices)
             if not option.may_be_empty
-            for plan in candidates(i, option, self._history[i], now, least=least)
-            if not probing or self._small(plan)
+            for one in candidates(i, option, self._history[i], now, least=least)
+            if not probing or self._small(one)
         ]
 
-    def _allowed(self, plan: Candidate, now: Situation, risk: RiskBudget, tries: int = 1) -> bool:
+    def _allowed(self, candidate: Candidate, now: Situation, risk: RiskBudget, tries: int = 1) -> bool:
         """Is it affordable, and does the batch not end later by it? (A probe may.)"""
-        return self._affordable(plan, now, risk, tries) and (self._backoff.probing or self._in_time(plan, now))
+        return self._affordable(candidate, now, risk, tries) and (
+            self._backoff.probing or self._in_time(candidate, now)
+        )
 
-    def _small(self, plan: Candidate) -> bool:
-        return plan.depth <= PROBE_DEPTH or not self._choices[plan.option].any_depth
+    def _small(self, candidate: Candidate) -> bool:
+        return candidate.depth <= PROBE_DEPTH or not self._choices[candidate.option].any_depth
 
-    def _in_time(self, plan: Candidate, now: Situation) -> bool:
-        return ends_sooner(plan, self._choices[plan.option], self._history[plan.option], now)
+    def _in_time(self, candidate: Candidate, now: Situation) -> bool:
+        return ends_sooner(candidate, self._choices[candidate.option], self._history[candidate.option], now)
 
-    def _affordable(self, plan: Candidate, now: Situation, risk: RiskBudget, tries: int = 1) -> bool:
+    def _affordable(self, candidate: Candidate, now: Situation, risk: RiskBudget, tries: int = 1) -> bool:
         waited = self._backoff.waited if self._backoff.probing else None
-        return risk.affordable(plan, self._history[plan.option], now, self._current is not None, waited, tries)
+        history, in_use = self._history[candidate.option], self._current is not None
+        return risk.affordable(candidate, history, now, in_use, waited, tries)
 
     def _ahead(
         self, index: int, now: Situation, risk: RiskBudget, rate: float, otherwise: OptionBudget | None
@@ -205,24 +208,25 @@ class BatchPlanner(Planner):
         """`otherwise` (which promises `rate`), with an option that may be empty asked before it where that pays."""
         option, share, probing = self._choices[index], self._hit_rates.share(index), self._backoff.probing
         expected = max(1, round(share * now.rows))
-        plans = candidates(index, option, self._history[index], now, expected)
-        plan = max((one for one in plans if not probing or self._small(one)), key=lambda one: one.rate)
-        gain = (plan.tokens - now.rows) / expected
-        least = max(1, ceil((MARGIN * rate * plan.ms - now.rows) / max(gain, 1e-9)))
+        found = candidates(index, option, self._history[index], now, expected)
+        candidate = max((one for one in found if not probing or self._small(one)), key=lambda one: one.rate)
+        gain = (candidate.tokens - now.rows) / expected
+        least = max(1, ceil((MARGIN * rate * candidate.ms - now.rows) / max(gain, 1e-9)))
         if not probing:
-            worth = share * (plan.rate - rate) / now.plain_rate
-            if least > now.rows or worth < _ASKING or not self._in_time(plan, now):
+            worth = share * (candidate.rate - rate) / now.plain_rate
+            if least > now.rows or worth < _ASKING or not self._in_time(candidate, now):
                 return otherwise
-        if not self._affordable(plan, now, risk):
+        if not self._affordable(candidate, now, risk):
             return otherwise
-        self._plans[index] = plan
-        return self._planned(plan, now, min(least, now.rows), otherwise)
+        self._chosen[index] = candidate
+        return self._budget(candidate, now, min(least, now.rows), otherwise)
 
-    def _planned(
-        self, plan: Candidate, now: Situation, least: int = 0, otherwise: OptionBudget | None = None
+    def _budget(
+        self, candidate: Candidate, now: Situation, least: int = 0, otherwise: OptionBudget | None = None
     ) -> OptionBudget:
-        depths = tuple([min(plan.depth, limit) for _, limit in now.limits_of(self._choices[plan.option])])
-        return OptionBudget(depths, self._choices[plan.option].drafter.max_nodes, plan.option, least, otherwise)
+        option = self._choices[candidate.option]
+        depths = tuple([min(candidate.depth, limit) for _, limit in now.limits_of(option)])
+        return OptionBudget(depths, option.drafter.max_nodes, candidate.option, least, otherwise)
 
     def _stop(self, now: Situation) -> OptionBudget:
         self.report.why_plain = why_plain(self._choices, self._history, now)
@@ -238,32 +242,32 @@ class BatchPlanner(Planner):
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
         assert self._risk is not None
         rows, emitted = len(trace.rows), len(trace.rows) + sum(trace.accepted)
-        plans, used = self._plans, self._options.used
-        if plans:
+        chosen, used = self._chosen, self._options.used
+        if chosen:
             for index, found in self._options.asked:
                 self._hit_rates.add(index, found / rows)
             if self._options.heard is not None:
                 self._hear(*self._options.heard, trace)
-        if used in plans and any(trace.drafted):
-            self._learn_drafts(plans[used], trace, reached, emitted)
+        if used in chosen and any(trace.drafted):
+            self._learn_drafts(chosen[used], trace, reached, emitted)
             return
         self._risk.plain(ceil(emitted / rows))
         if self._backoff.probing:
             self._current = None
             self._backoff.found_nothing()
-        if not plans:  # no time went into asking for a draft
+        if not chosen:  # no time went into asking for a draft
             self._time(PLAIN, trace)
         self.report.add("plain", self._times_of(rows).plain, rows, trace, emitted)
 
-    def _learn_drafts(self, plan: Candidate, trace: StepTrace, reached: Sequence[int], emitted: int) -> None:
+    def _learn_drafts(self, candidate: Candidate, trace: StepTrace, reached: Sequence[int], emitted: int) -> None:
         now, risk = self._now, self._risk
         assert now is not None
         assert risk is not None
-        index, rows = plan.option, len(trace.rows)
+        index, rows = candidate.option, len(trace.rows)
         option, history = self._choices[index], self._history[index]
-        ms, tokens = plan.ms, plan.tokens
+        ms, tokens = candidate.ms, candidate.tokens
         drafting, accepted = trace.rows, trace.accepted
-        depth = min(max(trace.drafted), plan.depth) if option.any_depth else plan.depth
+        depth = min(max(trace.drafted), candidate.depth) if option.any_depth else candidate.depth
         if option.may_be_empty:  # it may have found less than it was asked for, and for fewer rows
             places = [i for i in range(rows) if trace.drafted[i]]
             drafting = [trace.rows[i] for i in places]
@@ -276,7 +280,7 @@ class BatchPlanner(Planner):
         history.add(option.widths, drafting, reached, accepted)
         risk.drafted(index, ms - emitted * now.plain_ms / rows, ceil(emitted / rows))
         self.report.num_probes += self._backoff.probing
-        name = f"{option.name} k={plan.depth}" if option.any_depth else option.name
+        name = f"{option.name} k={candidate.depth}" if option.any_depth else option.name
         self.report.add(name, ms, tokens, trace, emitted)
 
     def _time(self, kind: StepKind, trace: StepTrace) -> None:

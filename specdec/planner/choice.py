@@ -15,7 +15,7 @@ from specdec.planner.options import Option
 HORIZON = 256
 """Tokens per row that are counted on when the call's own limit is further away, or when there is none."""
 SWITCH = 1.03
-"""Another plan must promise this much more than the present one to replace it."""
+"""Another candidate must promise this much more than the present one to replace it."""
 MARGIN = 1.01
 """Drafting must promise this much more than decoding plainly."""
 
@@ -67,7 +67,7 @@ class Situation:
 
 
 class Candidate(NamedTuple):
-    """One plan and what it promises: tokens of all rows per millisecond, tokens and milliseconds per step."""
+    """An option at one depth and what it promises: tokens of all rows per millisecond, tokens and ms per step."""
 
     rate: float
     option: int
@@ -99,7 +99,7 @@ def fastest(
     good: Sequence[Candidate], current: tuple[int, int] | None, allowed: Callable[[Candidate], bool]
 ) -> Candidate | None:
     """The allowed candidate with the best rate; `current` (option, depth) unless another is clearly faster."""
-    same = next((plan for plan in good if (plan.option, plan.depth) == current), None)
+    same = next((one for one in good if (one.option, one.depth) == current), None)
     for best in sorted(good, key=itemgetter(0), reverse=True):
         if same is not None and best.rate < SWITCH * same.rate and allowed(same):
             return same
@@ -108,26 +108,27 @@ def fastest(
     return None
 
 
-def ends_sooner(plan: Candidate, option: Option, history: AcceptanceHistory, now: Situation) -> bool:
+def ends_sooner(candidate: Candidate, option: Option, history: AcceptanceHistory, now: Situation) -> bool:
     """Will the whole batch be finished sooner than plainly?
 
     More tokens per second are no gain for who waits for the slowest row: rows whose drafts are rejected pay for
     the drafts of the others, and go on alone when those have finished.
     """
     if now.rows == 1:
-        return plan.rate > now.plain_rate
-    paces = [1.0 + history.reach(option.widths, row)[min(plan.depth, limit)] for row, limit in now.limits_of(option)]
-    return _drafted_total(plan, paces, now) < _LATER * now.plain_total
+        return candidate.rate > now.plain_rate
+    limits = now.limits_of(option)
+    paces = [1.0 + history.reach(option.widths, row)[min(candidate.depth, limit)] for row, limit in limits]
+    return _drafted_total(candidate, paces, now) < _LATER * now.plain_total
 
 
-def _drafted_total(plan: Candidate, paces: Sequence[float], now: Situation) -> float:
+def _drafted_total(candidate: Candidate, paces: Sequence[float], now: Situation) -> float:
     """Milliseconds until the last row is done: drafting while that pays for the rows still running, else plainly."""
     remaining = [(float(tokens), pace) for tokens, pace in zip(now.left, paces, strict=True)]
     total = 0.0
     while remaining:
         count = len(remaining)
         times = now.times_of(count)
-        ms, plain = times.by_depth[plan.option][plan.depth], times.plain
+        ms, plain = times.by_depth[candidate.option][candidate.depth], times.plain
         drafting = sum(pace for _, pace in remaining) * plain >= count * ms
         emitted = [pace if drafting else 1.0 for _, pace in remaining]
         steps = min(tokens / each for (tokens, _), each in zip(remaining, emitted, strict=True))

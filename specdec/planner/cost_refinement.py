@@ -1,4 +1,4 @@
-"""A cost table made better by what steps really took, once calls have used it."""
+"""Cost tables corrected by what a call's steps really took, and the steps a call takes only to find out."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _RATE = 0.4
 _ENOUGH = 4
 """Steps of a kind that tell what it takes."""
 _FIRST = 8
-"""Steps by the best plan before another one is tried."""
+"""Steps by the best candidate before another one is tried."""
 _NEAR = 0.88
-"""A plan that promises this share of the best one's speed may really be the better one: tables err by as much."""
+"""A candidate that promises this share of the best one's speed may really be the better one: tables err by as much."""
 _SHARE = 0.005
 """Share of a call so far that trying others may be expected to lose."""
 
 
 class CostExplorer:
     """Times of one call's steps, by kind. A call that only ever takes the steps which its cost table calls the best can
-    never find out that the table is wrong (see `refine`).
+    never find out that the table is wrong (see `refined`).
 
     Args:
-        names: of the options. tries: whether other plans are tried. Which ones, depends on plans and counts alone, not
-            on the times.
+        names: of the options. tries: whether other candidates are tried. Which ones depends on what they promise and
+            on counts alone, not on the times.
 
     Attributes:
         took: milliseconds of steps by kind.
@@ -53,19 +53,19 @@ class CostExplorer:
         self.took.setdefault(kind, []).append(ms)
 
     def due(self, best: Candidate) -> bool:
-        """Is it time to try another plan than the best one?"""
+        """Is it time to try another candidate than the best one?"""
         return self._tries and len(self.took.get(self._kind(best), ())) >= _FIRST
 
     def other(
-        self, best: Candidate, plans: Iterable[Candidate], allowed: Callable[[Candidate], bool], spent: float
+        self, best: Candidate, candidates: Iterable[Candidate], allowed: Callable[[Candidate], bool], spent: float
     ) -> Candidate | None:
-        """The allowed plan to take for the coming step in place of the best one; the same again until it was _ENOUGH.
+        """The allowed candidate for the coming step in place of the best one; the same again until it was _ENOUGH.
 
         Args:
             spent: milliseconds of the call so far, by the table.
         """
-        near = [plan for plan in plans if plan.rate > _NEAR * best.rate and self._is_new(self._kind(plan))]
-        near.sort(key=lambda plan: (self._kind(plan) in self._tried, plan.rate), reverse=True)
+        near = [one for one in candidates if one.rate > _NEAR * best.rate and self._is_new(self._kind(one))]
+        near.sort(key=lambda one: (self._kind(one) in self._tried, one.rate), reverse=True)
         chosen = next(filter(allowed, near), None)
         if chosen is None:
             return None
@@ -79,8 +79,8 @@ class CostExplorer:
     def _is_new(self, kind: StepKind) -> bool:
         return self._tried[kind] < _ENOUGH if kind in self._tried else kind not in self.took
 
-    def _kind(self, plan: Candidate) -> StepKind:
-        return self._names[plan.option], plan.depth
+    def _kind(self, candidate: Candidate) -> StepKind:
+        return self._names[candidate.option], candidate.depth
 
 
 def refined(costs: Costs, took: Mapping[StepKind, Sequence[float]]) -> Costs:

@@ -19,7 +19,7 @@ LEAST_MS = 1e-4
 LEAST_SHARE = 0.2
 """A step with a draft does all that a plain one does: measured on a busy machine it may seem faster, not by far."""
 MOST_SHARE = 1e5
-"""Nor does drafting take so many times what a plain step takes."""
+"""Plain steps that one step with a draft may take at most."""
 
 
 @dataclass(frozen=True)

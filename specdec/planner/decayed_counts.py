@@ -1,4 +1,4 @@
-"""Decisions and acceptances by depth and number of siblings, those of earlier steps weighing ever less."""
+"""Counts in which earlier steps weigh ever less: decisions by depth, and hits of drafters that may come back empty."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BEFORE, _MEMORY = 4.0, 0.95
 
 
 class DecayedCounts:
-    """What is remembered of one row, or of a batch.
+    """Decisions and acceptances of one row or batch, by depth and number of siblings.
 
     Forgetting multiplies everything seen so far by a factor. Instead of that, what comes next is counted in a unit
     that is larger by as much: a step then costs what it brings, however much is remembered.

@@ -21,8 +21,9 @@ from specdec.planner.measuring_planner import measured_depths
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.row_planner import RowPlanner
 from specdec.planner.store import STORE, describe, fingerprint, machine
-from specdec.report import SpecReport, StepTrace
+from specdec.report import SpecReport
 from specdec.request import Request
+from specdec.trace import StepTrace
 from specdec.verify.passes.stock import callers_code
 from specdec.verify.passes.strict_mode import StrictMode
 
@@ -106,7 +107,7 @@ class PlannerFactory:
         self._learned: dict[tuple[Any, ...], Known] = {}
 
     def planner_for(self, request: Request) -> CallPlanner | RowPlanner | FixedDepth:
-        """The planner of one call. Never raises: whatever fails beside a call is no reason for it to end."""
+        """The planner of one call. Never raises: what fails while costs are measured must not end the call."""
         rows = request.input_ids.shape[0]
         notes: list[str] = []
         tables: dict[int, Costs] = {}
@@ -141,7 +142,7 @@ class PlannerFactory:
         """Numbers of rows whose tables a call of `rows` rows needs, its own first.
 
         Raises:
-            RuntimeError: none that may be measured.
+            RuntimeError: no table that such a call needs may be measured.
         """
         own = next((option.drafter for option in self.options.options if _is_callers(option.drafter)), None)
         if own is None:
@@ -151,8 +152,8 @@ class PlannerFactory:
         return [rows]
 
     def _key(self, request: Request, rows: int) -> dict[str, Any]:
-        """What the table of such calls is kept under: also processors that were not asked while it was measured, for
-        calls correct it."""
+        """What the table of such calls is kept under. Processors that were not run while it was measured count as well,
+        since later calls correct the table with them."""
         kept = kept_processors(request.processors)
         own = {
             "sampling": bool(request.config.do_sample),

@@ -13,7 +13,7 @@ from specdec.drafters.base import CACHE_NAME
 from specdec.planner.acceptance import AcceptanceHistory, counterfactual_outcomes
 from specdec.planner.base import Planner
 from specdec.planner.options import Option, OptionBudget, Options, chains
-from specdec.report import StepTrace
+from specdec.trace import StepTrace
 from specdec.verify import DraftTree
 from specdec.verify.draft_kind import DraftKind
 from specdec.verify.topology import Topology
@@ -37,8 +37,8 @@ class EnoughMeasured(Exception):
 
 
 class FillingDrafter(Drafter):
-    """Asks a drafter that may have nothing to say, and proposes as many tokens as were asked for whatever it says: what
-    looking up and judging costs does not depend on what the scratch text happens to repeat.
+    """Around a drafter that may have nothing to propose: asks it, then proposes as many tokens as the budget allows,
+    whatever the answer was. So what is timed does not depend on what the scratch text happens to repeat.
 
     Attributes:
         said: the chain it had for every row, last time; None where it proposes anything else than chains.
@@ -71,10 +71,10 @@ class FillingDrafter(Drafter):
 
 
 class MeasuringPlanner(Planner):
-    """Stands where the planner stands, and notes how long the steps took that it ordered.
+    """Orders every kind of step that is to be timed, by turns, and notes how long each took.
 
-    First three plain steps, then rounds of every order; the first round also pays for what is done once per process
-    (kernels are chosen), and its times count only where there is no time for another.
+    First come three plain steps, then rounds of all orders. The first round also pays for what is done once per process
+    (kernels are chosen): its times count only where there is no time for another round.
     """
 
     def __init__(

@@ -129,21 +129,21 @@ class Options(Drafter):
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
         self.used, self.asked, self.heard = None, [], None
-        plan: OptionBudget | None
-        plan = budget if isinstance(budget, OptionBudget) else OptionBudget(budget.depths, budget.max_nodes)
-        if plan.beside is not None:
-            said = self.options[plan.beside].drafter.propose(plan, uniforms[:, :0])
-            self.heard = plan.beside, chains(said)
-        while plan is not None and plan.max_depth > 0:
-            option = self.options[plan.option]
-            tree = option.drafter.propose(plan, uniforms[:, : option.drafter.num_uniforms])
+        now: OptionBudget | None
+        now = budget if isinstance(budget, OptionBudget) else OptionBudget(budget.depths, budget.max_nodes)
+        if now.beside is not None:
+            said = self.options[now.beside].drafter.propose(now, uniforms[:, :0])
+            self.heard = now.beside, chains(said)
+        while now is not None and now.max_depth > 0:
+            option = self.options[now.option]
+            tree = option.drafter.propose(now, uniforms[:, : option.drafter.num_uniforms])
             if option.may_be_empty:
                 found = sum(count > 1 for count in tree.num_nodes.tolist())
-                self.asked.append((plan.option, found))
-            if not option.may_be_empty or found >= max(1, plan.least_rows):
-                self.used = plan.option
+                self.asked.append((now.option, found))
+            if not option.may_be_empty or found >= max(1, now.least_rows):
+                self.used = now.option
                 return tree
-            plan = plan.otherwise
+            now = now.otherwise
         return DraftTree.root_only(self._session.rows.roots())
 
     def observe(self, verdict: Verdict, logits: Tensor) -> None:

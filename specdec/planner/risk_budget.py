@@ -55,7 +55,7 @@ class Debt:
 
 
 class RiskBudget:
-    """The accounts of one call.
+    """What one call may still lose by drafting, in all and by option.
 
     Args:
         prompt_tokens: which an option with K/V of its own has to read before its first draft.
@@ -80,47 +80,48 @@ class RiskBudget:
 
     def affordable(
         self,
-        plan: Candidate,
+        candidate: Candidate,
         history: AcceptanceHistory,
         now: Situation,
         in_use: bool,
         waited: int | None,
         tries: int = 1,
     ) -> bool:
-        """Even if all of it is rejected? What is in use and proven may lose now and then.
+        """May this be drafted: is the loss within the allowance even if all of it is rejected? An option that is in use
+        and proven may lose now and then.
 
         Args:
             waited: before a probe, plain steps since drafting was given up; else None.
-            tries: even if that happens so often in a row.
+            tries: drafts in a row that may all be rejected.
         """
-        catching_up = self.catching_up(plan.option, now)
+        catching_up = self.catching_up(candidate.option, now)
         if waited is None:
-            if in_use and self._proven(plan, history, now):
+            if in_use and self._proven(candidate, history, now):
                 return True
-            saved = max(now.left) * now.rows * (1 / now.plain_rate - 1 / plan.rate)
+            saved = max(now.left) * now.rows * (1 / now.plain_rate - 1 / candidate.rate)
             if saved < catching_up:
                 return False
         elif waited < LONGEST_WAIT:
             # Answers that are most likely the same as before should cost next to nothing. What was missed since is left
             # out: it grows with the wait itself.
-            unread = now.times.draft_token * max(0, self.behind(plan.option) - waited)
-            if plan.ms + unread - plan.tokens / now.plain_rate > PROBE_SHARE * waited * now.plain_ms:
+            unread = now.times.draft_token * max(0, self.behind(candidate.option) - waited)
+            if candidate.ms + unread - candidate.tokens / now.plain_rate > PROBE_SHARE * waited * now.plain_ms:
                 return False
-        loss = catching_up + tries * (plan.ms - now.plain_ms)
-        if self._options[plan.option].may_be_empty and self._families > 1:
+        loss = catching_up + tries * (candidate.ms - now.plain_ms)
+        if self._options[candidate.option].may_be_empty and self._families > 1:
             # Or trying it would leave nothing to try the others with.
-            if not self.debt.affords(loss, now.plain_ms, _SIDE_SHARE, self._debts[plan.option]):
+            if not self.debt.affords(loss, now.plain_ms, _SIDE_SHARE, self._debts[candidate.option]):
                 return False
-        trusted = history.believes and plan.rate > _PROMISING * now.plain_rate and waited is None
+        trusted = history.believes and candidate.rate > _PROMISING * now.plain_rate and waited is None
         return self.debt.affords(loss, now.plain_ms, _TRUSTED if trusted else 1.0)
 
-    def _proven(self, plan: Candidate, history: AcceptanceHistory, now: Situation) -> bool:
+    def _proven(self, candidate: Candidate, history: AcceptanceHistory, now: Situation) -> bool:
         """Does what was seen in this call say that it pays, whatever was believed before?"""
         if history.num_decisions < PROVEN:
             return False
-        own, believed = history.acceptance, history.reach(self._options[plan.option].widths)[plan.depth]
-        gain = sum(own**depth for depth in range(1, plan.depth + 1))
-        return now.rows + (plan.tokens - now.rows) * gain / believed > plan.ms * now.plain_rate
+        own, believed = history.acceptance, history.reach(self._options[candidate.option].widths)[candidate.depth]
+        gain = sum(own**depth for depth in range(1, candidate.depth + 1))
+        return now.rows + (candidate.tokens - now.rows) * gain / believed > candidate.ms * now.plain_rate
 
     def plain(self, emitted: int) -> None:
         """A step without a draft."""
@@ -141,7 +142,7 @@ def why_plain(options: Sequence[Option], histories: Sequence[AcceptanceHistory],
         if not any(limit for _, limit in now.limits_of(option)) and any(limit for _, limit in now.limits):
             said.append(f"{option.name} cannot read that many tokens ({option.positions} positions)")
             continue
-        speed = max(plan.rate for plan in candidates(i, option, history, now)) / now.plain_rate
+        speed = max(one.rate for one in candidates(i, option, history, now)) / now.plain_rate
         if speed > MARGIN:
             said.append(f"trying {option.name} (further) would risk more than {RISK:.1%} of this call's time")
         else:

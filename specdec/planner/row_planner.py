@@ -1,4 +1,4 @@
-"""Plans for texts that a seed determines: every row by itself, as if it were decoded alone."""
+"""Drafts for texts that a seed determines: every row is planned by itself, as if it were decoded alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.summary import PlanReport
-from specdec.report import SpecReport, StepTrace
+from specdec.report import SpecReport
+from specdec.trace import StepTrace
 
 
 class RowPlanner(Planner):
     """One planner per row, fed with nothing but that row and with the costs of a single one.
 
-    How deep a row drafts decides which noise its later tokens meet: a plan made for the whole batch would make a
+    How deep a row drafts decides which noise its later tokens meet: a choice made for the whole batch would make a
     sampled row's text depend on its companions, which a call with a seed promises not to. The price: a large batch
     may draft deeper than pays, and of several drafters only the first is used.
 
@@ -35,28 +36,28 @@ class RowPlanner(Planner):
         # Without the table's beliefs: the first caller's prompt would leave its trace in others' texts.
         self._rows = [BatchPlanner(view, lambda rows: costs, 1, count) for count in prompts]
         self._rows[0].report.ms_measuring = 1e3 * costs.seconds
-        self._plans: list[OptionBudget] = []
+        self._budgets: list[OptionBudget] = []
 
     def budget(self, live: Sequence[int], left: Sequence[int | None], lengths: Sequence[int] = ()) -> OptionBudget:
         held = [lengths[i : i + 1] for i in range(len(live))]
-        self._plans = [
+        self._budgets = [
             self._rows[row].budget([0], [tokens], own) for row, tokens, own in zip(live, left, held, strict=True)
         ]
-        depths = tuple(plan.depths[0] for plan in self._plans)
-        return OptionBudget(depths, max(plan.max_nodes for plan in self._plans))
+        depths = tuple(budget.depths[0] for budget in self._budgets)
+        return OptionBudget(depths, max(budget.max_nodes for budget in self._budgets))
 
     def learn(self, trace: StepTrace, reached: Sequence[int]) -> None:
         for i, row in enumerate(trace.rows):
             drafted = trace.drafted[i] > 0
             self._view.used = 0 if drafted else None
-            asks = self._view.options[0].may_be_empty and self._plans[i].max_depth > 0
+            asks = self._view.options[0].may_be_empty and self._budgets[i].max_depth > 0
             self._view.asked = [(0, int(drafted))] if asks else []
             self._rows[row].learn(_alone(trace, i), reached[i : i + 1])
 
     def tell(self, report: SpecReport) -> SpecReport:
-        """Put what there is to say into a call's report. What a batch was foretold to take, nobody has foretold."""
-        plans = [planner.report for planner in self._rows]
-        report.plan = plans[0] if len(plans) == 1 else _together(plans)
+        """Put what there is to say into a call's report. There is no forecast for a batch as a whole."""
+        reports = [planner.report for planner in self._rows]
+        report.plan = reports[0] if len(reports) == 1 else _together(reports)
         report.notes += self._notes
         return report
 
@@ -70,13 +71,13 @@ def _alone(trace: StepTrace, i: int) -> StepTrace:
     )  # fmt: skip
 
 
-def _together(plans: Sequence[PlanReport]) -> PlanReport:
-    """Steps of all rows by plan."""
-    whole = PlanReport(ms_measuring=plans[0].ms_measuring)
-    for plan in plans:
-        for name, count in plan.steps.items():
+def _together(reports: Sequence[PlanReport]) -> PlanReport:
+    """Steps of all rows, by what they drafted."""
+    whole = PlanReport(ms_measuring=reports[0].ms_measuring)
+    for report in reports:
+        for name, count in report.steps.items():
             whole.steps[name] = whole.steps.get(name, 0) + count
-        whole.num_probes += plan.num_probes
-        whole.num_stops += plan.num_stops
-        whole.why_plain = plan.why_plain or whole.why_plain
+        whole.num_probes += report.num_probes
+        whole.num_stops += report.num_stops
+        whole.why_plain = report.why_plain or whole.why_plain
     return whole

@@ -22,6 +22,7 @@ from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder, write_whole
 from specdec.verify.passes.choose import runs_natively
 from specdec.verify.passes.linear import is_dense
+from specdec.version import __version__
 
 SCHEMA = 3
 
@@ -76,8 +77,6 @@ def _numbers(weight: Tensor) -> Iterator[Tensor]:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions."""
-    from specdec import __version__
-
     return {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
@@ -106,7 +105,7 @@ class CostStore:
         self._lock = Lock()
 
     def explores(self, key: Mapping[str, Any]) -> bool:
-        """May the call that asks try other plans than the best? The first eight of a process, then every eighth."""
+        """May the call at hand try others than the best candidate? The first eight of a process, then every eighth."""
         name = _name(key)
         with self._lock:
             count = self._asked[name] = self._asked.get(name, 0) + 1

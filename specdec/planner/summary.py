@@ -1,14 +1,11 @@
-"""What a planned call says about its plans: what was chosen, what was foretold, and why drafting stopped."""
+"""What a planned call reports: what was drafted, what was foretold, and why drafting stopped."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from specdec.report import StepTrace
-
+from specdec.trace import StepTrace
 
 _RECENT = 16
 """Steps that say how fast the machine is at the moment."""
@@ -20,12 +17,12 @@ _TREND_WEIGHT = 2.0
 
 @dataclass
 class PlanReport:
-    """Plans of one call.
+    """What was planned in one call.
 
-    steps: number of steps by plan, e.g. `{"plain": 12, "model k=4": 30}`.
+    steps: number of steps by what was drafted, e.g. `{"plain": 12, "model k=4": 30}`.
     predicted_ms, predicted_tokens: sums of what every step was foretold to take and to emit just before it ran. A
         step's time is the cost table's, times how much slower or faster than the table the last 16 steps were
-        (`table_ms` without that factor: only the forecast follows the clock, never the plan); its tokens come from
+        (`table_ms` without that factor: only the forecast follows the clock, never the choice); its tokens come from
         the acceptance seen before it, times how much better or worse than that the last 8 steps fared.
     The first step counts in `steps` only: it may read the prompt as well.
     realised_ms, realised_tokens: the same steps as they were.
@@ -53,7 +50,7 @@ class PlanReport:
         self._recent_real = self._recent_ms = self._won = self._hoped = 0.0
 
     def add(self, name: str, ms: float, tokens: float, trace: StepTrace, emitted: int) -> None:
-        """Count one step: its plan, its milliseconds by the table, its expected and its emitted tokens."""
+        """Count one step: what it drafted, its milliseconds by the table, its expected and its emitted tokens."""
         first = not self.steps
         self.steps[name] = self.steps.get(name, 0) + 1
         if first:  # the target's pass over the prompt is part of this step
