@@ -22,7 +22,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.limits import MOST_NODES, checked_count, checked_number
 from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.draft_kind import DraftKind
-from specdec.verify.planned import forward_for
+from specdec.verify.passes.forward import Forward
 from specdec.verify.race import gumbel
 from specdec.verify.rules.base import sample_from
 from specdec.verify.topology import Topology, indices
@@ -90,7 +90,7 @@ class ModelDrafter(Drafter):
             )
         self.max_depth, self.max_nodes = self.shape.max_depth, self.shape.max_nodes
         self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
-        self._forward = forward_for(model, CACHE_NAME)
+        self._forward = Forward(model, CACHE_NAME)
         self._context = Context(type(model).__name__, self._forward.num_positions)
         self._session: Session | None = None
         self._passes: DraftPasses | None = None

@@ -12,7 +12,8 @@ from specdec.drafters.base import CACHE_NAME, Session
 from specdec.drafters.growth import Run
 from specdec.kv.base import KVCache
 from specdec.kv.idle import IdleRows
-from specdec.verify.forward import PREFILL_CHUNK, TreeForward
+from specdec.verify.passes.base import PREFILL_CHUNK
+from specdec.verify.passes.forward import Forward
 
 MOST_LAG = 8
 """Rows whose K/V lags behind their text by more tokens than this are prefilled before the root is run."""
@@ -28,7 +29,7 @@ class DraftPasses:
         idle: per live row.
     """
 
-    def __init__(self, forward: TreeForward, vocab: int, session: Session, idle: Sequence[bool]):
+    def __init__(self, forward: Forward, vocab: int, session: Session, idle: Sequence[bool]):
         self._forward, self._vocab, self._idle = forward, vocab, idle
         self._rows, self._target_vocab = session.rows, session.vocab
         self._cache: KVCache | IdleRows = session.cache
@@ -45,7 +46,7 @@ class DraftPasses:
             filled = cache.filled(CACHE_NAME)
             lag = [length + 1 - have for length, have in zip(lengths, filled, strict=True)]
         width, real = max(lag), [0 if out else count for count, out in zip(lag, self._idle, strict=True)]
-        logits = self._forward.causal(cache, self._known(rows.window(filled, width)), filled, real, keep=0)
+        logits = self._forward.causal(cache, self._known(rows.window(filled, width)), filled, real, keep=0).logits
         if min(lag) == width:
             return self._fit(logits if width == 1 else logits[:, -1:])
         last = torch.tensor(lag, device=logits.device) - 1
@@ -54,12 +55,12 @@ class DraftPasses:
     def chain(self, tokens: Tensor, depth: int) -> Tensor:
         """Logits after the nodes at `depth`, int64 `[live, 1]`, of chains whose earlier nodes were run."""
         starts = [count + depth for count in self._cache.lengths[: self._cache.num_rows]]
-        return self._fit(self._forward.causal(self._cache, self._known(tokens), starts, None, keep=0))
+        return self._fit(self._forward.causal(self._cache, self._known(tokens), starts, None, keep=0).logits)
 
     def level(self, run: Run, first: int) -> Tensor:
         """Logits after the nodes of a run from slot `first` on; those before it were run."""
         new = self._known(run.tokens[:, first:])
-        return self._fit(self._forward.nodes(self._cache, new, run.depths, run.ancestors[:, first:], first))
+        return self._fit(self._forward.nodes(self._cache, new, run.depths, run.ancestors[:, first:], first).logits)
 
     def _catch_up(self, lengths: list[int], filled: list[int]) -> None:
         """Prefill rows that lag far behind their text."""

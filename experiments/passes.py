@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -27,48 +27,26 @@ from specdec.experiments.bench.pair import Pair
 from specdec.experiments.provenance import provenance
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify.direct import direct_pass
-from specdec.verify.forward import TreeForward
-from specdec.verify.native import native_pass, why_not
+from specdec.verify.native.library import why_not
+from specdec.verify.passes.choose import every_way
+from specdec.verify.passes.forward import Forward
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
-class AsTheyAre(TreeForward):
-    """`transformers`' own modules, attention and linear layers, on the shared cache."""
-
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        yield
+NAMES = {"transformers": "modules", "modules": "modules", "direct": "direct", "native": "native"}
+"""What is compared, and by which runner: `transformers` are the modules as they are outside of `prepared`, with their
+own attention and linear layers."""
 
 
-class Modules(TreeForward):
-    """The model's modules, fitted."""
-
-    needs_modules = True
-
-
-class Direct(TreeForward):
-    """Straight over the parameters, in torch's operations."""
-
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        self._direct = direct_pass(self.model)
-        yield
-
-
-class Native(TreeForward):
-    """As one native call, whatever the width."""
-
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        direct = direct_pass(self.model)
-        self._direct = direct and native_pass(direct)
-        yield
-
-
-WAYS = {"transformers": AsTheyAre, "modules": Modules, "direct": Direct, "native": Native}
+def ways(model: PreTrainedModel) -> dict[str, Forward]:
+    """The ways there are on this machine."""
+    return {
+        name: Forward(model, "model", every_way(model)[runner])
+        for name, runner in NAMES.items()
+        if name != "native" or why_not() is None
+    }
 
 
 def measure(model: PreTrainedModel, slots: int, widths: Sequence[int], repeats: int, rows: int) -> dict[str, Any]:
@@ -76,23 +54,23 @@ def measure(model: PreTrainedModel, slots: int, widths: Sequence[int], repeats: 
     generator = torch.Generator().manual_seed(0)
     vocab = int(model.config.get_text_config().vocab_size)
     text = torch.randint(0, vocab, (rows, slots), generator=generator)
-    names = [name for name in WAYS if name != "native" or why_not() is None]
-    forwards = {name: WAYS[name](model, "model") for name in names}
+    forwards = ways(model)
+    names = list(forwards)
     cached = {name: SharedKVCache({"model": num_cache_layers(model)}, rows, slots + max(widths)) for name in names}
     times: dict[str, dict[int, list[float]]] = {name: {width: [] for width in widths} for name in names}
     logits: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, forward in forwards.items():
-            with forward.prepared():
+            with nullcontext() if name == "transformers" else forward.prepared():
                 forward.causal(cached[name], text, [0] * rows, None, keep=1)
         for width in tqdm(widths, desc=type(model).__name__, leave=False):
             tokens = torch.randint(0, vocab, (rows, width), generator=generator)
             for turn in range(repeats + 2):
                 for name, forward in forwards.items():
-                    with forward.prepared():
+                    with nullcontext() if name == "transformers" else forward.prepared():
                         forward.causal(cached[name], tokens, [slots] * rows, None, keep=0)  # as if in a call already
                         start = perf_counter()
-                        logits[name] = forward.causal(cached[name], tokens, [slots] * rows, None, keep=0)
+                        logits[name] = forward.causal(cached[name], tokens, [slots] * rows, None, keep=0).logits
                         if turn > 1:  # the first ones measure forms and fill tables
                             times[name][width].append(1e3 * (perf_counter() - start))
             spread = float(logits["transformers"].std())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from transformers import Cache
+
+from specdec.kv.errors import CacheStateError
+from specdec.kv.write import Write
 
 
 class PassCache(ABC):
@@ -24,19 +26,15 @@ class PassCache(ABC):
         """One active row alone, as a cache of one row: for passes that must not depend on the rows around it."""
 
     @abstractmethod
-    def view(self, name: str) -> Cache:
-        """The `transformers` cache through which model `name` reads and writes. Always the same object."""
-
-    @abstractmethod
     def writing(
         self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
-    ) -> AbstractContextManager[int]:
-        """Plan one forward pass of `name`: row `b` writes slots `starts[b] .. starts[b] + width - 1`.
+    ) -> AbstractContextManager[Write]:
+        """One forward pass of `name`: row `b` writes slots `starts[b] .. starts[b] + width - 1`.
 
-        Yields the number of slots the attention will read, `max(starts) + width`. `valid[b]` (default `width`)
-        says how many of the written columns are real; the rest is right padding. A row without a real column is in
-        the pass for its shape only: whatever it holds below `starts[b]` stays, and so does its `filled`. `filled` moves
-        only when the block ends without an exception.
+        Yields where the pass reads and writes. `valid[b]` (default `width`) says how many of the written columns are
+        real; the rest is right padding. A row without a real column is in the pass for its shape only: whatever it
+        holds below `starts[b]` stays, and so does its `filled`. `filled` moves only when the block ends without an
+        exception.
 
         Raises:
             CacheStateError: a start that would leave a hole (`starts[b] > filled[b]`) or a wrong number of rows.
@@ -52,6 +50,11 @@ class KVCache(PassCache):
 
     A model may lag: `filled(name)[row] <= lengths[row]` means its K/V of the missing tokens must be written
     before it can draft again. Slots below `lengths` are never rewritten by commit or rollback.
+
+    A model may **borrow** the storage of another (the target drafting for itself): it reads the owner's committed K/V,
+    of as many leading layers as it has, and writes its own tail into the same slots, where the owner's next pass
+    overwrites it. It can write nothing else, nothing of its tail is ever kept, and what it overwrote of an owner's tail
+    is lost to the owner.
     """
 
     @abstractmethod
@@ -130,3 +133,23 @@ def kept_slots(path: Sequence[int], have: int, places: Sequence[int] | None) -> 
     slots = path if places is None else [places[node] if node < len(places) else -1 for node in path]
     kept = next((i for i, slot in enumerate(slots) if not 0 <= slot < have), len(slots))
     return list(slots[:kept])
+
+
+def owners_of(num_layers: Mapping[str, int], borrows: Mapping[str, str]) -> dict[str, str]:
+    """Whose storage each model uses: its own, or that of the model it borrows from.
+
+    Raises:
+        CacheStateError: a model that borrows from none, from a borrower, or more layers than there are.
+    """
+    for name, owner in borrows.items():
+        if (
+            name not in num_layers
+            or owner not in num_layers
+            or owner in borrows
+            or num_layers[name] > num_layers[owner]
+        ):
+            raise CacheStateError(
+                f"expected {name!r} to borrow from a model with storage of its own and at least as many layers, got "
+                f"{owner!r} among {dict(num_layers)}"
+            )
+    return {name: borrows.get(name, name) for name in num_layers}

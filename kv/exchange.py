@@ -67,14 +67,14 @@ def adopt(shared: KVCache, name: str, cache: DynamicCache, real: torch.Tensor) -
     # Order each row's real columns first; what follows is junk beyond `filled`.
     order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)[:, :width]
     layers: list[Any] = cache.layers
-    with shared.writing(name, [0] * shared.num_rows, width, counts):
+    with shared.writing(name, [0] * shared.num_rows, width, counts) as write:
         for i, layer in enumerate(layers):
             if layer.keys is None or layer.values is None:
                 continue
             index = order.to(layer.keys.device)[:, None, :, None]
             key = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
             value = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
-            shared.view(name).update(key, value, i)
+            write.update(i, key, value)
 
 
 def export(

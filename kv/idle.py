@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from transformers import Cache
-
 from specdec.kv.base import KVCache, PassCache
+from specdec.kv.write import Write
 
 
 class IdleRows(PassCache):
@@ -35,12 +34,9 @@ class IdleRows(PassCache):
         """See `KVCache.filled`."""
         return self._cache.filled(name)
 
-    def view(self, name: str) -> Cache:
-        return self._cache.view(name)
-
     def writing(
         self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
-    ) -> AbstractContextManager[int]:
+    ) -> AbstractContextManager[Write]:
         real = [width] * self.num_rows if valid is None else valid
         return self._cache.writing(
             name, starts, width, [0 if out else count for count, out in zip(real, self._idle, strict=True)]

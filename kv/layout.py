@@ -16,15 +16,13 @@ class Layout(NamedTuple):
 
     keys, values: the whole storage, one tensor a layer. strides: page_size, page_stride, slot_stride, head_stride.
     table: int64 `[rows, pages]`.
-    starts: slot of each row's first new token; where `targets` is given, int64 `[rows * width]`, that says where each
-    token is written instead, and -1 that it is not.
+    targets: int64 `[rows * width]`, where each new token is written, -1 for nowhere; None: to its slot.
     """
 
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     strides: tuple[int, int, int, int]
     table: torch.Tensor
-    starts: Sequence[int]
     targets: torch.Tensor | None = None
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
-from transformers import Cache
 
 from specdec.kv.base import KVCache, PassCache, kept_slots
 from specdec.kv.errors import CacheStateError
+from specdec.kv.paged_write import PagedWrite
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
 from specdec.kv.pool_pages import PooledSequence, physical
-from specdec.kv.pool_plan import Pass
 
 
 class PagedKVCache(KVCache):
@@ -44,9 +43,15 @@ class PagedKVCache(KVCache):
             self.join(sequence)
 
     @classmethod
-    def fresh(cls, num_layers: Mapping[str, int], num_rows: int, page_size: int = DEFAULT_PAGE_SIZE) -> PagedKVCache:
+    def fresh(
+        cls,
+        num_layers: Mapping[str, int],
+        num_rows: int,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        borrows: Mapping[str, str] = MappingProxyType({}),
+    ) -> PagedKVCache:
         """Empty sequences in an unlimited pool of their own, which is never much larger than what they hold."""
-        pool = KVPool(num_layers, page_size=page_size, first_pages=num_rows)
+        pool = KVPool(num_layers, page_size=page_size, first_pages=num_rows, borrows=borrows)
         return cls(pool, [pool.open() for _ in range(num_rows)])
 
     def join(self, sequence: int) -> int:
@@ -69,18 +74,12 @@ class PagedKVCache(KVCache):
 
     def filled(self, name: str) -> list[int]:
         name = self._name(name)
-        return [sequence.filled[name] for sequence in self._active()]
-
-    def view(self, name: str) -> Cache:
-        return self.pool.stores[self._name(name)].view
+        return [self.pool.held(sequence, name) for sequence in self._active()]
 
     def row(self, row: int) -> PassCache:
         return PagedKVCache(self.pool, [self.sequences[row]], self._names)
 
-    @contextmanager
-    def writing(
-        self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None
-    ) -> Iterator[int]:
+    def writing(self, name: str, starts: Sequence[int], width: int, valid: Sequence[int] | None = None) -> PagedWrite:
         """See `PassCache.writing`. Padding columns take no slots.
 
         Raises:
@@ -88,25 +87,30 @@ class PagedKVCache(KVCache):
             OutOfPagesError: before anything was changed.
         """
         pool, known, rows = self.pool, self._name(name), self._active()
+        owner = pool.owners[known]
         self._expect("start", starts)
         real = [width] * len(rows) if valid is None else valid
         for row, (sequence, start) in enumerate(zip(rows, starts, strict=True)):
-            if real[row] and start > sequence.filled[known]:
+            have = pool.held(sequence, known)
+            if real[row] and start > have:
                 raise CacheStateError(
-                    f"row {row} of {name!r} holds {sequence.filled[known]} slots; writing at slot {start} would leave "
-                    "a hole: write the missing tokens first"
+                    f"row {row} of {name!r} holds {have} slots; writing at slot {start} would leave a hole: write the "
+                    "missing tokens first"
                 )
-        stops = [start + new for start, new in zip(starts, real, strict=True)]
-        spans = list(zip(rows, starts, stops, strict=True))
+            if real[row] and owner != known and start < sequence.length:
+                raise CacheStateError(
+                    f"{name!r} reads the K/V of {owner!r} and may write behind its {sequence.length} committed slots "
+                    f"only, not at slot {start} of row {row}"
+                )
+        spans = [(sequence, start, start + new) for sequence, start, new in zip(rows, starts, real, strict=True)]
         pool.pages.make_room(spans)
-        store = pool.stores[known]
-        running = Pass(store, spans, width, pool.allocator.shared)
-        store.plan = running.plan
-        yield running.plan.read
-        running.settle()
-        for sequence, start, stop in spans:
-            if stop > start:
-                sequence.filled[known] = stop
+
+        def written() -> None:
+            for sequence, start, stop in spans:
+                if stop > start:
+                    sequence.have_written(owner, start, stop, None if owner == known else known)
+
+        return PagedWrite(pool.stores[owner], spans, width, pool.num_layers[known], pool.allocator.shared, written)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """See `KVCache.commit`; pages behind the kept slots are free again."""
@@ -136,10 +140,13 @@ class PagedKVCache(KVCache):
         for row, path in zip(rows, paths, strict=True):
             row.length += len(path)
             row.places.clear()
+            row.tails.clear()
             pool.pages.trim(row)
 
     def place(self, name: str, slots: Sequence[Sequence[int]]) -> None:
         self._expect("slots", slots)
+        if self.pool.owners[self._name(name)] != self._name(name):  # nothing of a borrower's tail is ever kept
+            return
         for sequence, own in zip(self._active(), slots, strict=True):
             sequence.places[self._name(name)] = own
 
@@ -154,10 +161,13 @@ class PagedKVCache(KVCache):
 
     def scrub(self, name: str) -> None:
         for sequence in self._active():
-            self.pool.pages.scrub(sequence, self._name(name))
+            self.pool.pages.scrub(sequence, self.pool.owners[self._name(name)])
 
     def forget(self, name: str) -> None:
         """See `KVCache.forget`. Other sequences that share pages with these lag from there, too."""
+        if self.pool.owners[self._name(name)] != self._name(name):
+            self.scrub(name)
+            return
         self.pool.pages.forget([self.pool.sequence(sequence) for sequence in self.sequences], self._name(name))
 
     def retire(self, row: int) -> None:
@@ -183,9 +193,11 @@ class PagedKVCache(KVCache):
     def layers(self, name: str, row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See `KVCache.layers`; these are copies."""
         sequence = self.pool.sequence(self.sequences[row])
-        stop = min(sequence.length, sequence.filled[self._name(name)])
+        name = self._name(name)
+        owner, count = self.pool.owners[name], self.pool.num_layers[name]
+        stop = min(sequence.length, sequence.filled[owner])
         pages = sequence.pages[: -(-stop // self.pool.page_size)]
-        yield from self.pool.stores[self._name(name)].read(pages, stop)
+        yield from self.pool.stores[owner].read(pages, stop)[:count]
 
     def _active(self) -> list[PooledSequence]:
         return [self.pool.sequence(sequence) for sequence in self.sequences[: self.num_rows]]

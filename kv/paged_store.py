@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from specdec.kv.layout import Layout, check_layout
 from specdec.kv.pages import ZERO_PAGE
-from specdec.kv.store import StoreView
-
-
-@dataclass(frozen=True)
-class PagedPlan:
-    """Where one forward pass reads and writes. Built once a pass, used by every layer.
-
-    block_table: int64 `[rows, pages]`, the page of each run of `page_size` slots; ZERO_PAGE where a row has none.
-    slots: int64 `[written]`, slots of the storage (`page * page_size + offset`) that are written.
-    columns: int64 `[written]`, which of the `rows * width` new tokens go there; None when all do, in order.
-    """
-
-    num_rows: int
-    width: int
-    read: int
-    """Slots the attention reads: `[0, read)`."""
-    block_table: Tensor
-    slots: Tensor
-    columns: Tensor | None
-
-    def on(self, device: torch.device) -> PagedPlan:
-        if self.slots.device == device:
-            return self
-        columns = None if self.columns is None else self.columns.to(device)
-        return replace(self, block_table=self.block_table.to(device), slots=self.slots.to(device), columns=columns)
 
 
 class PagedStore:
@@ -43,10 +16,10 @@ class PagedStore:
     Shapes, dtype and device are read from the layer's own states. Page 0 is all zeros. Storage grows by a
     sixteenth when it must; a limited pool allocates `most_pages` at once.
 
-    `write` gathers each row's pages, so that any attention function can read them; kernels that follow block tables
-    themselves take `put`. The layout is that of flash-attn's paged cache.
+    The layout is that of flash-attn's paged cache.
 
     Attributes:
+        capacity: pages there are, the page of zeros included.
         settled: per page, how many of its leading slots hold K/V on which several holders rely. Meaningful for
             shared pages only: those slots are not written again.
     """
@@ -54,51 +27,12 @@ class PagedStore:
     def __init__(self, num_layers: int, page_size: int, num_pages: int, most_pages: int | None):
         self.page_size = page_size
         self.num_layers = num_layers
-        self._capacity = num_pages + 1
+        self.capacity = num_pages + 1
         self._most = None if most_pages is None else most_pages + 1
         self.keys: list[Tensor | None] = [None] * num_layers
         self.values: list[Tensor | None] = [None] * num_layers
-        self.settled = [0] * self._capacity
-        self.plan: PagedPlan | None = None
-        self.view = StoreView(self)
+        self.settled = [0] * self.capacity
         self._unused: set[int] = set()
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new states `[rows, kv_heads, width, head_dim]`; return everything up to `plan.read`."""
-        keys, values = self.put(layer, key, value)
-        return self._gathered(keys), self._gathered(values)
-
-    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new states; return all its pages `[pages, page_size, kv_heads, head_dim]`, for attention
-        that reads them through `plan.block_table`."""
-        assert self.plan is not None, "a model wrote to its cache outside writing()"
-        plan = self.plan = self.plan.on(key.device)
-        both = self._layer(layer, key, value)
-        for storage, states in zip(both, (key, value), strict=True):
-            new = states.transpose(1, 2).flatten(0, 1)
-            storage.flatten(0, 1).index_copy_(0, plan.slots, new if plan.columns is None else new[plan.columns])
-        return both
-
-    def layout(self, plan: PagedPlan, like: Tensor) -> Layout:
-        """For a pass that writes by itself.
-
-        Args:
-            like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
-        """
-        keys, values = zip(*(self._layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
-        size, heads, width = self.page_size, like.shape[1], like.shape[3]
-        check_layout((*keys, *values), (self._capacity, size, heads, width), like)
-        targets = plan.slots * (heads * width)
-        if plan.columns is not None:
-            spread = torch.full((plan.num_rows * plan.width,), -1, dtype=torch.int64)
-            targets = spread.index_copy_(0, plan.columns, targets)
-        strides = (size, size * heads * width, heads * width, width)
-        return Layout(keys, values, strides, plan.block_table, (), targets)
-
-    def _gathered(self, storage: Tensor) -> Tensor:
-        assert self.plan is not None
-        read = storage.index_select(0, self.plan.block_table.flatten())
-        return read.view(self.plan.num_rows, -1, *storage.shape[2:])[:, : self.plan.read].transpose(1, 2)
 
     def read(self, pages: Sequence[int], stop: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, `(keys, values)` of slots `[0, stop)` of one block table, each `[kv_heads, stop, head_dim]`."""
@@ -157,25 +91,26 @@ class PagedStore:
         """Nobody relies on anything here any more: the next writer's dtype, place and shapes count."""
         self._unused = set(range(self.num_layers))
 
-    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's storage, allocated for states like these."""
         keys, values = self.keys[layer], self.values[layer]
         if layer in self._unused:
             self._unused.remove(layer)
             if keys is not None and values is not None and not (_takes(keys, key) and _takes(values, value)):
                 self.keys[layer] = self.values[layer] = keys = values = None
         if keys is None or values is None:
-            shape = (self._capacity, self.page_size, key.shape[1])
+            shape = (self.capacity, self.page_size, key.shape[1])
             with torch.inference_mode(False):  # storage outlives the pass and is written to outside of it
                 keys = self.keys[layer] = key.new_zeros(*shape, key.shape[3])
                 values = self.values[layer] = value.new_zeros(*shape, value.shape[3])
         return keys, values
 
     def _reserve(self, pages: int) -> None:
-        if pages <= self._capacity:
+        if pages <= self.capacity:
             return
         # A sixteenth wastes little memory, and copying all pages once per so many tokens costs less than attention,
         # which reads them for each of those tokens.
-        more = self._capacity + self._capacity // 16 + 1
+        more = self.capacity + self.capacity // 16 + 1
         capacity = max(pages, more if self._most is None else min(more, self._most))
         for tensors in (self.keys, self.values):
             for i, tensor in enumerate(tensors):
@@ -186,8 +121,8 @@ class PagedStore:
                 new[: tensor.shape[0]] = tensor
                 tensors[i] = new
         # Last: if memory ran out on the way, the next attempt grows the tensors that are still small.
-        self.settled += [0] * (capacity - self._capacity)
-        self._capacity = capacity
+        self.settled += [0] * (capacity - self.capacity)
+        self.capacity = capacity
 
 
 def _takes(storage: Tensor, states: Tensor) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
+from specdec.kv.base import owners_of
 from specdec.kv.errors import CacheStateError
 from specdec.kv.limits import MOST_PAGES, checked_count
 from specdec.kv.paged_store import PagedStore
@@ -35,8 +37,10 @@ class KVPool:
         num_pages: pages the pool may use; None lets it grow without a limit. `KVPool.sized` takes bytes instead.
         page_size: slots per page, 1 to 256.
         first_pages: pages an unlimited pool allocates at first.
+        borrows: models without storage of their own, and whose they read and write their tails to (see `KVCache`).
 
     Attributes:
+        owners: whose storage each model uses.
         sharing: whether published prefixes are found. Set it to False where K/V of the same text may be another one.
 
     Raises:
@@ -58,6 +62,7 @@ class KVPool:
         num_pages: int | None = None,
         page_size: int = DEFAULT_PAGE_SIZE,
         first_pages: int = 64,
+        borrows: Mapping[str, str] = MappingProxyType({}),
     ):
         page_size = checked_page_size(page_size)
         if num_pages is not None:
@@ -73,8 +78,10 @@ class KVPool:
         self.stores: dict[str, PagedStore] = {}
         self.sequences: dict[int, PooledSequence] = {}
         self.pages = SequencePages(self.allocator, self.index, self.stores, self.sequences, page_size)
+        self.owners, self.num_layers = owners_of(num_layers, borrows), dict(num_layers)
         for name, count in num_layers.items():
-            self.add_model(name, count)
+            if name not in borrows:
+                self.add_model(name, count)
 
     @classmethod
     def sized(cls, models: Mapping[str, PreTrainedModel], num_bytes: int, page_size: int = DEFAULT_PAGE_SIZE) -> KVPool:
@@ -94,6 +101,7 @@ class KVPool:
         if name in self.stores:
             raise CacheStateError(f"the pool already has a model {name!r}")
         pages = max(self._first_pages, self.allocator.num_made)
+        self.owners[name], self.num_layers[name] = name, num_layers
         self.stores[name] = PagedStore(num_layers, self.page_size, pages, self._limit)
         for sequence in self.sequences.values():
             sequence.filled[name] = 0
@@ -148,7 +156,14 @@ class KVPool:
 
     def filled(self, sequence: int, name: str) -> int:
         """Leading slots that hold valid K/V of model `name` (committed plus tail)."""
-        return self.sequence(sequence).filled[self.known(name)]
+        return self.held(self.sequence(sequence), self.known(name))
+
+    def held(self, sequence: PooledSequence, name: str) -> int:
+        """See `filled`; of a borrower, what it can read: the owner's committed slots, and its own tail."""
+        owner = self.owners[name]
+        if owner == name:
+            return sequence.filled[name]
+        return sequence.tails.get(name) or min(sequence.filled[owner], sequence.length)
 
     def set_length(self, sequence: int, length: int) -> None:
         """Declare `length` committed tokens (after a prefill); models may lag behind it. Fewer than before: the others
@@ -217,7 +232,7 @@ class KVPool:
     @property
     def names(self) -> tuple[str, ...]:
         """The models."""
-        return tuple(self.stores)
+        return tuple(self.owners)
 
     @property
     def num_pages(self) -> int | None:
@@ -266,8 +281,8 @@ class KVPool:
         return found
 
     def known(self, name: str) -> str:
-        if name not in self.stores:
-            raise CacheStateError(f"expected one of the pool's models {list(self.stores)}, got {name!r}")
+        if name not in self.owners:
+            raise CacheStateError(f"expected one of the pool's models {list(self.owners)}, got {name!r}")
         return name
 
     def _enter(self, sequence: PooledSequence) -> int:

@@ -26,6 +26,7 @@ class PooledSequence:
             shared. Never above `length`.
         published: leading pages known to be published.
         places: per model, tail slot of each node where it differs from the node's index.
+        tails: of each model that borrows another's storage, the slot behind its own tail; absent where it has none.
     """
 
     pages: list[int] = field(default_factory=list)
@@ -34,6 +35,23 @@ class PooledSequence:
     agreed: int = 0
     published: int = 0
     places: dict[str, Sequence[int]] = field(default_factory=dict)
+    tails: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        """Slots in which any model has written."""
+        return max([0, *self.filled.values(), *self.tails.values()])
+
+    def have_written(self, owner: str, start: int, stop: int, borrower: str | None) -> None:
+        """A pass over slots `[start, stop)` of the owner's storage has ended well: they are its own, or the borrower's,
+        and hold nothing of the other's any more."""
+        for name, tail in self.tails.items():
+            self.tails[name] = min(tail, start)
+        if borrower is None:
+            self.filled[owner] = stop
+        else:
+            self.filled[owner] = min(self.filled[owner], start)
+            self.tails[borrower] = stop
 
 
 Span = tuple[PooledSequence, int, int]
@@ -77,7 +95,7 @@ class SequencePages:
             self._allocator.share(page)
         copy = PooledSequence(list(sequence.pages), sequence.length, dict(sequence.filled), sequence.agreed)
         copy.published = sequence.published
-        copy.places = dict(sequence.places)
+        copy.places, copy.tails = dict(sequence.places), dict(sequence.tails)
         return copy
 
     def publish(self, sequence: PooledSequence, tokens: Sequence[int]) -> int:
@@ -199,13 +217,14 @@ class SequencePages:
 
     def drop_tail(self, sequence: PooledSequence) -> None:
         sequence.places.clear()
+        sequence.tails.clear()
         for name, held in sequence.filled.items():
             sequence.filled[name] = min(held, sequence.length)
         self.trim(sequence)
 
     def trim(self, sequence: PooledSequence) -> None:
         """Let go of pages no model has written to."""
-        self.release_from(sequence, -(-max(sequence.filled.values(), default=0) // self._size))
+        self.release_from(sequence, -(-sequence.used // self._size))
 
     def release_from(self, sequence: PooledSequence, first: int) -> None:
         """Let go of pages `first ..`, the last one first (see `PrefixIndex`)."""
@@ -216,8 +235,9 @@ class SequencePages:
     def scrub(self, sequence: PooledSequence, name: str) -> None:
         """Zero what model `name` wrote behind the committed slots, in pages that are the sequence's own."""
         store, length = self._stores[name], sequence.length
-        if sequence.filled[name] > length:
-            self.make_room([(sequence, length, sequence.filled[name])])
+        if sequence.used > length:
+            self.make_room([(sequence, length, sequence.used)])
+        sequence.tails.clear()
         sequence.filled[name] = min(sequence.filled[name], length)
         for i in range(length // self._size, len(sequence.pages)):
             if not self._allocator.shared(sequence.pages[i]):
@@ -235,6 +255,7 @@ class SequencePages:
                 sequence.filled[name] = min(sequence.filled[name], first * self._size)
         for sequence in sequences:
             sequence.filled[name] = 0
+            sequence.tails.clear()
             sequence.places.pop(name, None)
 
 

@@ -1,47 +1,16 @@
-"""One model's K/V inside the shared cache: plain preallocated tensors, grown by doubling, never concatenated."""
+"""One model's K/V inside the shared cache: plain preallocated tensors, grown by doubling, never concatenated; and the
+passes that write to them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from torch import Tensor
 
 from specdec.kv.layout import Layout, check_layout
-
-
-@dataclass(frozen=True)
-class WritePlan:
-    """Where one forward pass writes. Built once a pass, used by every layer."""
-
-    num_rows: int
-    width: int
-    read: int
-    """Slots the attention reads: `[0, read)`."""
-    start: int | None
-    """Common first slot of all rows; None when rows differ and `slots` must be scattered to."""
-    rows: torch.Tensor | None
-    slots: torch.Tensor | None
-    first: int = 0
-    """Storage row of the pass's first row."""
-    starts: Sequence[int] = ()
-
-    @staticmethod
-    def build(starts: Sequence[int], width: int, row: int = 0) -> WritePlan:
-        first = starts[0]
-        read = max(starts) + width
-        if all(start == first for start in starts):
-            return WritePlan(len(starts), width, read, first, None, None, row, starts)
-        slots = torch.tensor(list(starts))[:, None] + torch.arange(width)
-        return WritePlan(len(starts), width, read, None, torch.arange(len(starts))[:, None], slots, row, starts)
-
-    def on(self, device: torch.device) -> WritePlan:
-        if self.slots is None or self.rows is None or self.slots.device == device:
-            return self
-        return replace(self, rows=self.rows.to(device), slots=self.slots.to(device))
+from specdec.kv.write import Write
 
 
 class ModelStore:
@@ -56,62 +25,78 @@ class ModelStore:
         self.num_rows = num_rows
         self.capacity = capacity
         self.most = most
-        self._keys: list[torch.Tensor | None] = [None] * num_layers
-        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._keys: list[Tensor | None] = [None] * num_layers
+        self._values: list[Tensor | None] = [None] * num_layers
         self._moves: dict[int, int] = {}
         self.filled = [0] * num_rows
-        self.plan: WritePlan | None = None
         self.places: list[Sequence[int] | None] | None = None
         """Tail slot of each node, per active row, where they differ (see `KVCache.place`)."""
-        self.view = StoreView(self)
-        self._row_numbers = torch.empty(0, 1, dtype=torch.int64)
+        self.borrowed: dict[str, list[int]] = {}
+        """Of each model that borrows this storage, per row: the slot behind its own tail, 0 where it has none."""
+        self._layout: Layout | None = None
 
     @property
-    def keys(self) -> list[torch.Tensor | None]:
+    def keys(self) -> list[Tensor | None]:
         """Per layer, None until it first writes."""
         self._settle()
         return self._keys
 
     @property
-    def values(self) -> list[torch.Tensor | None]:
+    def values(self) -> list[Tensor | None]:
         """Per layer, None until it first writes."""
         self._settle()
         return self._values
 
-    def begin(self, plan: WritePlan) -> None:
-        self.plan = plan
+    def make_room(self, slots: int) -> None:
+        """Before a pass that reads so many slots: rows lie where they should, and storage is long enough."""
         self._settle()
-        self._reserve(plan.read)
+        if slots <= self.capacity:
+            return
+        doubled = 2 * self.capacity if self.most is None else min(2 * self.capacity, self.most)
+        self.capacity, self._layout = max(doubled, slots), None
+        used = max(map(self._used, range(self.num_rows)))
+        for tensors in (self.keys, self.values):
+            for i, old in enumerate(tensors):
+                if old is not None:
+                    new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+                    new[:, :, :used] = old[:, :, :used]
+                    tensors[i] = new
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one layer's new states `[rows, kv_heads, width, head_dim]`; return everything up to `plan.read`."""
-        assert self.plan is not None, "a model wrote to its cache outside SharedKVCache.writing()"
-        plan = self.plan
-        keys, values = self._layer(layer, key, value)
-        if plan.num_rows != len(keys):
-            keys, values = keys.narrow(0, plan.first, plan.num_rows), values.narrow(0, plan.first, plan.num_rows)
-        if plan.start is not None:  # narrow() costs a third of an indexing expression, and this runs per layer
-            keys.narrow(2, plan.start, plan.width).copy_(key)
-            values.narrow(2, plan.start, plan.width).copy_(value)
-        else:
-            plan = self.plan = plan.on(key.device)
-            keys[plan.rows, :, plan.slots] = key.transpose(1, 2)
-            values[plan.rows, :, plan.slots] = value.transpose(1, 2)
-        return keys.narrow(2, 0, plan.read), values.narrow(2, 0, plan.read)
+    def have_written(self, first: int, starts: Sequence[int], real: Sequence[int], borrower: str | None) -> None:
+        """A pass has ended well: from row `first` on, `real[b]` tokens lie in slots from `starts[b]` on.
 
-    def layout(self, plan: WritePlan, like: torch.Tensor) -> Layout:
-        """For a pass that writes by itself.
+        They are the owner's, or a borrower's. Slots that were the other's hold nothing of it any more.
+        """
+        for row, (start, new) in enumerate(zip(starts, real, strict=True), first):
+            if not new:
+                continue
+            for name, tails in self.borrowed.items():
+                tails[row] = start + new if name == borrower else min(tails[row], start)
+            self.filled[row] = start + new if borrower is None else min(self.filled[row], start)
+
+    def drop_tails(self, rows: Iterable[int]) -> None:
+        """Forget the borrowers' tails in these rows."""
+        for tails in self.borrowed.values():
+            for row in rows:
+                tails[row] = 0
+
+    def _used(self, row: int) -> int:
+        """Slots of a row that hold anything."""
+        return max([self.filled[row], *(tails[row] for tails in self.borrowed.values())])
+
+    def layout(self, like: Tensor) -> Layout:
+        """Of all rows, every one of which is one page of a table: the same object until storage moves.
 
         Args:
             like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
         """
-        heads, slots, size = like.shape[1], self.capacity, like.shape[3]
-        keys, values = zip(*(self._layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
-        check_layout((*keys, *values), (self.num_rows, heads, slots, size), like)
-        if len(self._row_numbers) < self.num_rows:
-            self._row_numbers = torch.arange(self.num_rows)[:, None]
+        known, heads, slots, size = self._layout, like.shape[1], self.capacity, like.shape[3]
         strides = (slots, heads * slots * size, size, slots * size)
-        return Layout(keys, values, strides, self._row_numbers[plan.first :], plan.starts)
+        if known is None or known.keys[0].dtype != like.dtype or known.strides != strides:
+            keys, values = zip(*(self.layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
+            check_layout((*keys, *values), (self.num_rows, heads, slots, size), like)
+            known = self._layout = Layout(keys, values, strides, torch.arange(self.num_rows)[:, None])
+        return known
 
     def gather(self, rows: list[int], sources: list[list[int]], targets: list[list[int]]) -> None:
         """Copy slot `sources[i][j]` of `rows[i]` to slot `targets[i][j]`, all layers, in place."""
@@ -128,6 +113,8 @@ class ModelStore:
         moves = self._moves
         moves[first], moves[second] = moves.get(second, second), moves.get(first, first)
         self.filled[first], self.filled[second] = self.filled[second], self.filled[first]
+        for tails in self.borrowed.values():
+            tails[first], tails[second] = tails[second], tails[first]
         if self.places is not None:
             self.places[first], self.places[second] = self.places[second], self.places[first]
 
@@ -137,7 +124,7 @@ class ModelStore:
             return
         moves = [(row, source) for row, source in self._moves.items() if row != source]
         self._moves = {}
-        stop = max((self.filled[row] for row, _ in moves), default=0)
+        stop = max((self._used(row) for row, _ in moves), default=0)
         if not stop:
             return
         rows, sources = (torch.tensor(side) for side in zip(*moves, strict=True))
@@ -145,8 +132,11 @@ class ModelStore:
             tensor[rows.to(tensor.device), :, :stop] = tensor[sources.to(tensor.device), :, :stop]
 
     def fork(self, repeats: int) -> None:
-        self.num_rows *= repeats
+        self.num_rows, self._layout = self.num_rows * repeats, None
         self.filled = [count for count in self.filled for _ in range(repeats)]
+        self.borrowed = {
+            name: [tail for tail in tails for _ in range(repeats)] for name, tails in self.borrowed.items()
+        }
         if self.places is not None:
             self.places = [own for own in self.places for _ in range(repeats)]
         for tensors in (self.keys, self.values):
@@ -156,18 +146,21 @@ class ModelStore:
     def cut(self, row: int, length: int) -> None:
         """Forget what one row holds from slot `length` on, its tail with it."""
         self.filled[row] = min(self.filled[row], length)
+        self.drop_tails([row])
         if self.places is not None:
             self.places[row] = None
 
     def clear(self) -> None:
         """Zero everything: masked slots still enter the softmax-weighted sum as 0 * value, and 0 * NaN is NaN."""
         self.filled = [0] * self.num_rows
+        self.drop_tails(range(self.num_rows))
         self.places = None
         for tensor in self._tensors():
             tensor.zero_()
 
     def scrub(self, lengths: Sequence[int]) -> None:
         """Zero and drop everything from slot `lengths[row]` on, for the leading rows."""
+        self.drop_tails(range(len(lengths)))
         for row, length in enumerate(lengths):
             self.filled[row] = min(self.filled[row], length)
             for tensor in self._tensors():
@@ -176,10 +169,11 @@ class ModelStore:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def _tensors(self) -> list[Tensor]:
         return [tensor for tensor in (*self.keys, *self.values) if tensor is not None]
 
-    def _layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's storage, allocated for states like these."""
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
             shape = (self.num_rows, key.shape[1], self.capacity)
@@ -188,100 +182,74 @@ class ModelStore:
                 values = self._values[layer] = value.new_zeros(*shape, value.shape[3])
         return keys, values
 
-    def _reserve(self, slots: int) -> None:
-        if slots <= self.capacity:
-            return
-        doubled = 2 * self.capacity if self.most is None else min(2 * self.capacity, self.most)
-        self.capacity = max(doubled, slots)
-        used = max(self.filled)
-        for tensors in (self.keys, self.values):
-            for i, old in enumerate(tensors):
-                if old is not None:
-                    new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
-                    new[:, :, :used] = old[:, :, :used]
-                    tensors[i] = new
 
+class SharedWrite(Write):
+    """A pass of one model over neighbouring rows of its store. A class: a generator would cost as much again as all it
+    does, at every level of a draft.
 
-class LayerStorage(Protocol):
-    """One model's K/V, in whatever layout: `write` takes a layer's new states and returns all that the pass reads.
-
-    plan: of the pass that runs, None before the first; of the layout's own kind, with `width` and `read`.
+    Args:
+        first: storage row of the pass's first row.
+        borrower: name of the model, where the store is another's.
     """
 
-    num_layers: int
-    plan: Any
+    def __init__(
+        self,
+        store: ModelStore,
+        first: int,
+        starts: Sequence[int],
+        width: int,
+        valid: Sequence[int] | None,
+        num_layers: int,
+        borrower: str | None = None,
+    ):
+        self._store, self._first, self._borrower = store, first, borrower
+        self.store = store if first == 0 else None
+        self.starts, self.width, self.valid, self.num_layers = starts, width, valid, num_layers
+        longest = max(starts)
+        self.read = longest + width
+        self._start = longest if min(starts) == longest else None
+        self._index: tuple[Tensor, Tensor] | None = None
 
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __enter__(self) -> SharedWrite:
+        self._store.make_room(self.read)
+        return self
 
-    def layout(self, plan: Any, like: torch.Tensor) -> Layout: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            real = [self.width] * len(self.starts) if self.valid is None else self.valid
+            self._store.have_written(self._first, self.starts, real, self._borrower)
 
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self._store.layer(layer, key, value)
+        if len(self.starts) != len(keys):
+            keys, values = (
+                keys.narrow(0, self._first, len(self.starts)),
+                values.narrow(0, self._first, len(self.starts)),
+            )
+        if self._start is not None:  # narrow() costs a third of an indexing expression, and this runs per layer
+            keys.narrow(2, self._start, self.width).copy_(key)
+            values.narrow(2, self._start, self.width).copy_(value)
+        else:
+            index, slots = self._places(key.device)
+            keys[index, :, slots] = key.transpose(1, 2)
+            values[index, :, slots] = value.transpose(1, 2)
+        return keys.narrow(2, 0, self.read), values.narrow(2, 0, self.read)
 
-class StoreView(Cache):
-    """What an unmodified `transformers` model sees: a cache whose `update` writes into the shared storage."""
+    put = update
 
-    def __init__(self, store: LayerStorage):
-        super().__init__(layers=[_StoreLayer(store, i) for i in range(store.num_layers)])
-        self.store = store
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows and slots of the new tokens, where rows start apart."""
+        if self._index is None or self._index[1].device != device:
+            slots = torch.tensor(list(self.starts))[:, None] + torch.arange(self.width)
+            self._index = torch.arange(len(slots))[:, None].to(device), slots.to(device)
+        return self._index
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.store.write(layer_idx, key_states, value_states)
+    def layout(self, like: Tensor) -> Layout:
+        layout = self._store.layout(like)
+        return layout if self._first == 0 else layout._replace(table=layout.table[self._first :])
 
-    def layout(self, like: torch.Tensor) -> Layout:
-        """Where the pass that is planned reads and writes."""
-        return self.store.layout(self.store.plan, like)
-
-    def pinned(self) -> PinnedView:
-        """What the pass planned last reads and writes through when others are planned before it runs."""
-        return PinnedView(self.store)
-
-
-class PinnedView:
-    """`StoreView.update` under one pass's plan, for several passes over disjoint rows that run layer by layer."""
-
-    def __init__(self, store: LayerStorage):
-        self._store, self._plan = store, store.plan
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        self._store.plan = self._plan
-        return self._store.write(layer, key, value)
-
-    def layout(self, like: torch.Tensor) -> Layout:
-        return self._store.layout(self._plan, like)
-
-
-class _StoreLayer(CacheLayerMixin):
-    """The per-layer face some models ask for; all state is in the store."""
-
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self, store: LayerStorage, index: int):
-        super().__init__()
-        self.store = store
-        self.index = index
-        self.is_initialized = True
-
-    def lazy_initialization(self, *args: Any) -> None:
-        """Nothing to do: the store allocates on the first write."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.store.write(self.index, key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        assert self.store.plan is not None
-        return self.store.plan.read, 0
-
-    def get_seq_length(self) -> int:
-        plan = self.store.plan
-        return 0 if plan is None else plan.read - plan.width
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        # The name transformers 5.17 still calls.
-        return -1
+    def row(self, row: int, width: int) -> Write:
+        own = [self.width if self.valid is None else self.valid[row]]
+        return SharedWrite(self._store, self._first + row, [self.starts[row]], width, own, self.num_layers).__enter__()

@@ -25,10 +25,10 @@ from specdec.target import TARGET, TargetPasses
 from specdec.trace import StepTrace, Stopwatch
 from specdec.verify import DraftTree, NoiseStream, Rows, SamplingLaw
 from specdec.verify.draft_kind import NO_DRAFTS
+from specdec.verify.passes.strict_mode import StrictMode
 from specdec.verify.purity import in_plain_order
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import choose_rule
-from specdec.verify.strict_mode import StrictMode
 
 if TYPE_CHECKING:
     from specdec.planner.base import Planner

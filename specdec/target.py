@@ -15,9 +15,9 @@ from specdec.kv.support import text_config
 from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.verify import DraftTree, Rows
-from specdec.verify.forward import PREFILL_CHUNK
-from specdec.verify.planned import forward_for
-from specdec.verify.strict_mode import StrictMode
+from specdec.verify.passes.base import PREFILL_CHUNK
+from specdec.verify.passes.forward import Forward
+from specdec.verify.passes.strict_mode import StrictMode
 
 TARGET = "target"
 """The target's name in the shared cache."""
@@ -43,13 +43,13 @@ class TargetPasses:
         self._rows = rows
         self._cache = cache
         self._report = report
-        self._forward = forward_for(model, TARGET) if strict is None else strict.forward(TARGET)
+        self._forward = Forward(model, TARGET) if strict is None else strict.forward(TARGET)
         self._chunk = getattr(request.config, "prefill_chunk_size", None) or PREFILL_CHUNK
         self._read_along = False
         self.vocab = int(text_config(model).vocab_size)
 
     def prepared(self) -> AbstractContextManager[None]:
-        """See `TreeForward.prepared`."""
+        """See `Forward.prepared`."""
         return self._forward.prepared()
 
     def prefill(self) -> None:
@@ -92,13 +92,13 @@ class TargetPasses:
         self._read_along = unread is not None
         try:
             try:
-                return tree, self._cut(self._forward.tree(self._cache, tree, unread))
+                return tree, self._cut(self._forward.tree(self._cache, tree, unread).logits)
             except torch.OutOfMemoryError:
                 if tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
                     raise
                 self._report.notes.append(f"step {self._report.num_steps}: out of memory on the tree, decoded plainly")
                 tree = DraftTree.root_only(tree.tokens[:, 0])
-                return tree, self._cut(self._forward.tree(self._cache, tree, unread))
+                return tree, self._cut(self._forward.tree(self._cache, tree, unread).logits)
         except Exception as fault:
             raise self.fault(f"{type(fault).__name__}: {fault}") from fault
 
@@ -111,7 +111,9 @@ class TargetPasses:
         missing = self._missing(lengths)[0]
         if missing == 0:
             return None
-        if tree.is_shared_chain and missing + tree.tokens.shape[1] <= self._forward.chunk(self._chunk):
+        if tree.is_shared_chain and missing + tree.tokens.shape[1] <= self._forward.stride(
+            len(lengths), max(lengths), self._chunk
+        ):
             return self._rows.window(self._cache.filled(TARGET), missing)
         self._fill(self._rows.window([0] * len(lengths), max(lengths)), lengths)
         return None

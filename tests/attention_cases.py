@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.verify.backends.fold import fold_attention
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.backends.reference import reference_attention
+from specdec.verify.attention.fold import fold_attention
+from specdec.verify.attention.plan import TreePlan
+from specdec.verify.attention.reference import reference_attention
 
 EPS = {torch.float64: 1e-15, torch.float32: 2.4e-7, torch.bfloat16: 7.8e-3, torch.float16: 9.8e-4}
 """Twice the relative rounding error of each dtype (float64: an order above it)."""

@@ -13,7 +13,7 @@ import torch
 from attention_cases import AttentionCase, complaint, states
 from triton_fixes import mend_interpreter
 
-from specdec.verify.backends.launch import Tiles, triton_attention
+from specdec.verify.attention.launch import Tiles, triton_attention
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 must be set before triton is imported", allow_module_level=True)

@@ -19,9 +19,9 @@ def write(pool: KVPool, name: str, sequences: Sequence[int], starts: Sequence[in
     """One pass that stores `value` everywhere; returns the last layer's keys as the pass read them."""
     cache = PagedKVCache(pool, sequences)
     states = torch.full((len(sequences), HEADS, width, DIM), value, dtype=torch.float64)
-    with cache.writing(name, starts, width):
+    with cache.writing(name, starts, width) as write:
         for layer in range(LAYERS[name]):
-            keys, _ = cache.view(name).update(states, -states, layer)
+            keys, _ = write.update(layer, states, -states)
     return keys
 
 

@@ -275,13 +275,13 @@ class PoolMachine(RuleBasedStateMachine):
         before = [(list(self.pool.sequence(n).pages), self.pool.filled(n, name)) for n in numbers]
         valid = [len(row) for row in texts]
         try:
-            with cache.writing(name, starts, width, valid) as read:
+            with cache.writing(name, starts, width, valid) as write:
                 for layer in range(LAYERS[name]):
                     states = torch.full((len(numbers), HEADS, width, DIM), float("nan"), dtype=torch.float64)
                     for i, row in enumerate(texts):
                         states[i, :, : len(row)] = torch.tensor(self.values.of(row, name, layer)).double()[:, None]
-                    keys, values = cache.view(name).update(states, -states, layer)
-                    assert keys.shape == (len(numbers), HEADS, read, DIM)
+                    keys, values = write.update(layer, states, -states)
+                    assert keys.shape == (len(numbers), HEADS, write.read, DIM)
                     assert not bool(keys.isnan().any() | values.isnan().any())  # hidden slots are multiplied by zero
                     for i, number in enumerate(numbers):
                         wanted = self.values.of(self.rows[number].slots[name][: starts[i]] + texts[i], name, layer)

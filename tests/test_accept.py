@@ -25,9 +25,9 @@ from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.setting import COMPARED
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.errors import ExperimentError
-from specdec.verify import linear
 from specdec.verify.draft_kind import DraftKind
-from specdec.verify.linear import FormTable
+from specdec.verify.passes import linear
+from specdec.verify.passes.linear import FormTable
 from specdec.verify.rules import RULES, make_rule
 
 
@@ -120,7 +120,7 @@ def test_a_resumed_run_multiplies_as_the_killed_one_did(
 ) -> None:
     """Which form of a linear layer is fastest is measured; a second session may measure differently, by the last bits
     of its sums and now and then a token. The control: without the first session's lines, it does."""
-    monkeypatch.setattr("specdec.verify.forward.native_pass", lambda direct: None)  # it has one form only
+    monkeypatch.setattr("specdec.verify.passes.native.native_pass", lambda *_: None)  # it has one form only
     table = FormTable()
     monkeypatch.setattr(linear, "FORMS", table)
     monkeypatch.setattr(runner, "FORMS", table)

@@ -12,10 +12,10 @@ from attention_cases import AttentionCase, States, clean, complaint, states
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends.choose import BACKENDS
-from specdec.verify.backends.merge import merge, merged_attention, tail_part
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.backends.prefix import fold_heads, package_prefix, torch_prefix
+from specdec.verify.attention.choose import BACKENDS
+from specdec.verify.attention.merge import merge, merged_attention, tail_part
+from specdec.verify.attention.plan import TreePlan
+from specdec.verify.attention.prefix import fold_heads, package_prefix, torch_prefix
 
 Case = AttentionCase
 F64 = torch.float64

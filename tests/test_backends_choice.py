@@ -11,9 +11,9 @@ from attention_cases import AttentionCase, clean, states
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends.choose import VARIABLE, AttentionChoice, Backend
-from specdec.verify.backends.fold import fold_attention
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.choose import VARIABLE, AttentionChoice, Backend
+from specdec.verify.attention.fold import fold_attention
+from specdec.verify.attention.plan import TreePlan
 
 Case = AttentionCase
 F64 = torch.float64

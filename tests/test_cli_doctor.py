@@ -27,7 +27,7 @@ def test_a_working_installation(tiny_pair: Path) -> None:
     assert found["ok"] is True
     details = {check["name"]: check for check in found["checks"]}
     assert details["torch"]["detail"] == metadata.version("torch")
-    assert details["attention"]["detail"].startswith("specdec_fold")
+    assert details["attention"]["detail"].startswith("specdec for ")
     assert (details["pair"]["status"], details["generate"]["status"]) == ("ok", "ok")
 
 

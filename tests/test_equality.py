@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import checker
 import models
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.kv.shared import SharedKVCache
-from specdec.verify.forward import TreeForward
+from specdec.verify.passes import forward
 from specdec.verify.rules.greedy import Greedy
 from specdec.verify.tree import DraftTree, Verdict
 
@@ -95,21 +96,18 @@ def _one_node_too_many(original: Callable[..., Verdict]) -> Callable[..., Verdic
     return broken
 
 
-def _everything_visible(original: Callable[..., object]) -> Callable[..., object]:
-    def broken(
-        self: TreeForward, cache: object, tokens: object, depths: object, anc: torch.Tensor, first: int
-    ) -> object:
-        return original(self, cache, tokens, depths, torch.ones_like(anc), first)
+def _everything_visible(original: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(tree: Any, lengths: Any) -> Any:
+        nodes = original(tree, lengths)
+        return nodes and nodes._replace(ancestors=torch.ones_like(nodes.ancestors))
 
     return broken
 
 
-def _slots_as_positions(original: Callable[..., object]) -> Callable[..., object]:
-    def broken(
-        self: TreeForward, cache: object, tokens: object, depths: torch.Tensor, anc: object, first: int
-    ) -> object:
-        index = torch.arange(depths.shape[1]).expand_as(depths)
-        return original(self, cache, tokens, index, anc, first)
+def _slots_as_positions(original: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(tree: Any, lengths: Any) -> Any:
+        nodes = original(tree, lengths)
+        return nodes and nodes._replace(depths=torch.arange(nodes.depths.shape[1]).expand_as(nodes.depths))
 
     return broken
 
@@ -125,14 +123,14 @@ def _no_gather(original: Callable[..., None]) -> Callable[..., None]:
     ("owner", "method", "breaker"),
     [
         (Greedy, "__call__", _one_node_too_many),
-        (TreeForward, "nodes", _everything_visible),
-        (TreeForward, "nodes", _slots_as_positions),
+        (forward, "nodes_of", _everything_visible),
+        (forward, "nodes_of", _slots_as_positions),
         (SharedKVCache, "commit", _no_gather),
     ],
     ids=["accepts-one-too-many", "wrong-ancestor-mask", "slots-as-positions", "commit-without-gather"],
 )
 def test_the_checker_catches_broken_variants(
-    owner: type, method: str, breaker: Callable, monkeypatch: pytest.MonkeyPatch
+    owner: Any, method: str, breaker: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case("llama-gqa", "fp64", (6, 3), Drafting("tree", "near", widths=(3, 2, 1)), new_tokens=24)
     checker.compare(case, NearTies(), eos_token_id=None)

@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from ways import graphed_forward
 
 import specdec
 from specdec.drafters import BestFirst
-from specdec.drafters import model as model_drafter
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify import DraftTree, Topology, TreeForward, graphed
-from specdec.verify.backends.choose import VARIABLE
-from specdec.verify.graphed import GraphedForward, Run, bucket_slots, bucket_width
+from specdec.verify import DraftTree, Forward, Topology
+from specdec.verify.attention.choose import VARIABLE
+from specdec.verify.passes import graphed
+from specdec.verify.passes.graphed import Run, bucket_slots, bucket_width
 
 TREE = Topology((-1, 0, 0, 1, 1, 2))
 FAMILIES = ["llama-gqa", "qwen2-mixed-window", "mistral-window", "gpt2", "qwen3"]
@@ -32,23 +33,23 @@ FAMILIES = ["llama-gqa", "qwen2-mixed-window", "mistral-window", "gpt2", "qwen3"
 def record(run: Run) -> Run:
     """Record a run as a graph of tensor operations; a value taken to the host raises while recording."""
 
-    def plainly() -> Tensor:
+    def plainly() -> tuple[Tensor, ...]:
         with torch.inference_mode(False), torch.no_grad():
             return run()
 
     with torch.inference_mode(False), torch.no_grad():
         traced: Run = make_fx(plainly)()
-    return lambda: traced().clone()
+    return lambda: tuple(tensor.clone() for tensor in traced())
 
 
 def pair_of(
     family: str, capture: Callable[[Run], Run] | None, rows: int = 2, min_uses: int = 1, capacity: int = 64
-) -> tuple[list[SharedKVCache], list[TreeForward]]:
+) -> tuple[list[SharedKVCache], list[Forward]]:
     """Two caches with the same prompts: one for eager passes, one for captured ones."""
     model = models.target(family)
     text = torch.randint(3, models.VOCAB, (rows, 30), generator=torch.Generator().manual_seed(0))
     caches = [SharedKVCache({"t": num_cache_layers(model)}, rows, capacity) for _ in range(2)]
-    forwards = [TreeForward(model, "t"), GraphedForward(model, "t", capture, min_uses)]
+    forwards = [Forward(model, "t"), graphed_forward(model, "t", capture, min_uses)]
     stops = [9, 4, 17][:rows]
     for cache, forward in zip(caches, forwards, strict=True):
         with forward.prepared():
@@ -58,14 +59,14 @@ def pair_of(
     return caches, forwards
 
 
-def compare(caches: list[SharedKVCache], forwards: list[TreeForward], topology: Topology, path: list[int]) -> None:
+def compare(caches: list[SharedKVCache], forwards: list[Forward], topology: Topology, path: list[int]) -> None:
     """One step on both sides: the same logits, the same K/V."""
     rows = caches[0].num_rows
     tokens = torch.randint(3, models.VOCAB, (rows, topology.num_nodes), generator=torch.Generator().manual_seed(rows))
     found = []
     for cache, forward in zip(caches, forwards, strict=True):
         with forward.prepared():
-            found.append(forward.tree(cache, DraftTree.build(topology, tokens)))
+            found.append(forward.tree(cache, DraftTree.build(topology, tokens)).logits)
         cache.commit([path] + [[0]] * (rows - 1))
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
     for row in range(rows):
@@ -77,8 +78,7 @@ def compare(caches: list[SharedKVCache], forwards: list[TreeForward], topology: 
 def test_one_recording_serves_every_later_step(family: str) -> None:
     """Other tokens, other lengths, moved K/V: everything a replay needs is in its buffers."""
     caches, forwards = pair_of(family, record)
-    captured = forwards[1]
-    assert isinstance(captured, GraphedForward)
+    captured: Any = forwards[1].runners[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for path in ([0, 2, 5], [0], [0, 1, 4]):
@@ -93,8 +93,7 @@ def test_with_any_attention_backend(backend: str, monkeypatch: pytest.MonkeyPatc
     caches, forwards = pair_of("llama-gqa", record, rows=3)
     for topology in (TREE, Topology.chain(0)):
         compare(caches, forwards, topology, [0])
-    captured = forwards[1]
-    assert isinstance(captured, GraphedForward)
+    captured: Any = forwards[1].runners[0]
     assert sorted(shape.width for shape in captured._graphs) == [1, 8]
 
 
@@ -107,10 +106,10 @@ def test_earlier_nodes_of_the_tree_are_seen() -> None:
     for cache, forward in zip(caches, forwards, strict=True):
         with forward.prepared():
             forward.nodes(cache, tokens[:, :3], depths[:, :3], ancestors[:, :3, :3], 0)
-            found.append(forward.nodes(cache, tokens[:, 3:], depths, ancestors[:, 3:], 3))
+            found.append(forward.nodes(cache, tokens[:, 3:], depths, ancestors[:, 3:], 3).logits)
             cache.rollback()
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
-    assert forwards[1].num_replays == 2  # type: ignore[attr-defined]
+    assert forwards[1].runners[0].num_replays == 2  # type: ignore[attr-defined]
 
 
 def test_a_replay_of_stale_buffers_would_be_noticed() -> None:
@@ -141,8 +140,7 @@ def test_a_shape_is_captured_when_it_comes_again() -> None:
 
 def test_graphs_of_storage_that_moved_are_dropped() -> None:
     caches, forwards = pair_of("llama-gqa", None, capacity=24)
-    captured = forwards[1]
-    assert isinstance(captured, GraphedForward)
+    captured: Any = forwards[1].runners[0]
     compare(caches, forwards, TREE, [0])
     (old,) = captured._graphs
     while old in captured._graphs:
@@ -159,7 +157,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly() -> None:
     with pytest.warns(RuntimeWarning, match="cannot be captured and run eagerly: operation not permitted"):
         compare(caches, forwards, TREE, [0, 2, 5])
     compare(caches, forwards, TREE, [0])
-    assert forwards[1].num_replays == 0  # type: ignore[attr-defined]
+    assert forwards[1].runners[0].num_replays == 0  # type: ignore[attr-defined]
 
 
 def test_a_recording_does_not_follow_values_on_the_host() -> None:
@@ -174,10 +172,10 @@ def test_a_recording_does_not_follow_values_on_the_host() -> None:
             assert "data-dependent" in str(refusal)  # noqa: PT017
             return True
         buffer.fill_(2.0)
-        return not torch.equal(replay(), run())
+        return not torch.equal(replay()[0], run()[0])
 
-    assert not looks(lambda: buffer * buffer.sum())
-    assert looks(lambda: buffer * float(buffer.sum()))
+    assert not looks(lambda: (buffer * buffer.sum(),))
+    assert looks(lambda: (buffer * float(buffer.sum()),))
 
 
 def test_out_of_memory_is_passed_on() -> None:
@@ -222,16 +220,15 @@ def test_generate_writes_the_same_text(
     if sampling:
         arguments["seed"] = 3
     expected = specdec.Speculator(target, draft, **drafting).generate(ids, **arguments)
-    made: list[GraphedForward] = []
+    made: list[Any] = []
 
-    def static(model: Any, name: str) -> GraphedForward:
-        made.append(GraphedForward(model, name, None, 1))
+    def static(model: Any) -> Any:
+        made.append(graphed_forward(model, "", None, 1).runners)
         return made[-1]
 
-    monkeypatch.setattr("specdec.target.forward_for", static)
-    monkeypatch.setattr(model_drafter, "forward_for", static)
+    monkeypatch.setattr("specdec.verify.passes.forward.runners_for", static)
     monkeypatch.setattr(graphed, "MIN_SLOTS", 32)
     out = specdec.Speculator(target, draft, **drafting).generate(ids, **arguments)
     assert torch.equal(torch.as_tensor(out), torch.as_tensor(expected))
     assert len(made) == 2
-    assert all(forward.num_replays > 2 for forward in made)
+    assert all(runners[0].num_replays > 2 for runners in made)

@@ -13,8 +13,8 @@ import torch
 from attention_cases import AttentionCase, states
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends import launch
-from specdec.verify.backends.launch import triton_attention
+from specdec.verify.attention import launch
+from specdec.verify.attention.launch import triton_attention
 
 TESTS = Path(__file__).resolve().parent
 
@@ -80,6 +80,6 @@ def test_splits_fill_the_device(programs: int, blocks: int, splits: int) -> None
 
 
 def test_triton_is_imported_only_when_it_is_used() -> None:
-    code = "import specdec.verify.backends.choose, sys; print('specdec.verify.backends.kernel' in sys.modules)"
+    code = "import specdec.verify.attention.choose, sys; print('specdec.verify.attention.kernel' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

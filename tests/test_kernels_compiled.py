@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.verify.backends.launch import Tiles, compiled_constants
+from specdec.verify.attention.launch import Tiles, compiled_constants
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,7 +39,7 @@ def test_compiled_ahead_of_time(
     """A machine without a GPU can compile for one: Llama-3-8B's heads, trees up to 16 nodes in one tile."""
     triton = pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # an old result must not stand in for a new one
-    from specdec.verify.backends.kernel import combine_kernel, tree_attention_kernel
+    from specdec.verify.attention.kernel import combine_kernel, tree_attention_kernel
 
     tiles = Tiles.of(4 * 16, 128, DTYPES[dtype])
     constants = compiled_constants(8, 4, 128, 128, tiles, splits, page, floors)
@@ -64,7 +64,7 @@ def test_no_head_size_spills_registers(
 ) -> None:
     triton = pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from specdec.verify.backends.kernel import tree_attention_kernel
+    from specdec.verify.attention.kernel import tree_attention_kernel
 
     tiles = Tiles.of(64, head_dim, DTYPES[dtype])
     constants = compiled_constants(8, 4, head_dim, head_dim, tiles, 4, 0, False)

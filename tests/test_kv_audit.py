@@ -127,7 +127,7 @@ def test_sampled_histories_and_non_first_branches_are_covered(monkeypatch: pytes
 @pytest.fixture
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes with the bits of the model's modules, which native ones have not."""
-    monkeypatch.setattr("specdec.verify.forward.native_pass", lambda direct: None)
+    monkeypatch.setattr("specdec.verify.passes.native.native_pass", lambda *_: None)
 
 
 def test_the_first_pass_is_bitwise_that_of_plain_decoding(in_torch: None) -> None:

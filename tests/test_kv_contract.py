@@ -98,13 +98,14 @@ class Pair:
         tokens = [committed + self.lists.fresh(width - len(committed)) for committed in known]
         fresh = torch.tensor(tokens, dtype=torch.float64).view(rows, 1, width, 1)
         states = fresh.expand(rows, HEADS, width, DIM)
-        with self.cache.writing(name, starts, width, valid) as read:
+        with self.cache.writing(name, starts, width, valid) as write:
+            read = write.read
             assert read == max(starts) + width
-            view = self.cache.view(name)
+            view = write.view()
             assert view.get_seq_length() == read - width  # what some models count positions from
             assert view.get_mask_sizes(width, 0) == (read, 0)
             for layer in range(LAYERS[name]):
-                keys, values = self.cache.view(name).update(states + 0.25 * layer, -states, layer)
+                keys, values = write.update(layer, states + 0.25 * layer, -states)
                 assert keys.shape == values.shape == (rows, HEADS, read, DIM)
         for row, (start, count) in enumerate(zip(starts, valid, strict=True)):
             held = self.lists.slots[name][row]
@@ -121,10 +122,10 @@ class Pair:
         alone = self.cache.row(row)
         held = self.lists.slots[name][row]
         self.lists.slots[name][row] = held[:start] + fresh.tolist()
-        with alone.writing(name, [start], width) as read:
+        with alone.writing(name, [start], width) as write:
             for layer in range(LAYERS[name]):
-                keys, _ = alone.view(name).update(states + 0.25 * layer, -states, layer)
-            assert read == start + width
+                keys, _ = write.update(layer, states + 0.25 * layer, -states)
+            assert write.read == start + width
         assert keys[0, 0, :, 0].tolist() == [value + 0.25 * layer for value in self.lists.slots[name][row]]
 
     def check(self) -> None:

@@ -12,8 +12,8 @@ from specdec.kv import KVCache, SharedKVCache
 def fill(cache: KVCache, starts: list[int], value: float, width: int) -> torch.Tensor:
     """The draft's keys as a pass reads them that writes `value`."""
     states = torch.full((2, HEADS, width, DIM), value, dtype=torch.float64)
-    with cache.writing("draft", starts, width):
-        keys, values = cache.view("draft").update(states, -states, 0)
+    with cache.writing("draft", starts, width) as write:
+        keys, values = write.update(0, states, -states)
     assert torch.equal(keys, -values) or bool(keys.isnan().any())
     return keys
 
@@ -70,9 +70,9 @@ def test_a_tail_that_is_gone_is_placed_no_longer(kind: str, dropped: str) -> Non
 @pytest.mark.parametrize("retired", [(0, 0), (0, 1), (1, 0, 1), (2, 0, 0), (0, 0, 0)], ids=str)
 def test_rows_that_finish_one_after_the_other_take_their_text_along(kind: str, retired: tuple[int, ...]) -> None:
     cache, order = CACHES[kind](LAYERS, 4), [0, 1, 2, 3]
-    with cache.writing("draft", [0] * 4, 2):
+    with cache.writing("draft", [0] * 4, 2) as write:
         states = torch.arange(4.0, dtype=torch.float64)[:, None, None, None].expand(4, HEADS, 2, DIM)
-        cache.view("draft").update(states, -states, 0)
+        write.update(0, states, -states)
     for row in range(4):
         cache.set_length(row, 2)
     for active, row in zip((3, 2, 1), retired, strict=False):
@@ -88,9 +88,9 @@ def test_a_row_that_writes_nothing_in_a_pass_keeps_what_it_has(kind: str) -> Non
     """Its start is padding as well, whatever it says."""
     cache = CACHES[kind](LAYERS, 2)
     fill(cache, [0, 0], 1.0, 3)
-    with cache.writing("draft", [1, 3], 2, [0, 2]):
+    with cache.writing("draft", [1, 3], 2, [0, 2]) as write:
         states = torch.full((2, HEADS, 2, DIM), 2.0, dtype=torch.float64)
-        cache.view("draft").update(states, -states, 0)
+        write.update(0, states, -states)
     assert cache.filled("draft") == [3, 5]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from exact_law import noisy_copy, tiny_llama
-from torch import Tensor
 
 import specdec
 from specdec import CheckReport, ModelDrafter, NgramDrafter, UnsupportedArgumentError
@@ -21,7 +20,7 @@ from specdec.experiments.laws.bugs import (
 )
 from specdec.experiments.laws.false_drafters import DropsUnlikelyTokens, TellsRawLaw, TellsRowOfNextPosition
 from specdec.kv.shared import SharedKVCache
-from specdec.verify.forward import TreeForward
+from specdec.verify.passes import forward
 from specdec.verify.rules import RULES
 
 TARGET = tiny_llama(3, vocab=6)
@@ -122,12 +121,13 @@ def test_a_commit_that_moves_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nodes_at_wrong_positions_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = TreeForward.nodes
+    original = forward.nodes_of
 
-    def nodes(self: TreeForward, cache: Any, tokens: Tensor, depths: Tensor, *rest: Any) -> Tensor:
-        return original(self, cache, tokens, torch.arange(depths.shape[1]).expand(depths.shape), *rest)
+    def nodes_of(*given: Any) -> Any:
+        nodes = original(*given)
+        return nodes and nodes._replace(depths=torch.arange(nodes.depths.shape[1]).expand_as(nodes.depths))
 
-    monkeypatch.setattr(TreeForward, "nodes", nodes)
+    monkeypatch.setattr(forward, "nodes_of", nodes_of)
     report = run(DRAFT, k=3, max_rows=64)
     assert {"K/V cache", "verification logits"} <= failed(report), report.summary()
 

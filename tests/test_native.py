@@ -16,32 +16,20 @@ from hypothesis import strategies as st
 from pass_history import history
 from test_direct import DIRECT
 from torch import Tensor
+from ways import forward_by, native_of
 
 from specdec.kv import SharedKVCache
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
-from specdec.verify.direct import direct_pass
-from specdec.verify.forward import TreeForward
-from specdec.verify.native import NativePass, build, library, native_pass, run
-from specdec.verify.parts import Text
+from specdec.verify.native import build, library
+from specdec.verify.passes import native
+from specdec.verify.passes.base import Text
+from specdec.verify.passes.forward import Forward
+from specdec.verify.passes.parameters import Parameters
 
 WITHOUT = library.why_not()
 pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=f"no native pass: {WITHOUT}")
-
-
-def native(model: Any) -> NativePass:
-    direct = direct_pass(model)
-    assert direct is not None
-    found = native_pass(direct)
-    assert found is not None
-    return found
-
-
-def forward_of(model: Any, way: Any) -> TreeForward:
-    forward = TreeForward(model, "target")
-    forward._direct = way
-    return forward
 
 
 def caches(model: Any, rows: int) -> Iterator[Any]:
@@ -62,9 +50,9 @@ def test_as_accurate_as_float32_in_torch(family: str, lengths: tuple[int, ...]) 
     rows = len(lengths)
     layouts = zip(caches(model, rows), caches(model, rows), caches(exact, rows), strict=True)
     for ours, theirs, reference in layouts:
-        wanted = history(forward_of(exact, direct_pass(exact)), reference, lengths)
-        torchs = error(history(forward_of(model, direct_pass(model)), theirs, lengths), wanted)
-        found = error(history(forward_of(model, native(model)), ours, lengths), wanted)
+        wanted = history(forward_by(exact, "direct"), reference, lengths)
+        torchs = error(history(forward_by(model, "direct"), theirs, lengths), wanted)
+        found = error(history(forward_by(model, "native"), ours, lengths), wanted)
         assert found < 4 * torchs + 1e-6
 
 
@@ -73,7 +61,7 @@ def test_as_accurate_as_float32_in_torch(family: str, lengths: tuple[int, ...]) 
 def test_on_processors_with_other_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Vectors of 4 and 8 floats, where this machine may have 16."""
     other = library._load(build.compiled(tmp_path, processor))
-    monkeypatch.setattr(run, "library", lambda: other)
+    monkeypatch.setattr(native, "library", lambda: other)
     test_as_accurate_as_float32_in_torch("qwen3", (7, 3, 5))
     test_a_tokens_bits_depend_on_its_text_alone("llama-gqa")
 
@@ -84,8 +72,8 @@ def test_the_comparison_sees_a_single_wrong_weight() -> None:
     with torch.no_grad():
         wrong.model.layers[1].self_attn.k_proj.weight[3, 5] += 1e-3
     lengths = (7, 3, 5)
-    wanted = history(forward_of(exact, direct_pass(exact)), next(caches(exact, 3)), lengths)
-    found = error(history(forward_of(wrong, native(wrong)), next(caches(model, 3)), lengths), wanted)
+    wanted = history(forward_by(exact, "direct"), next(caches(exact, 3)), lengths)
+    found = error(history(forward_by(wrong, "native"), next(caches(model, 3)), lengths), wanted)
     assert found > 1e-5
 
 
@@ -112,21 +100,22 @@ def test_every_size(
     outs = []
     before = torch.get_num_threads()
     exact: Any = copy.deepcopy(model)
-    for one, way in ((model, native), (exact.double(), direct_pass)):
-        forward, cache = forward_of(one, way(one)), next(caches(one, 2))
-        torch.set_num_threads(threads if way is native else before)
+    for one, way in ((model, "native"), (exact.double(), "direct")):
+        forward, cache = forward_by(one, way), next(caches(one, 2))
+        torch.set_num_threads(threads if way == "native" else before)
         try:
             with torch.no_grad():
                 forward.causal(cache, text[:, :9], [0, 0], None, keep=1)
-                outs.append([forward.causal(cache, text[:, 9:], [9, 5], None, keep=0)])
+                outs.append([forward.causal(cache, text[:, 9:], [9, 5], None, keep=0).logits])
         finally:
             torch.set_num_threads(before)
-        if way is native:  # and token by token, the same bits
+        if way == "native":  # and token by token, the same bits
             again = next(caches(one, 2))
             with torch.no_grad():
                 forward.causal(again, text[:, :9], [0, 0], None, keep=1)
                 single = [
-                    forward.causal(again, text[:, 9 + i : 10 + i], [9 + i, 5 + i], None, keep=0) for i in range(width)
+                    forward.causal(again, text[:, 9 + i : 10 + i], [9 + i, 5 + i], None, keep=0).logits
+                    for i in range(width)
                 ]
             assert torch.equal(torch.cat(single, 1), outs[0][0])
     assert error(*outs) < 3e-5
@@ -137,7 +126,7 @@ def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
     """One by one, in chains of any length, on a branch of a tree, with companions, with other threads, in pages."""
     model: Any = models.target(family, "fp32")
     text = models.prompts((30,), models.VOCAB, 3)[0]
-    forward = forward_of(model, native(model))
+    forward = forward_by(model, "native")
     before = torch.get_num_threads()
 
     def fresh(rows: int = 1, which: int = 0) -> Any:
@@ -150,22 +139,24 @@ def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
 
     with torch.no_grad():
         cache = fresh()
-        single = torch.cat([forward.causal(cache, text[:, i : i + 1], [i], None, 0) for i in range(10, 30)], 1)
+        single = torch.cat([forward.causal(cache, text[:, i : i + 1], [i], None, 0).logits for i in range(10, 30)], 1)
         for width in (2, 3, 5, 7, 20):  # 20 at once: in four pieces
             for which in (0, 1):
                 cache = fresh(which=which)
                 spans = [(i, min(i + width, 30)) for i in range(10, 30, width)]
-                chunks = [forward.causal(cache, text[:, a:b], [a], None, 0) for a, b in spans]
+                chunks = [forward.causal(cache, text[:, a:b], [a], None, 0).logits for a, b in spans]
                 assert torch.equal(torch.cat(chunks, 1), single)
         empty = next(caches(model, 1))
-        assert torch.equal(forward.causal(empty, text, [0], None, keep=7), single[:, -7:])  # with what came before
+        assert torch.equal(
+            forward.causal(empty, text, [0], None, keep=7).logits, single[:, -7:]
+        )  # with what came before
         for i in range(30):  # and what came before token by token
-            last = forward.causal(empty, text[:, i : i + 1], [i], None, keep=1)
+            last = forward.causal(empty, text[:, i : i + 1], [i], None, keep=1).logits
         assert torch.equal(last, single[:, -1:])
         for threads in (2, 3):
             torch.set_num_threads(threads)
             try:
-                assert torch.equal(forward.causal(fresh(), text[:, 10:], [10], None, 0), single)
+                assert torch.equal(forward.causal(fresh(), text[:, 10:], [10], None, 0).logits, single)
             finally:
                 torch.set_num_threads(before)
         cache = fresh(rows=2)
@@ -174,14 +165,14 @@ def test_a_tokens_bits_depend_on_its_text_alone(family: str) -> None:
         tokens = tree.tokens.clone()
         tokens[1, path] = text[0, 10:14]
         tree = DraftTree.build(Topology.widths((2, 1, 1)), tokens)
-        logits = forward.tree(cache, tree)
+        logits = forward.tree(cache, tree).logits
         assert torch.equal(logits[1, path], single[0, :4])
         cache.commit([[0], path])
         rest = text[:, 14:20].expand(2, -1)
-        assert torch.equal(forward.causal(cache, rest, cache.lengths, None, 0)[1], single[0, 4:10])
+        assert torch.equal(forward.causal(cache, rest, cache.lengths, None, 0).logits[1], single[0, 4:10])
         one, others = fresh(), [Text(fresh(), text[:, 10:13], [10], None)]
         chain = DraftTree.build(Topology.chain(3), text[:, 10:14])
-        assert torch.equal(forward.together(one, chain, others), single[:, :4])
+        assert torch.equal(forward.together(one, chain, others)[0].logits, single[:, :4])
 
 
 def test_torchs_products_do_depend_on_the_rest() -> None:
@@ -194,7 +185,7 @@ def test_torchs_products_do_depend_on_the_rest() -> None:
 
 def test_ids_without_an_embedding_are_refused_before_anything_is_written() -> None:
     model = models.target("llama-gqa", "fp32")
-    forward, cache = forward_of(model, native(model)), next(caches(model, 1))
+    forward, cache = forward_by(model, "native"), next(caches(model, 1))
     for wrong in (models.VOCAB, -1):
         with pytest.raises(IndexError, match=rf"token id {wrong} .* {models.VOCAB} rows"):
             forward.causal(cache, torch.tensor([[3, wrong]]), [0], None, keep=0)
@@ -212,8 +203,8 @@ def test_nan_and_infinity_reach_the_logits() -> None:
             model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
             with torch.no_grad():
                 model.get_submodule(name).weight[7] = bad
-                forward, cache = forward_of(model, native(model)), next(caches(model, 1))
-                ours = forward.causal(cache, torch.tensor([[3, 7, 5]]), [0], None, keep=0)
+                forward, cache = forward_by(model, "native"), next(caches(model, 1))
+                ours = forward.causal(cache, torch.tensor([[3, 7, 5]]), [0], None, keep=0).logits
                 theirs = model(torch.tensor([[3, 7, 5]])).logits
             assert torch.equal(ours[:, 1:].isfinite(), theirs[:, 1:].isfinite()), (bad, name)
             # torch multiplies what the mask hides by zero, and 0 * NaN is NaN; here a token before it is not touched
@@ -223,12 +214,12 @@ def test_nan_and_infinity_reach_the_logits() -> None:
 
 
 def test_which_passes_are_native() -> None:
-    assert native_pass(direct_pass(models.target("llama-gqa", "fp64"))) is None  # type: ignore[arg-type]
-    assert native_pass(direct_pass(models.target("llama-gqa", "bf16"))) is None  # type: ignore[arg-type]
-    forward = TreeForward(models.target("llama-gqa", "fp32"), "target")
+    assert native_of(models.target("llama-gqa", "fp64")) is None
+    assert native_of(models.target("llama-gqa", "bf16")) is None
+    forward = Forward(models.target("llama-gqa", "fp32"), "target")
     with forward.prepared():
-        assert isinstance(forward._direct, NativePass)
+        assert forward.runners[0].serves  # type: ignore[attr-defined]
     uneven: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
     uneven.model.layers[1].input_layernorm.variance_epsilon = 1e-3
-    assert direct_pass(uneven) is not None
-    assert native_pass(direct_pass(uneven)) is None  # type: ignore[arg-type]
+    assert Parameters.of(uneven) is not None
+    assert native_of(uneven) is None

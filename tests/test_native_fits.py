@@ -8,13 +8,15 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_native import caches, forward_of, native, pytestmark  # noqa: F401  (the mark is this module's, too)
+from test_native import caches, pytestmark  # noqa: F401  (the mark is this module's, too)
+from ways import forward_by, native_of
 
 import specdec
 from specdec.kv import CacheStateError, TargetFaultError
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
-from specdec.verify.direct import direct_pass
-from specdec.verify.native import NativePass, run
+from specdec.verify.passes import native
+from specdec.verify.passes.native import NativePass
+from specdec.verify.passes.parameters import Parameters
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -25,9 +27,9 @@ def test_storage_of_another_kind_is_refused(which: int) -> None:
     for family, dtype in (("llama-gqa", "fp64"), ("llama-gqa", "bf16"), ("llama-mha", "fp32")):
         other, cache = models.target(family, dtype), list(caches(model, 1))[which]
         with torch.no_grad():
-            forward_of(other, direct_pass(other)).causal(cache, text, [0], None, keep=1)
+            forward_by(other, "direct").causal(cache, text, [0], None, keep=1)
             with pytest.raises(CacheStateError, match="was it written by another model"):
-                forward_of(model, native(model)).causal(cache, text, [6], None, keep=1)
+                forward_by(model, "native").causal(cache, text, [6], None, keep=1)
 
 
 def test_a_callers_cache_in_another_dtype_is_an_error() -> None:
@@ -43,7 +45,7 @@ def test_a_callers_cache_in_another_dtype_is_an_error() -> None:
 def test_a_model_of_which_layers_were_removed_decodes() -> None:
     model: Any = copy.deepcopy(models.target("llama-mqa", "fp32"))
     model.model.layers = model.model.layers[:2]  # its configuration still says three
-    assert isinstance(native(model), NativePass)
+    assert native_of(model) is not None
     ids = models.prompts((6,), models.VOCAB, 3)[0]
     wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
     found: Any = specdec.Speculator(model, "ngram", k=2).generate(ids, max_new_tokens=12, do_sample=False)
@@ -57,18 +59,18 @@ def test_weights_that_do_not_fit_the_configuration_are_left_to_the_modules() -> 
         layer = getattr(attention, name)
         layer.weight = torch.nn.Parameter(layer.weight[:16].clone())
     attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :16].clone())
-    assert direct_pass(model) is None
+    assert Parameters.of(model) is None
 
 
 def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "usable_cores", lambda: 2)
+    monkeypatch.setattr(native, "usable_cores", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
         assert NativePass._num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert run.usable_cores() == 2
+    assert native.usable_cores() == 2
 
 
 def _bias(model: Any, size: tuple[int, ...]) -> None:
@@ -148,9 +150,9 @@ FITTING = {
 @pytest.mark.parametrize("change", MISFITS)
 def test_what_a_kernel_would_read_wrong_is_left_to_the_modules(change: str) -> None:
     model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
-    assert direct_pass(model) is not None
+    assert Parameters.of(model) is not None
     MISFITS[change](model)
-    assert direct_pass(model) is None
+    assert Parameters.of(model) is None
     if change in ("bias in float64", "fewer frequencies", "another head size"):  # plain generate fails, too
         return
     same_as_plain(model)
@@ -161,10 +163,9 @@ def test_what_fits_is_read_right(change: str) -> None:
     """Control: the direct pass takes these; the native one only those that lie row by row."""
     model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
     FITTING[change](model)
-    direct = direct_pass(model)
-    assert direct is not None
+    assert Parameters.of(model) is not None
     strided = change in ("a transposed weight", "a bias of every second number")
-    assert (run.native_pass(direct) is None) == strided
+    assert (native_of(model) is None) == strided
     same_as_plain(model)
 
 

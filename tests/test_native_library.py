@@ -14,10 +14,10 @@ import models
 import pytest
 import torch
 from torch import Tensor
+from ways import native_of
 
 import specdec
-from specdec.verify.direct import direct_pass
-from specdec.verify.native import build, library, native_pass
+from specdec.verify.native import build, library
 
 WITHOUT = library.why_not()
 pytestmark = pytest.mark.skipif(WITHOUT is not None, reason=f"no native pass: {WITHOUT}")
@@ -49,7 +49,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_text(unbuilt: pyte
     with pytest.warns(RuntimeWarning, match="no C compiler found.*no-such-compiler"):
         assert library.why_not() is not None
     assert library.why_not() is not None  # and no warning: they are errors here
-    assert native_pass(direct_pass(model)) is None  # type: ignore[arg-type]
+    assert native_of(model) is None
     assert torch.equal(text_of(model), wanted)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_native import caches, error, forward_of, native
+from test_native import caches, error
 from test_native import pytestmark as pytestmark
 from torch import Tensor
+from ways import forward_by
 
 from specdec.kv import PagedKVCache
 from specdec.verify import DraftTree
-from specdec.verify.direct import direct_pass
 
 HEADS = [(1, 1), (2, 1), (6, 2), (4, 4)]
 """(query heads, K/V heads): groups of 1, 2, 3 and 1."""
@@ -39,16 +39,16 @@ def tree_of(shapes: list[list[int]], tokens: Tensor) -> DraftTree:
 
 def logits_of(model: Any, way: Any, cache: Any, lengths: list[int], tree: DraftTree, text: Tensor) -> list[Tensor]:
     """Of all real nodes, and of a second tree pass behind the deepest path of the first (its K/V)."""
-    forward, rows = forward_of(model, way), len(lengths)
+    forward, rows = forward_by(model, way), len(lengths)
     with torch.no_grad():
         forward.prefill(cache, text, [0] * rows, lengths, chunk=64)
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
-        first = forward.tree(cache, tree)
+        first = forward.tree(cache, tree).logits
         masks, counts = tree.ancestor_mask, tree.num_nodes.tolist()
         ends = [int(tree.depths[row, :count].argmax()) for row, count in enumerate(counts)]
         cache.commit([masks[row, end].nonzero()[:, 0].tolist() for row, end in enumerate(ends)])
-        second = forward.tree(cache, tree)
+        second = forward.tree(cache, tree).logits
     return [logits[row, :count] for logits in (first, second) for row, count in enumerate(counts)]
 
 
@@ -56,7 +56,7 @@ def logits_of(model: Any, way: Any, cache: Any, lengths: list[int], tree: DraftT
 def test_random_trees_are_those_of_the_direct_pass(heads: tuple[int, int]) -> None:
     model: Any = models.llama(heads=heads[0], num_key_value_heads=heads[1], hidden=24, head_dim=10, vocab=29)
     exact: Any = models.llama(heads=heads[0], num_key_value_heads=heads[1], hidden=24, head_dim=10, vocab=29).double()
-    ours, reference = native(model), direct_pass(exact)
+    ours, reference = "native", "direct"
     for seed in range(24):
         rows = 1 + seed % 3
         shapes = [parents_of(7 + (5 * seed + 3 * row) % 14, 100 * seed + row) for row in range(rows)]
@@ -95,7 +95,7 @@ def test_one_node_under_another_parent_is_seen() -> None:
     other = [*parents[:16], parents[16] - 1, parents[17]]
     text = torch.randint(0, 29, (1, 23), generator=torch.Generator().manual_seed(1))
     found = [
-        logits_of(model, native(model), next(caches(model, 1)), [9], tree_of([shape], text), text)[0]
+        logits_of(model, "native", next(caches(model, 1)), [9], tree_of([shape], text), text)[0]
         for shape in (parents, other)
     ]
     assert error([found[0][16:]], [found[1][16:]]) > 1e-3

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import specdec
 from specdec.drafters import BestFirst, DySpec, ModelDrafter, NgramDrafter
 from specdec.kv import PagedKVCache, UnsupportedArgumentError
-from specdec.kv.paged_store import PagedStore
+from specdec.kv.paged_write import PagedWrite
 from specdec.kv.versions import CACHE_KEYWORD, cache_of, cached
 from specdec.loop import DecodeLoop
 
@@ -151,15 +151,15 @@ def test_pages_hold_what_a_fresh_prefill_gives_after_every_step(
 
 
 def test_the_comparison_catches_a_page_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = PagedStore._gathered
+    original = PagedWrite._gathered
 
-    def swapped(self: PagedStore, storage: Any) -> Any:
+    def swapped(self: PagedWrite, storage: Any) -> Any:
         out = original(self, storage)
         return (
             out if out.shape[2] < 12 else torch.cat([out[:, :, 7:8], out[:, :, 1:7], out[:, :, :1], out[:, :, 8:]], 2)
         )
 
-    monkeypatch.setattr(PagedStore, "_gathered", swapped)
+    monkeypatch.setattr(PagedWrite, "_gathered", swapped)
     with pytest.raises(AssertionError):
         assert_same(*both(target_of(), DRAFTERS["chain"]("llama-gqa"), "auto", 7, do_sample=False, eos_token_id=None))
 

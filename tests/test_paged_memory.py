@@ -16,6 +16,7 @@ import specdec
 from specdec.drafters import ModelDrafter
 from specdec.drafters.guard import DrafterFaultWarning
 from specdec.kv import KVPool, OutOfPagesError, PagedKVCache
+from specdec.kv.write import Write
 from specdec.loop import DecodeLoop
 
 
@@ -25,9 +26,9 @@ def watched(monkeypatch: pytest.MonkeyPatch, seen: list[KVPool], peak: dict[str,
     original = PagedKVCache.writing
 
     @contextmanager
-    def writing(self: PagedKVCache, *args: Any, **kwargs: Any) -> Iterator[int]:
-        with original(self, *args, **kwargs) as read:
-            yield read
+    def writing(self: PagedKVCache, *args: Any, **kwargs: Any) -> Iterator[Write]:
+        with original(self, *args, **kwargs) as write:
+            yield write
         pool = self.pool
         if pool not in seen:
             seen.append(pool)
@@ -148,7 +149,7 @@ class _Moody(ModelDrafter):
         tree = super().propose(budget, uniforms)
         if self.calls % 3 == 1:
             assert self._session is not None
-            storage: Any = self._session.cache.view("draft").store  # type: ignore[attr-defined]
+            storage = self._session.cache.pool.stores["draft"]  # type: ignore[attr-defined]
             for keys in storage.keys:
                 keys[1:] = float("nan")
             raise RuntimeError("bad mood")

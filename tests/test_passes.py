@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from specdec.experiments import passes
-from specdec.verify.native import why_not
+from specdec.verify.native.library import why_not
+from specdec.verify.passes.base import Output
+from specdec.verify.passes.direct import Direct
 
 
 def test_times_every_way(tiny_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +21,7 @@ def test_times_every_way(tiny_pair: Path, tmp_path: Path, capsys: pytest.Capture
     passes.main(["--pair", str(tiny_pair), *few, "--out", str(out)])
     printed = capsys.readouterr().out
     result = json.loads(next(out.glob("passes-*.json")).read_text())
-    ways = set(passes.WAYS) - ({"native"} if why_not() else set())
+    ways = set(passes.NAMES) - ({"native"} if why_not() else set())
     for name in ("target", "draft"):
         for figures in result[name].values():
             assert set(figures) == ways
@@ -30,11 +31,8 @@ def test_times_every_way(tiny_pair: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_way_that_computes_something_else_is_refused(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(passes.AsTheyAre):
-        def _run(self, *parts: object) -> torch.Tensor:
-            return super()._run(*parts).flip(-1)  # type: ignore[arg-type]
-
-    monkeypatch.setitem(passes.WAYS, "direct", Wrong)
+    own = Direct.__call__
+    monkeypatch.setattr(Direct, "__call__", lambda *given: [Output(one.logits.flip(-1)) for one in own(*given)])
     with pytest.raises(AssertionError, match="direct computes something else"):
         passes.main(["--pair", str(tiny_pair), "--widths", "1", "--repeats", "1", "--slots", "4", "--threads", "1"])
 

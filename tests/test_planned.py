@@ -14,13 +14,11 @@ from torch import Tensor
 
 import specdec
 from specdec.drafters import BestFirst
-from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
-from specdec.verify.backends import choose
-from specdec.verify.backends.choose import VARIABLE
-from specdec.verify.backends.dispatch import planned_attention
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.forward import TreeForward
-from specdec.verify.planned import GRAPHS, PlannedForward, forward_for
+from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.attention import choose
+from specdec.verify.attention.choose import VARIABLE
+from specdec.verify.attention.layout import TreeLayout
+from specdec.verify.passes.choose import GRAPHS, runners_for
 
 DRAFTINGS: dict[str, dict[str, Any]] = {
     "chain": {"k": 3},
@@ -78,8 +76,10 @@ def test_a_window_forgotten_would_change_the_text(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VARIABLE, "fold")
     fold = choose.BACKENDS["fold"]
 
-    def blind(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None) -> Tensor:
-        return fold.attend(query, key, value, plan, scale, None)
+    def blind(
+        query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float, window: int | None
+    ) -> Tensor:
+        return fold.attend(query, key, value, layout, scale, None)
 
     monkeypatch.setattr(choose.attend, "_backends", {**choose.BACKENDS, "fold": fold._replace(attend=blind)})
     assert not torch.equal(text("mistral-window", (9, 4), False, tree=(2, 1, 1)), expected)
@@ -96,25 +96,23 @@ def test_eager_models_run_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.as_tensor(out), target.generate(ids, **arguments))  # type: ignore[operator]
 
 
-def test_terms_nobody_computes_are_refused() -> None:
-    states = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(UnsupportedModelError, match="Module has s_aux in its attention"):
-        planned_attention(torch.nn.Module(), states, states, states, None, s_aux=torch.zeros(1))
+def ways() -> list[str]:
+    return [runner.name for runner in runners_for(models.target("llama-gqa"))]
 
 
 class TestTheWayToRunAModel:
     def test_a_cpu_is_left_alone(self) -> None:
-        assert type(forward_for(models.target("llama-gqa"), "target")) is TreeForward
+        assert ways() == ["native", "direct", "modules"]
 
     def test_a_named_backend_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(VARIABLE, "fold")
-        assert type(forward_for(models.target("llama-gqa"), "target")) is PlannedForward
+        assert ways() == ["modules"]
 
     def test_graphs_need_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(GRAPHS, "1")
-        assert type(forward_for(models.target("llama-gqa"), "target")) is TreeForward
+        assert ways() == ["native", "direct", "modules"]
 
     def test_an_unknown_wish_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(GRAPHS, "yes")
         with pytest.raises(UnsupportedArgumentError, match="expected SPECDEC_GRAPHS to be 0 or 1, got 'yes'"):
-            forward_for(models.target("llama-gqa"), "target")
+            ways()

@@ -113,9 +113,9 @@ def test_a_pool_keeps_to_its_bytes() -> None:
     rows = [pool.open()]
     cache = PagedKVCache(pool, rows)
     for name, model in (("target", target), ("draft", draft)):
-        with cache.writing(name, [0], 5), torch.no_grad():
+        with cache.writing(name, [0], 5) as write, torch.no_grad():
             ids = torch.ones(1, 5, dtype=torch.int64)
-            model(input_ids=ids, **cached(model, cache.view(name)))
+            model(input_ids=ids, **cached(model, write.view()))
     assert pool.num_pages is not None
     assert 200_000 - pool.page_bytes < pool.num_bytes() <= 200_000
     assert pool.num_bytes() == (pool.num_pages + 1) * pool.page_bytes
@@ -152,7 +152,11 @@ def test_models_and_rows_come_and_go() -> None:
     cache = PagedKVCache(pool, rows, names={"draft": "draft-b"})
     pool.add_model("draft-b", 1)
     assert cache.filled("draft") == [0, 0, 0]
-    assert cache.view("draft") is pool.stores["draft-b"].view
+    with cache.writing("draft", [0, 0, 0], 1) as write:
+        assert write.num_layers == 1
+        write.update(0, torch.ones(3, 1, 1, 2), torch.ones(3, 1, 1, 2))
+    assert pool.stores["draft-b"].keys[0] is not None
+    cache.rollback()
     assert cache.leave(0) == rows[0]
     assert cache.sequences == [rows[2], rows[1]]
     cache.retire(0)

@@ -255,14 +255,14 @@ def test_passes_end_and_begin_anywhere_in_a_page(length: int, width: int) -> Non
         prefill(pool, row, length, value=float(row))
     cache = PagedKVCache(pool, rows)
     states = torch.arange(2.0 * width, dtype=torch.float64).view(2, 1, width, 1).expand(2, HEADS, width, DIM) + 100
-    with cache.writing("target", [length, length - 2], width, [width, 1]) as read:
+    with cache.writing("target", [length, length - 2], width, [width, 1]) as write:
         for layer in range(2):
-            keys, _ = cache.view("target").update(states, -states, layer)
-    assert read == length + width
+            keys, _ = write.update(layer, states, -states)
+    assert write.read == length + width
     assert keys[0, 0, :, 0].tolist() == [float(rows[0])] * length + states[0, 0, :, 0].tolist()
     assert keys[1, 0, : length - 1, 0].tolist() == [float(rows[1])] * (length - 2) + [100.0 + width]
     assert pool.filled(rows[1], "target") == length - 1
-    table = pool.stores["target"].plan.block_table.tolist()  # type: ignore[union-attr]
+    table = write.table.tolist()
     assert table[0] == pool.sequence(rows[0]).pages
     assert [len(pool.sequence(row).pages) for row in rows] == [-(-(length + width) // 4), -(-length // 4)]
     pool.check_integrity()

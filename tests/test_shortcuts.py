@@ -16,8 +16,8 @@ from specdec.drafters.guard import normalised
 from specdec.kv import InvalidTreeError
 from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw
 from specdec.verify.host_integers import argmax, entries, on_host, packed
-from specdec.verify.masks import CausalBand, additive_masks
 from specdec.verify.noise import Role, uniform
+from specdec.verify.passes.inputs import CausalBand, additive_masks
 from specdec.verify.rules import RULES
 from specdec.verify.rules.base import row_at, verdict_at
 from specdec.verify.rules.block import _kept, _kept_on_host

@@ -63,7 +63,7 @@ def apart(one: Any, other: Any) -> tuple[int, int, int]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_drafts_change_no_bit(family: str, dtype: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
-        monkeypatch.setattr("specdec.verify.strict_native.native_pass", lambda direct: None)
+        monkeypatch.setattr("specdec.verify.passes.native.native_pass", lambda *_: None)
     target = models.target(family, dtype)
     ids, mask = models.prompts(LENGTHS, target.config.get_text_config().vocab_size, seed=0, period=3)
     plain, _ = decode(target, ids, mask, exactness="strict")
@@ -79,7 +79,7 @@ def test_drafts_change_no_bit(family: str, dtype: str, native: bool, monkeypatch
 
 def test_ordinary_passes_fail_the_same_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the comparison sees the bits that strict mode is there to keep."""
-    monkeypatch.setattr("specdec.verify.forward.native_pass", lambda direct: None)  # whose bits are the same anyway
+    monkeypatch.setattr("specdec.verify.passes.native.native_pass", lambda *_: None)  # whose bits are the same anyway
     for dtype in ("bf16", "fp32"):
         target = models.target("llama-gqa", dtype)
         ids, mask = models.prompts(LENGTHS, target.config.vocab_size, seed=0, period=3)
@@ -177,9 +177,9 @@ def test_a_pass_of_one_row_writes_to_no_other() -> None:
     cache = SharedKVCache({"m": 1}, 3, 8)
     states = torch.ones(1, 2, 2, 4)
     for row in range(3):
-        with cache.row(row).writing("m", [0], 2, [2]) as read:
-            keys, values = cache.store("m").write(0, (row + 1) * states, -(row + 1) * states)
-        assert read == 2
+        with cache.row(row).writing("m", [0], 2, [2]) as write:
+            keys, values = write.update(0, (row + 1) * states, -(row + 1) * states)
+        assert write.read == 2
         assert torch.equal(keys, (row + 1) * states)
         assert torch.equal(values, -(row + 1) * states)
     assert cache.filled("m") == [2, 2, 2]

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.kv import UnsupportedModelError
-from specdec.verify.attention import folded_attention
-from specdec.verify.blocks import BLOCK, BlockPlan, paths_of
-from specdec.verify.strict import block_attention, strict_attention
+from specdec.verify.attention.blocks import BLOCK, BlockPlan, paths_of
+from specdec.verify.attention.fold import folded_attention
 
 WIDTH = 16
 HEADS, KV_HEADS, SIZE = 6, 2, 32
@@ -55,7 +53,7 @@ def strict(text: Text, tree: str, window: int | None = None, softcap: float | No
     parents, slots = TREES[tree]
     plan = BlockPlan.build(text.length, parents, WIDTH, torch.device("cpu"))
     query, key, value = text.placed(slots)
-    return block_attention(query, key, value, plan.within(window), plan, SIZE**-0.5, softcap)[0, list(slots)]
+    return plan.attend(query, key, value, plan.mask_for(window), SIZE**-0.5, softcap)[0, list(slots)]
 
 
 def sdpa(text: Text, tree: str) -> Tensor:
@@ -70,9 +68,7 @@ def sdpa(text: Text, tree: str) -> Tensor:
             visible[node, [text.length + ancestor for ancestor in leaf[: depth + 1]]] = True
     mask = torch.zeros(visible.shape, dtype=text.dtype).masked_fill(~visible, torch.finfo(text.dtype).min)
     read = slice(0, text.length + nodes)
-    out, _ = folded_attention(
-        torch.nn.Module(), query[:, :, :nodes], key[:, :, read], value[:, :, read], mask[None, None]
-    )
+    out = folded_attention(query[:, :, :nodes], key[:, :, read], value[:, :, read], mask[None, None])
     return out[0, list(slots)]
 
 
@@ -138,7 +134,7 @@ def test_a_longer_committed_text_keeps_the_bits() -> None:
         key, value = (torch.cat([states, text.random(KV_HEADS, WIDTH)], 2) for states in text.states[1:])
         query = text.random(HEADS, WIDTH)
         query[:, :, 0] = text.states[0][:, :, length + 4]
-        out = block_attention(query, key, value, plan.within(None), plan, SIZE**-0.5, None)
+        out = plan.attend(query, key, value, plan.mask_for(None), SIZE**-0.5, None)
         assert torch.equal(out[0, 0], deep)
 
 
@@ -150,7 +146,7 @@ def test_what_nobody_sees_is_never_read() -> None:
     query, key, value = text.placed(slots)
     for states in (key, value):
         states[:, :, text.length + len(parents) :] = float("nan")
-    out = block_attention(query, key, value, plan.within(None), plan, SIZE**-0.5, None)
+    out = plan.attend(query, key, value, plan.mask_for(None), SIZE**-0.5, None)
     assert not out.isnan().any()
 
 
@@ -160,9 +156,3 @@ def test_paths() -> None:
     assert paths.depths == (0, 1, 1, 2)
     for node, path in enumerate(paths.path_of):
         assert node in paths.leaves[path]
-
-
-def test_terms_it_does_not_compute_are_refused_by_name() -> None:
-    query, key, value = Text(3, torch.float32).placed(TREES["alone"][1])
-    with pytest.raises(UnsupportedModelError, match="s_aux"):
-        strict_attention(torch.nn.Module(), query, key, value, None, s_aux=torch.zeros(HEADS))

@@ -9,16 +9,17 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 import specdec
 from specdec.drafters import NgramDrafter
 from specdec.kv import TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
-from specdec.verify import strict, strict_mode
-from specdec.verify.native import NativePass, why_not
-from specdec.verify.strict_forward import StrictForward
-from specdec.verify.strict_mode import StrictMode
-from specdec.verify.strict_native import NativeStrictForward
+from specdec.verify.attention.blocks import BlockPlan
+from specdec.verify.native.library import why_not
+from specdec.verify.passes import strict_mode
+from specdec.verify.passes.base import Output
+from specdec.verify.passes.native import NativePass
+from specdec.verify.passes.strict_mode import StrictMode
 
 CPU = torch.device("cpu")
 
@@ -53,9 +54,14 @@ def test_the_probe_refuses_kernels_that_depend_on_other_rows(small: Any) -> None
         StrictMode(small).cost(CPU)
 
 
+def way(model: Any) -> str:
+    (runner,) = StrictMode(model).forward("target").runners
+    return runner.name
+
+
 def test_a_model_with_a_native_pass_needs_no_padding(small: Any) -> None:
-    assert isinstance(StrictMode(small).forward("target"), NativeStrictForward) == (why_not() is None)
-    assert isinstance(StrictMode(small.double()).forward("target"), StrictForward)
+    assert (way(small) == "native") == (why_not() is None)
+    assert way(small.double()) == "strict"
 
 
 @pytest.mark.skipif(why_not() is not None, reason="no native pass")
@@ -63,9 +69,9 @@ def test_the_probe_refuses_native_passes_that_depend_on_the_slot(small: Any, mon
     StrictMode(small).cost(CPU)
     real = NativePass.__call__
 
-    def drift(self: NativePass, parts: Any) -> list[Tensor]:
-        out = real(self, parts)[0]
-        return [out * (1 + 1e-6 * torch.arange(out.shape[1])[:, None])]
+    def drift(self: NativePass, parts: Any) -> list[Output]:
+        out = real(self, parts)[0].logits
+        return [Output(None if out is None else out * (1 + 1e-6 * torch.arange(out.shape[1])[:, None]))]
 
     monkeypatch.setattr(NativePass, "__call__", drift)
     with pytest.raises(UnsupportedModelError, match="same token has other logits"):
@@ -75,7 +81,9 @@ def test_the_probe_refuses_native_passes_that_depend_on_the_slot(small: Any, mon
 @pytest.mark.skipif(why_not() is not None, reason="no native pass")
 def test_the_probe_refuses_native_passes_that_are_not_the_model(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = NativePass.__call__
-    monkeypatch.setattr(NativePass, "__call__", lambda self, parts: [x.flip(-1) for x in real(self, parts)])
+    monkeypatch.setattr(
+        NativePass, "__call__", lambda self, parts: [Output(own.logits.flip(-1)) for own in real(self, parts)]
+    )
     with pytest.raises(UnsupportedModelError, match="does not reproduce"):
         StrictMode(small).cost(CPU)
 
@@ -96,12 +104,10 @@ def test_a_hook_in_the_middle_of_a_native_call_ends_it(small: Any) -> None:
 
 def test_the_probe_refuses_an_attention_it_does_not_reproduce(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A consistent but different formula: all bits agree with each other, none with the model."""
-    monkeypatch.setattr("specdec.verify.strict_native.native_pass", lambda direct: None)
+    monkeypatch.setattr("specdec.verify.passes.native.native_pass", lambda *_: None)
 
-    def hotter(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return strict.strict_attention(module, 9 * query, *args, **kwargs)
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, strict.NAME, hotter)
+    own = BlockPlan.attend
+    monkeypatch.setattr(BlockPlan, "attend", lambda self, query, *rest: own(self, 9 * query, *rest))
     with pytest.raises(UnsupportedModelError, match="does not reproduce"):
         StrictMode(small).cost(CPU)
 

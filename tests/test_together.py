@@ -13,9 +13,8 @@ from specdec.kv import KVCache, SharedKVCache
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
-from specdec.verify.forward import TreeForward
-from specdec.verify.observing import observing
-from specdec.verify.parts import Text
+from specdec.verify.passes.base import Text
+from specdec.verify.passes.forward import Forward, observing
 
 PREFIXES = (6, 3, 5)
 """Committed tokens of the rows whose trees are run."""
@@ -41,7 +40,7 @@ def results(model: Any, kind: str, paged: bool, jointly: bool) -> list[Tensor]:
     """Logits of the trees, then the K/V of everybody, after one `together` or separate passes."""
     text = models.prompts((16,) * 6, models.VOCAB - 9, 1)[0]
     rows, *others = caches(paged, num_cache_layers(model))
-    forward = TreeForward(model, "target")
+    forward = Forward(model, "target")
     with torch.no_grad(), forward.prepared():
         forward.prefill(rows, text[:3], [0] * 3, list(PREFIXES), chunk=16)
         for row, length in enumerate(PREFIXES):
@@ -57,12 +56,13 @@ def results(model: Any, kind: str, paged: bool, jointly: bool) -> list[Tensor]:
         passes: list[float] = []
         with observing(lambda _, seconds: passes.append(seconds)):
             if jointly:
-                out = [forward.together(rows, tree, texts)]
+                out = [forward.together(rows, tree, texts)[0].logits]
             else:
-                out = [forward.tree(rows, tree)]
+                out = [forward.tree(rows, tree).logits]
                 for one in texts:
                     forward.causal(*one, keep=1)
-        assert len(passes) == (1 if jointly and forward._direct is not None else 3)
+        one_pass = forward.runners[0].refusal(None) is None or forward.runners[1].refusal(None) is None  # type: ignore[arg-type]
+        assert len(passes) == (1 if jointly and one_pass else 3)
     return [*out, *stored(rows, others)]
 
 
@@ -95,12 +95,12 @@ def test_rows_of_one_pass_do_not_see_each_other() -> None:
     for shift in (0, 1):
         cache = PagedKVCache.fresh({"target": num_cache_layers(model)}, 2, page_size=4)
         rows, other = (PagedKVCache(cache.pool, [sequence]) for sequence in cache.sequences)
-        forward = TreeForward(model, "target")
+        forward = Forward(model, "target")
         with torch.no_grad(), forward.prepared():
             forward.prefill(rows, text[:1], [0], [5], chunk=16)
             rows.set_length(0, 5)
             told = Text(other, text[1:] + shift, [0], [9])
-            logits = forward.together(rows, DraftTree.build(Topology.chain(2), text[:1, 5:8]), [told])
+            logits = forward.together(rows, DraftTree.build(Topology.chain(2), text[:1, 5:8]), [told])[0].logits
         other.set_length(0, 9)
         out.append((logits, next(iter(other.layers("target", 0)))[0]))
     assert torch.equal(out[0][0], out[1][0])

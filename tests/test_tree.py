@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from specdec.kv import InvalidTreeError, SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify import DraftTree, TreeForward
-from specdec.verify.attention import attention_of
+from specdec.verify import DraftTree, Forward
+from specdec.verify.attention.register import attention_of
 from specdec.verify.topology import Topology
 
 PARENTS = st.integers(0, 9).flatmap(
@@ -148,12 +148,12 @@ def test_one_pass_equals_a_pass_per_path(family: str, data: st.DataObject) -> No
     tree = tree_of(list(shapes), seed=data.draw(st.integers(0, 99)))
     text = models.prompts((9,) * len(shapes), models.VOCAB, 1)[0]
     cache = SharedKVCache({"target": num_cache_layers(model)}, len(shapes), capacity=4)
-    forward = TreeForward(model, "target")
+    forward = Forward(model, "target")
     with torch.no_grad(), attention_of(model):
         forward.prefill(cache, text, [0] * len(shapes), list(lengths), chunk=4)
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
-        logits = forward.tree(cache, tree)
+        logits = forward.tree(cache, tree).logits
     assert cache.lengths == list(lengths)
     for row, parents in enumerate(shapes):
         expected = per_path_logits(model, text[row, : lengths[row]], tree, row, parents)
@@ -165,13 +165,13 @@ def test_growing_a_tree_level_by_level_equals_one_pass() -> None:
     model: Any = models.target("llama-gqa")
     topology = Topology.widths((2, 2))
     tree = DraftTree.build(topology, torch.tensor([[5, 6, 7, 8, 9, 10, 11]]))
-    forward = TreeForward(model, "target")
+    forward = Forward(model, "target")
     outputs = []
     for cuts in ((0, 7), (0, 1, 3, 7)):
         cache = SharedKVCache({"target": 2}, 1)
         with torch.no_grad(), attention_of(model):
             parts = [
-                forward.nodes(cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a)
+                forward.nodes(cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a).logits
                 for a, b in pairwise(cuts)
             ]
         outputs.append(torch.cat(parts, 1))
@@ -183,12 +183,12 @@ def test_the_last_position_of_a_table_is_used_and_none_behind_it() -> None:
     model: Any = models.target("gpt2")
     count = model.config.n_positions
     text = torch.randint(3, models.VOCAB, (1, count), generator=torch.Generator().manual_seed(0))
-    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 1), TreeForward(model, "target")
+    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 1), Forward(model, "target")
     tree = DraftTree.build(Topology.widths((2, 1)), text[:, -1:].expand(1, 5).contiguous())
     with torch.no_grad(), attention_of(model):
         forward.prefill(cache, text, [0], [count - 1], chunk=64)
         cache.set_length(0, count - 1)
-        logits = forward.tree(cache, tree)
+        logits = forward.tree(cache, tree).logits
         torch.testing.assert_close(logits[0, 0], model(text).logits[0, -1], rtol=1e-9, atol=1e-9)
         cache.commit([[0]])
         with pytest.raises(ValueError, match=f"has {count} positions"):

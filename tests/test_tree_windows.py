@@ -12,8 +12,9 @@ from test_tree import per_path_logits, tree_of
 
 from specdec.kv import PagedKVCache, SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify import TreeForward, masks
-from specdec.verify.attention import attention_of
+from specdec.verify import Forward
+from specdec.verify.attention.register import attention_of
+from specdec.verify.passes import inputs
 
 WINDOW = 6
 """That of the models (tests/models.py)."""
@@ -39,16 +40,16 @@ def check(family: str, layout: str, cuts: tuple[int, ...] | None = None) -> None
     assert int(tree.depths.max()) > WINDOW
     text = models.prompts((9,) * 3, models.VOCAB, 1)[0]
     cache: Any = LAYOUTS[layout](num_cache_layers(model), 3)
-    forward = TreeForward(model, "target")
+    forward = Forward(model, "target")
     with torch.no_grad(), attention_of(model):
         forward.prefill(cache, text, [0] * 3, lengths, chunk=4)
         for row, length in enumerate(lengths):
             cache.set_length(row, length)
         if cuts is None:
-            logits = forward.tree(cache, tree)
+            logits = forward.tree(cache, tree).logits
         else:
             pieces = [
-                forward.nodes(cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a)
+                forward.nodes(cache, tree.tokens[:, a:b], tree.depths[:, :b], tree.ancestor_mask[:, a:b, :b], a).logits
                 for a, b in pairwise(cuts)
             ]
             logits = torch.cat(pieces, dim=1)
@@ -74,12 +75,12 @@ def test_plain_text_at_the_edge_of_the_window(lengths: tuple[int, int], width: i
     """Where the first token leaves the window: with and without a mask, rows alike or not, from nothing or behind."""
     model: Any = models.target("mistral-window")
     text = models.prompts((16, 16), models.VOCAB, 5)[0]
-    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 2), TreeForward(model, "target")
+    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 2), Forward(model, "target")
     with torch.no_grad(), attention_of(model):
         forward.prefill(cache, text, [0, 0], list(lengths), chunk=99)
         behind = torch.stack([text[row, length : length + width] for row, length in enumerate(lengths)])
-        found = forward.causal(cache, behind, lengths, None, keep=0)
-        first = forward.causal(cache, text[:, :width], [0, 0], None, keep=0)
+        found = forward.causal(cache, behind, lengths, None, keep=0).logits
+        first = forward.causal(cache, text[:, :width], [0, 0], None, keep=0).logits
         for row, length in enumerate(lengths):
             plain = model(text[row : row + 1, : length + width], use_cache=False).logits[0]
             torch.testing.assert_close(found[row], plain[length:], rtol=1e-9, atol=1e-9)
@@ -88,22 +89,22 @@ def test_plain_text_at_the_edge_of_the_window(lengths: tuple[int, int], width: i
 
 @pytest.mark.parametrize("off", [-1, 1])
 def test_a_window_one_too_wide_or_too_narrow_is_caught(off: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = masks.additive_masks
+    original = inputs.additive_masks
 
     def shifted(visible: Any, positions: Any, slots: Any, windows: Any, dtype: Any) -> Any:
         return original(visible, positions, slots, {kind: size and size + off for kind, size in windows.items()}, dtype)
 
-    monkeypatch.setattr("specdec.verify.forward.additive_masks", shifted)
+    monkeypatch.setattr("specdec.verify.passes.inputs.additive_masks", shifted)
     with pytest.raises(AssertionError, match="not close"):
         check("mistral-window", "contiguous")
 
 
 def test_slots_taken_for_positions_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = masks.additive_masks
+    original = inputs.additive_masks
 
     def by_slot(visible: Any, positions: Any, slots: Any, windows: Any, dtype: Any) -> Any:
         return original(visible, positions, torch.arange(slots.shape[1]).expand_as(slots), windows, dtype)
 
-    monkeypatch.setattr("specdec.verify.forward.additive_masks", by_slot)
+    monkeypatch.setattr("specdec.verify.passes.inputs.additive_masks", by_slot)
     with pytest.raises(AssertionError, match="not close"):
         check("mistral-window", "contiguous")

@@ -104,7 +104,7 @@ def test_a_model_gets_its_cache_under_its_own_name(kind: type[Any], drafts: dict
 def test_under_a_wrong_name_it_would_not_arrive(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control."""
     wrong = "past_key_values" if kind is TakesCache else "cache"
-    monkeypatch.setattr("specdec.verify.forward.cache_argument", lambda model: wrong)
+    monkeypatch.setattr("specdec.verify.passes.modules.cache_argument", lambda model: wrong)
     with pytest.raises(specdec.TargetFaultError, match="under another name"):
         specdec.Speculator(built(kind), "ngram", k=2).generate(IDS, **GREEDY)
 

@@ -3,9 +3,9 @@
 if __name__ != "specdec.verify":
     raise ImportError(f"this package is imported as `specdec.verify`, not as `{__name__}`: import specdec.verify")
 
-from specdec.verify.forward import TreeForward
 from specdec.verify.law import SamplingLaw
 from specdec.verify.noise import Noise, NoiseStream, uniform
+from specdec.verify.passes.forward import Forward
 from specdec.verify.rows import Rows
 from specdec.verify.rules import RULES, AcceptanceRule, make_rule
 from specdec.verify.topology import Topology
@@ -15,12 +15,12 @@ __all__ = [
     "RULES",
     "AcceptanceRule",
     "DraftTree",
+    "Forward",
     "Noise",
     "NoiseStream",
     "Rows",
     "SamplingLaw",
     "Topology",
-    "TreeForward",
     "Verdict",
     "make_rule",
     "uniform",

@@ -17,9 +17,9 @@ from specdec.kv.families import is_tested
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.kv.versions import cached
-from specdec.verify.forward import PREFILL_CHUNK
-from specdec.verify.linear import is_dense
-from specdec.verify.planned import forward_for
+from specdec.verify.passes.base import PREFILL_CHUNK
+from specdec.verify.passes.forward import Forward
+from specdec.verify.passes.linear import is_dense
 from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
 
@@ -96,7 +96,7 @@ class _Trial:
         rows = range(len(texts))
         strays = [self._text(2, row + 5) for row in rows]
         cache = SharedKVCache({"target": num_cache_layers(self.model)}, len(texts), max(_LENGTHS) + 4 * _NEW)
-        forward = forward_for(self.model, "target")
+        forward = Forward(self.model, "target")
         with forward.prepared():
             lengths = [length - 1 for length in _LENGTHS]
             forward.prefill(cache, self._padded(texts, left=False), [0] * len(texts), lengths, PREFILL_CHUNK)
@@ -106,10 +106,12 @@ class _Trial:
                 [text[at], stray[0], text[at + 1], text[at + 2], stray[1]]
                 for text, stray, at in zip(texts, strays, lengths, strict=True)
             ]
-            tree = forward.tree(cache, DraftTree.build(_TREE, torch.tensor(tokens, device=self.device)))
+            tree = forward.tree(cache, DraftTree.build(_TREE, torch.tensor(tokens, device=self.device))).logits
             cache.commit([[0, 2]] * len(texts))
             rest = [text[at + 2 : at + 4] for text, at in zip(texts, lengths, strict=True)]
-            chain = forward.tree(cache, DraftTree.build(Topology.chain(1), torch.tensor(rest, device=self.device)))
+            chain = forward.tree(
+                cache, DraftTree.build(Topology.chain(1), torch.tensor(rest, device=self.device))
+            ).logits
         for row in rows:
             for node, step in ((0, 0), (2, 1), (3, 2)):
                 self._require(

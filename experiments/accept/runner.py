@@ -22,7 +22,7 @@ from specdec.experiments.accept.show import show
 from specdec.experiments.accept.store import Store, unit_key
 from specdec.experiments.provenance import provenance
 from specdec.experiments.workloads import Prompt
-from specdec.verify.linear import FORMS
+from specdec.verify.passes.linear import FORMS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from specdec.experiments.bench.equality import Difference, differences
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.pair import Pair
 from specdec.experiments.bench.peers import PLAIN, Generate, Output, Peer
-from specdec.verify.observing import observing
+from specdec.verify.passes.forward import observing
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from specdec.experiments.gpu.plot import draw
 from specdec.experiments.gpu.show import Results, page
 from specdec.experiments.gpu.suite import tests
 from specdec.experiments.provenance import provenance
-from specdec.verify.backends.choose import VARIABLE as BACKEND
+from specdec.verify.attention.choose import VARIABLE as BACKEND
 
 RUNS = {"tests": tests, "bandwidth": bandwidth, "attention": attention, "passes": passes, "generate": generate}
 

@@ -10,8 +10,8 @@ import torch
 from specdec.experiments.gpu.clock import Deadline, device_ms, wall_ms
 from specdec.experiments.gpu.options import GpuOptions
 from specdec.verify import Topology
-from specdec.verify.backends.choose import BACKENDS, CANDIDATES
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.choose import BACKENDS, CANDIDATES
+from specdec.verify.attention.plan import TreePlan
 
 
 def attention(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:

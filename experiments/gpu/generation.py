@@ -18,7 +18,7 @@ from specdec.experiments.gpu.models import Oracle, counting_llama, successor
 from specdec.experiments.gpu.options import GpuOptions
 from specdec.report import SpecReport
 from specdec.speculator import Speculator
-from specdec.verify.planned import GRAPHS
+from specdec.verify.passes.choose import GRAPHS
 
 COMPILE_SECONDS = 90.0
 """Least time left for transformers' compiled static cache to be tried."""

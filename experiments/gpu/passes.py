@@ -10,10 +10,10 @@ from specdec.experiments.gpu.clock import Deadline, wall_ms
 from specdec.experiments.gpu.models import counting_llama
 from specdec.experiments.gpu.options import GpuOptions, Shape
 from specdec.kv import SharedKVCache
-from specdec.verify import DraftTree, Topology, TreeForward
-from specdec.verify.forward import PREFILL_CHUNK
-from specdec.verify.graphed import GraphedForward, cuda_capture
-from specdec.verify.planned import PlannedForward
+from specdec.verify import DraftTree, Forward, Topology
+from specdec.verify.passes.base import PREFILL_CHUNK
+from specdec.verify.passes.choose import every_way
+from specdec.verify.passes.graphed import cuda_capture
 
 
 def passes(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:
@@ -36,10 +36,10 @@ def _at_context(
     most = context + 2 * max(*counts, *options.nodes)
     cache = SharedKVCache({"model": shape.layers}, 1, most, most)
     capture = cuda_capture if options.device.startswith("cuda") else None
+    ways = every_way(model, capture)
     modes = {
-        "masked": TreeForward(model, "model"),
-        "planned": PlannedForward(model, "model"),
-        "graph": GraphedForward(model, "model", capture, min_uses=1),
+        mode: Forward(model, "model", ways[way])
+        for mode, way in (("masked", "modules"), ("planned", "planned"), ("graph", "graphed"))
     }
     text = torch.randint(shape.vocab, (1, context), device=options.device)
     with modes["masked"].prepared():
@@ -52,9 +52,9 @@ def _at_context(
             if deadline.left < 5:
                 return found
 
-            def one_pass(forward: TreeForward = forward, tree: DraftTree = tree) -> torch.Tensor:
+            def one_pass(forward: Forward = forward, tree: DraftTree = tree) -> torch.Tensor:
                 cache.rollback()
-                return forward.tree(cache, tree)
+                return forward.tree(cache, tree).logits
 
             with forward.prepared():
                 ms = wall_ms(one_pass, options.device, options.repeats)

@@ -87,7 +87,7 @@ def check_pair(pair: str, device: str, threads: int | None) -> Iterator[Check]:
     """Load a pair and compare speculative greedy text with plain `generate`'s."""
     from specdec.cli.loading import load
     from specdec.drafters.model import DEFAULT_K
-    from specdec.verify.attention import attention_of
+    from specdec.verify.attention.register import attention_of
 
     # Fixed drafts: a planner that decodes plainly would leave the drafter untried.
     choice = cli.ModelChoice.of(None, None, pair, DEFAULT_K, None, "auto", "float32", device, threads)
@@ -136,7 +136,7 @@ def _hardware(threads: int | None) -> Iterator[Check]:
 
 
 def _native() -> Iterator[Check]:
-    from specdec.verify.native import why_not
+    from specdec.verify.native.library import why_not
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said below

@@ -20,8 +20,8 @@ from specdec.kv.support import text_config
 from specdec.report import SpecReport
 from specdec.target import TARGET, TargetPasses
 from specdec.verify import DraftTree
-from specdec.verify.parts import Text
-from specdec.verify.planned import forward_for
+from specdec.verify.passes.base import Text
+from specdec.verify.passes.forward import Forward
 
 _UNEVEN = 2
 """Chunks share a pass as long as padding makes it at most so many times larger."""
@@ -37,13 +37,13 @@ class EnginePasses:
     def __init__(self, model: PreTrainedModel, pool: KVPool):
         self._model = model
         self._pool = pool
-        self._forward = forward_for(model, TARGET)
+        self._forward = Forward(model, TARGET)
         self.vocab = int(text_config(model).vocab_size)
         embeddings: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
         self.device = embeddings.weight.device
 
     def prepared(self) -> AbstractContextManager[None]:
-        """See `TreeForward.prepared`."""
+        """See `Forward.prepared`."""
         return self._forward.prepared()
 
     def step(self, lanes: Sequence[Lane], trees: Sequence[DraftTree], chunks: Sequence[Chunk]) -> list[Tensor]:
@@ -54,7 +54,7 @@ class EnginePasses:
         """
         sequences = [sequence for lane in lanes for sequence in lane.cache.sequences[: lane.cache.num_rows]]
         cache, texts = PagedKVCache(self._pool, sequences), [self._text(group) for group in _even(chunks)]
-        logits = self._forward.together(cache, merged(lanes, trees), texts)[..., : self.vocab]
+        logits = self._forward.together(cache, merged(lanes, trees), texts)[0].logits[..., : self.vocab]
         self._have_read(chunks)
         parts = logits.split([tree.tokens.shape[0] for tree in trees])
         return [part[:, : tree.tokens.shape[1]] for part, tree in zip(parts, trees, strict=True)]
@@ -62,7 +62,7 @@ class EnginePasses:
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """K/V of the next tokens of each chunk's request; lengths are moved."""
         for group in _even(chunks):
-            self._forward.causal(*self._text(group), keep=1)
+            self._forward.causal(*self._text(group), keep=None)
             self._have_read(group)
 
     def _text(self, group: Sequence[Chunk]) -> Text:

@@ -20,8 +20,8 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.planner.cost_refinement import StepKind, refined
 from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder, write_whole
-from specdec.verify.linear import is_dense
-from specdec.verify.strict_native import serves
+from specdec.verify.passes.choose import runs_natively
+from specdec.verify.passes.linear import is_dense
 from specdec.version import __version__
 
 SCHEMA = 3
@@ -47,7 +47,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "devices": devices,
         "dtypes": dtypes,
-        "native": serves(model),
+        "native": runs_natively(model),
     }
 
 
@@ -179,4 +179,4 @@ def _name(key: Mapping[str, Any]) -> str:
 
 
 STORE = CostStore()
-"""The process's tables (as `specdec.verify.linear.FORMS` are its kernels)."""
+"""The process's tables (as `specdec.verify.passes.linear.FORMS` are its kernels)."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from attention_cases import EPS, AttentionCase, clean, complaint, states
 
-from specdec.verify.backends.choose import BACKENDS, CANDIDATES, AttentionChoice
-from specdec.verify.backends.launch import triton_attention
+from specdec.verify.attention.choose import BACKENDS, CANDIDATES, AttentionChoice
+from specdec.verify.attention.launch import triton_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from torch import Tensor
+from ways import graphed_forward
 
 import specdec
 from specdec.drafters import BestFirst, NgramDrafter
@@ -16,10 +17,10 @@ from specdec.experiments.gpu.models import Oracle, counting_llama, successor
 from specdec.experiments.gpu.options import Shape
 from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
-from specdec.verify import DraftTree, Topology, TreeForward
-from specdec.verify.backends.choose import VARIABLE as BACKEND
-from specdec.verify.graphed import GraphedForward
-from specdec.verify.planned import GRAPHS
+from specdec.verify import DraftTree, Forward, Topology
+from specdec.verify.attention.choose import VARIABLE as BACKEND
+from specdec.verify.passes.choose import GRAPHS
+from specdec.verify.passes.graphed import cuda_capture
 
 pytestmark = pytest.mark.gpu
 
@@ -81,10 +82,10 @@ def test_replays_are_eager_passes(family: str) -> None:
     """Several steps with moved K/V, other lengths and other tokens, from one captured graph."""
     model = on_gpu(models.target(family))
     caches = [SharedKVCache({"t": num_cache_layers(model)}, 2, 64) for _ in range(2)]
-    graphed = GraphedForward(model, "t", min_uses=1)
+    graphed = graphed_forward(model, "t", cuda_capture, 1)
     text = torch.randint(3, models.VOCAB, (2, 30)).cuda()
     tree = Topology((-1, 0, 0, 1, 1, 2))
-    for cache, forward in zip(caches, (TreeForward(model, "t"), graphed), strict=True):
+    for cache, forward in zip(caches, (Forward(model, "t"), graphed), strict=True):
         with forward.prepared():
             forward.prefill(cache, text, [0, 0], [9, 4], 2048)
         cache.set_length(0, 9)
@@ -92,9 +93,9 @@ def test_replays_are_eager_passes(family: str) -> None:
     for path in ([0, 2, 5], [0], [0, 1, 4]):
         tokens = torch.randint(3, models.VOCAB, (2, 6)).cuda()
         found = []
-        for cache, forward in zip(caches, (TreeForward(model, "t"), graphed), strict=True):
+        for cache, forward in zip(caches, (Forward(model, "t"), graphed), strict=True):
             with forward.prepared():
-                found.append(forward.tree(cache, DraftTree.build(tree, tokens)))
+                found.append(forward.tree(cache, DraftTree.build(tree, tokens)).logits)
             cache.commit([path, [0]])
         torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
-    assert graphed.num_replays == 3
+    assert graphed.runners[0].num_replays == 3  # type: ignore[attr-defined]

@@ -125,3 +125,14 @@ def _load(path: Path) -> Library:
         raise Unavailable(f"{path} was compiled from other sources: compile it again with this version") from error
     call.restype = ctypes.c_int64
     return Library(call, bool(ctypes.c_int.in_dll(loaded, "specdec_threaded").value))
+
+
+@lru_cache(maxsize=1)
+def usable_cores() -> int:
+    """Cores this process may use: more threads would wait for each other, at every meeting of a pass."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # a container's quota, microseconds per period
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return count if quota == "max" else max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return count

@@ -20,6 +20,11 @@ INLINE void norm_all(const Model *m, const Pass *p, const float *weight, int64_t
         norm(p->hidden + t * m->hidden, weight, m->hidden, (float)m->epsilon, p->normed + t * m->hidden);
 }
 
+INLINE void feature(const Model *m, const Pass *p, int64_t layer, const float *states, int64_t from, int64_t to) {
+    if (p->features[layer])
+        memcpy(p->features[layer] + from * m->hidden, states + from * m->hidden, (size_t)((to - from) * m->hidden) * 4);
+}
+
 /* Tokens [*first, *stop): all of them, or the next neighbours of which something is kept, from *first on. */
 INLINE int next_run(const Pass *p, int kept_only, int64_t *first, int64_t *stop) {
     if (!kept_only) {
@@ -37,7 +42,7 @@ INLINE int next_run(const Pass *p, int kept_only, int64_t *first, int64_t *stop)
 static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, Gate *gate) {
     const int64_t hidden = m->hidden, size = m->head_dim, heads = m->heads, kv = m->kv_heads, inner = m->inner;
     const int64_t wide = (heads + 2 * kv) * size;
-    const int few = p->num_kept < p->tokens;
+    const int few = p->num_kept < p->tokens && !p->features[m->layers];
     int64_t tokens = p->tokens;
     float *own = p->own + thread * p->own_size;
     _Atomic int64_t *ticket = p->tickets;
@@ -52,7 +57,10 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
     EACH(layer, m->layers) {
         const float *const *w = m->weights + layer * NUM_WEIGHTS;
         const int last = few && layer == m->layers - 1; /* of most tokens only the keys and values matter there */
-        SHARE(from, to, tokens, 4) norm_all(m, p, w[NORM_BEFORE], from, to);
+        SHARE(from, to, tokens, 4) {
+            norm_all(m, p, w[NORM_BEFORE], from, to);
+            feature(m, p, layer, p->hidden, from, to);
+        }
         NEXT;
         SHARE(from, to, wide, chunk(wide, threads)) {
             EACH(part, 3) {
@@ -101,10 +109,19 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
             linear(p->acted, tokens, inner, w[DOWN], w[DOWN_BIAS], inner, from, to, p->hidden, hidden, ADD);
         NEXT;
     }
-    SHARE(from, to, tokens, 4) norm_all(m, p, m->norm, from, to);
+    SHARE(from, to, tokens, 4) {
+        norm_all(m, p, m->norm, from, to);
+        feature(m, p, m->layers, p->normed, from, to);
+    }
     NEXT;
-    SHARE(from, to, m->vocab, chunk(m->vocab, threads))
-        linear(p->normed, tokens, hidden, m->head, m->head_bias, hidden, from, to, p->logits, m->vocab, SET);
+    SHARE(from, to, m->vocab, chunk(m->vocab, threads)) {
+        float *logits = p->logits;
+        for (int64_t first = 0, stop = tokens; few ? first < stop : next_run(p, 1, &first, &stop); first = stop) {
+            linear(p->normed + first * hidden, stop - first, hidden, m->head, m->head_bias, hidden, from, to, logits,
+                   m->vocab, SET);
+            logits += (stop - first) * m->vocab;
+        }
+    }
 }
 
 /* Which row each token belongs to, and neighbours that attend together. */

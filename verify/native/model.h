@@ -27,6 +27,8 @@ typedef struct {
  * targets: where each token's own K/V goes (same unit, less the head), -1 for nowhere; 0: to its slot.
  * kept: tokens whose logits are wanted, ascending.
  * places: row of `angles` (cosines, signed sines) of each token; 0: the number of its slot.
+ * features: where the hidden states of all tokens go that enter layer i, and as the last those after the final norm,
+ *     [tokens, hidden] each; 0 where they are not wanted.
  * The rest is working memory. */
 typedef struct {
     int64_t threads, tokens, rows, num_kept, page_size, page_stride, slot_stride, head_stride;
@@ -34,6 +36,7 @@ typedef struct {
     const float *angles;
     const Row *row;
     float *const *keys, *const *values;
+    float *const *features;
     float *logits;
     float *hidden, *normed, *mixed, *attended, *acted, *own;
     int64_t own_size, num_groups;

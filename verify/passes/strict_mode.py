@@ -13,12 +13,12 @@ from specdec.kv.errors import UnsupportedModelError
 from specdec.kv.limits import MOST_NODES, checked_count
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
-from specdec.verify.attention import attention_of
-from specdec.verify.blocks import BLOCK
-from specdec.verify.forward import PREFILL_CHUNK, TreeForward
-from specdec.verify.linear import own_linears
-from specdec.verify.strict_forward import StrictForward
-from specdec.verify.strict_native import NativeStrictForward, serves
+from specdec.verify.attention.blocks import BLOCK
+from specdec.verify.attention.register import attention_of
+from specdec.verify.passes.base import PREFILL_CHUNK
+from specdec.verify.passes.choose import strict_runners_for
+from specdec.verify.passes.forward import Forward
+from specdec.verify.passes.linear import own_linears
 from specdec.verify.topology import Topology
 from specdec.verify.tree import DraftTree
 
@@ -61,12 +61,11 @@ class StrictMode:
         )
         _check_model(model)
         self.model = model
-        self._costs: dict[tuple[type, int, torch.dtype, torch.device], StrictCost] = {}
+        self._costs: dict[tuple[str, int, torch.dtype, torch.device], StrictCost] = {}
 
-    def forward(self, name: str) -> StrictForward | NativeStrictForward:
-        """Native where the model has such a pass, which needs no padding; else of one width, row by row."""
-        kind = NativeStrictForward if serves(self.model) else StrictForward
-        return kind(self.model, name, self.width)
+    def forward(self, name: str) -> Forward:
+        """See `strict_runners_for`."""
+        return Forward(self.model, name, strict_runners_for(self.model, self.width))
 
     def cost(self, device: torch.device) -> StrictCost:
         """Probe once per number of threads, dtype and device.
@@ -75,10 +74,10 @@ class StrictMode:
             UnsupportedModelError: a token's bits depend on its slot here, or the strict attention is not this model's.
         """
         forward = self.forward("target")
-        key = (type(forward), torch.get_num_threads(), self.model.dtype, device)
+        key = (forward.runners[0].name, torch.get_num_threads(), self.model.dtype, device)
         if key not in self._costs:
             with forward.prepared():
-                self._costs[key] = _Probe(forward, device).run()
+                self._costs[key] = _Probe(forward, self.width, device).run()
         return self._costs[key]
 
 
@@ -103,9 +102,9 @@ def _check_model(model: PreTrainedModel) -> None:
 class _Probe:
     """One text, run through strict passes of different trees: the logits of a token must be the same bits in all."""
 
-    def __init__(self, forward: StrictForward | NativeStrictForward, device: torch.device):
-        self.forward, self.model, self.width = forward, forward.model, forward.width
-        model, width = self.model, self.width
+    def __init__(self, forward: Forward, width: int, device: torch.device):
+        self.forward, self.model, self.width = forward, forward.model, width
+        model = self.model
         # The drafted tokens lie across a border of blocks where the model has that many positions.
         room = self.forward.num_positions or BLOCK + 2 * width
         self.length = max(1, min(BLOCK - width // 2, room - width))
@@ -151,21 +150,21 @@ class _Probe:
     def _pass(self, tokens: Tensor, parents: tuple[int, ...]) -> Tensor:
         tree = DraftTree.build(Topology(parents), tokens[None])
         start = perf_counter()
-        logits = self.forward.tree(self.cache, tree)[0].float().cpu()
+        logits = self.forward.tree(self.cache, tree).logits[0].float().cpu()
         self.ms.append(1e3 * (perf_counter() - start))
         return logits
 
     def _ordinary(self, drafted: Tensor) -> tuple[Tensor, float]:
         """Logits of the chain from the model's modules, and the milliseconds of an ordinary one-token pass."""
         ms = []
-        ordinary = TreeForward(self.model, "target")
+        ordinary = Forward(self.model, "target")
         with ordinary.prepared():
             for _ in range(3):
                 start = perf_counter()
-                ordinary.causal(self.cache, drafted[None, :1], [self.length], None, keep=0).cpu()
+                ordinary.causal(self.cache, drafted[None, :1], [self.length], None, keep=0).logits.cpu()
                 ms.append(1e3 * (perf_counter() - start))
         with attention_of(self.model), own_linears():
-            logits = ordinary.causal(self.cache, drafted[None], [self.length], None, keep=0)[0]
+            logits = ordinary.causal(self.cache, drafted[None], [self.length], None, keep=0).logits[0]
         self.cache.rollback()
         return logits.float().cpu(), min(ms)
 

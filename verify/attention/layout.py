@@ -1,4 +1,4 @@
-"""What one pass over tree nodes attends to: built once a pass, used by every layer and every backend."""
+"""Which K/V slots the nodes of one pass see: laid out once a pass, read by every layer and every backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 
 
 @dataclass(frozen=True)
-class TreePlan:
+class TreeLayout:
     """Which K/V slots each node sees: its row's committed slots, and its ancestors in the tail behind them.
 
     Column `j` of the tail lies in slot `lengths[row] + j`; the pass's queries are the last `nodes` of its columns.
@@ -34,17 +34,17 @@ class TreePlan:
     equal: bool = False
     table: Tensor | None = None
     _windows: dict[int, Window] = field(default_factory=dict, repr=False, compare=False)
-    _copies: dict[torch.device, TreePlan] = field(default_factory=dict, repr=False, compare=False)
+    _copies: dict[torch.device, TreeLayout] = field(default_factory=dict, repr=False, compare=False)
     _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def on(self, device: torch.device) -> TreePlan:
-        """The same plan on another device (models spread over several)."""
+    def on(self, device: torch.device) -> TreeLayout:
+        """The same on another device (models spread over several)."""
         if self.lengths.device == device:
             return self
         if device not in self._copies:
             table = None if self.table is None else self.table.to(device)
             lengths, ancestors, depths = (own.to(device) for own in (self.lengths, self.ancestors, self.depths))
-            self._copies[device] = TreePlan(lengths, ancestors, depths, self.longest, self.equal, table)
+            self._copies[device] = TreeLayout(lengths, ancestors, depths, self.longest, self.equal, table)
         return self._copies[device]
 
     @property

@@ -10,36 +10,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.backends.prefix import fold_heads
+from specdec.verify.attention.layout import TreeLayout
+from specdec.verify.attention.prefix import fold_heads
 
-Prefix = Callable[[Tensor, Tensor, Tensor, TreePlan, float], tuple[Tensor, Tensor]]
+Prefix = Callable[[Tensor, Tensor, Tensor, TreeLayout, float], tuple[Tensor, Tensor]]
 
 
 def merged_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, prefix: Prefix
+    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float, prefix: Prefix
 ) -> Tensor:  # fmt: skip
     """Committed slots by `prefix`, the tail by `tail_part`, merged in float32 and rounded once.
 
     Shapes as in `reference_attention`; no sliding windows, which start at another slot for every node.
     """
-    plan.check(query, key, value)
+    layout.check(query, key, value)
     rows, heads, nodes, _ = query.shape
-    tail_out, tail_lse = tail_part(query, key, value, plan, scale)
-    if plan.longest == 0:
+    tail_out, tail_lse = tail_part(query, key, value, layout, scale)
+    if layout.longest == 0:
         out = tail_out
     else:
-        out = merge(*prefix(query, key, value, plan, scale), tail_out, tail_lse)[0]
+        out = merge(*prefix(query, key, value, layout, scale), tail_out, tail_lse)[0]
     return out.to(query.dtype).reshape(rows, heads, nodes, -1).transpose(1, 2).contiguous()
 
 
-def tail_part(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> tuple[Tensor, Tensor]:
+def tail_part(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float) -> tuple[Tensor, Tensor]:
     """The nodes over their ancestors: `(out, lse)` as in `prefix.py`, by small dense products in float32 or wider."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    keys, values = plan.tail_states(key).to(dtype), plan.tail_states(value).to(dtype)
+    keys, values = layout.tail_states(key).to(dtype), layout.tail_states(value).to(dtype)
     scores = fold_heads(query, keys.shape[1]).to(dtype) @ keys.transpose(2, 3) * scale
-    groups = scores.shape[2] // plan.nodes
-    hidden = ~plan.ancestors.repeat(1, groups, 1)[:, None]
+    groups = scores.shape[2] // layout.nodes
+    hidden = ~layout.ancestors.repeat(1, groups, 1)[:, None]
     scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]) @ values, lse

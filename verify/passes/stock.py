@@ -15,12 +15,11 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from specdec.verify.attention import NAME as FOLDED
-from specdec.verify.attention import fitting_attention
-from specdec.verify.linear import is_dense
+from specdec.verify.attention.register import NAME, fitting_attention
+from specdec.verify.passes.linear import is_dense
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Model classes whose layers have this shape; one with a sliding window is left to its modules (see `TreeForward`)."""
+"""Model classes whose layers have this shape; one with a sliding window is left to its modules (see `Forward`)."""
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
 _LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList)
@@ -38,7 +37,7 @@ def is_stock(model: PreTrainedModel) -> bool:
     family = next((name for name in _FAMILIES if kind.__name__ == f"{name}ForCausalLM"), None)
     if family is None or model.training or not kind.__module__.startswith("transformers.models."):
         return False
-    if fitting_attention(model) != FOLDED or model.config.hidden_act not in ("silu", "swish"):
+    if fitting_attention(model) != NAME or model.config.hidden_act not in ("silu", "swish"):
         return False
     if (
         torch.is_autocast_enabled("cpu")
@@ -77,7 +76,14 @@ def _changed(part: nn.Module) -> bool:
         return True
     if isinstance(part, (nn.Linear, nn.Embedding)) and "weight" not in part._parameters:  # set by something else
         return True
-    return "forward" in own or "_hf_hook" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+    hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+    return "forward" in own or "_hf_hook" in own or not all(map(_only_collects, hooks))
+
+
+def _only_collects(hook: Any) -> bool:
+    """Whether a hook is one that `transformers` leaves on a model once it was asked for hidden states: it does nothing
+    in a pass that was not."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and _original(hook)
 
 
 def callers_code(model: PreTrainedModel) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.layout import TreeLayout
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels compute: 16-bit tiles through tensor cores, float32 in IEEE arithmetic (no TF32)."""
@@ -66,14 +66,14 @@ def triton_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: TreePlan,
+    layout: TreeLayout,
     scale: float,
     window: int | None = None,
     *,
     splits: int | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """Tree attention in one Triton kernel (two with more than one split); see `TreePlan` for the layouts.
+    """Tree attention in one Triton kernel (two with more than one split); see `TreeLayout`.
 
     Args:
         query: `[rows, heads, nodes, head_dim]`; key, value: contiguous or paged.
@@ -86,11 +86,11 @@ def triton_attention(
     Raises:
         UnsupportedArgumentError: the kernels cannot serve these states, and why.
     """
-    plan.check(query, key, value)
+    layout.check(query, key, value)
     reason = triton_serves(query, key, value)
     if reason is not None:
         raise UnsupportedArgumentError(f"the Triton kernels cannot serve this: {reason}; choose another backend")
-    from specdec.verify.backends.kernel import combine_kernel, tree_attention_kernel
+    from specdec.verify.attention.kernel import combine_kernel, tree_attention_kernel
 
     rows, heads, nodes, size = query.shape
     kv_heads, value_size = key.shape[1], value.shape[3]
@@ -98,10 +98,10 @@ def triton_attention(
     tiles = tiles or Tiles.of(groups * nodes, max(size, value_size), query.dtype)
     query_blocks = -(-groups * nodes // tiles.block_m)
     if splits is None:
-        splits = num_splits(rows * kv_heads * query_blocks, -(-plan.longest // tiles.block_n), query.device)
+        splits = num_splits(rows * kv_heads * query_blocks, -(-layout.longest // tiles.block_n), query.device)
     elif splits < 1 or splits & (splits - 1):
         raise UnsupportedArgumentError(f"splits must be a power of two, got {splits}")
-    ancestors, floors = plan.seen(window)
+    ancestors, floors = layout.seen(window)
     seen = ancestors.expand(rows, -1, -1).view(torch.uint8)
     seen = seen if seen.stride(2) == 1 else seen.contiguous()
     out = query.new_empty(rows, nodes, heads, value_size)
@@ -109,13 +109,13 @@ def triton_attention(
     if splits > 1:
         parts = query.new_empty(splits, rows, nodes, heads, value_size, dtype=torch.float32)
         lse = query.new_empty(splits, rows, nodes, heads, dtype=torch.float32)
-    table, page = (plan.lengths, 0) if plan.table is None else (plan.table, key.shape[2])
+    table, page = (layout.lengths, 0) if layout.table is None else (layout.table, key.shape[2])
     constants = compiled_constants(kv_heads, groups, size, value_size, tiles, splits, page, floors is not None)
     tree_attention_kernel[rows * kv_heads, splits, query_blocks](
-        query, key, value, out, parts, lse, plan.lengths, seen, plan.lengths if floors is None else floors, table,
-        scale * math.log2(math.e), nodes, plan.tail,
+        query, key, value, out, parts, lse, layout.lengths, seen, layout.lengths if floors is None else floors, table,
+        scale * math.log2(math.e), nodes, layout.tail,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:2], *seen.stride()[:2],
-        0 if floors is None else floors.stride(0), 0 if plan.table is None else table.stride(0),
+        0 if floors is None else floors.stride(0), 0 if layout.table is None else table.stride(0),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **constants,
     )  # fmt: skip
     if splits > 1:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.backends.fold import fold_attention
-from specdec.verify.backends.launch import triton_attention, triton_serves
-from specdec.verify.backends.merge import Prefix, merged_attention
-from specdec.verify.backends.plan import TreePlan
-from specdec.verify.backends.prefix import aten_prefix, aten_serves, package_prefix, package_serves, torch_prefix
+from specdec.verify.attention.fold import fold_attention
+from specdec.verify.attention.launch import triton_attention, triton_serves
+from specdec.verify.attention.layout import TreeLayout
+from specdec.verify.attention.merge import Prefix, merged_attention
+from specdec.verify.attention.prefix import aten_prefix, aten_serves, package_prefix, package_serves, torch_prefix
 
 VARIABLE = "SPECDEC_ATTENTION"
 """Environment variable that names the backend, or "auto" (the default)."""
@@ -28,8 +28,8 @@ TRIALS = 5
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """How far a candidate may be from `fold`, relative to the largest output; 16-bit dtypes: 3e-2."""
 
-Serves = Callable[[Tensor, Tensor, Tensor, TreePlan, int | None], str | None]
-Attend = Callable[[Tensor, Tensor, Tensor, TreePlan, float, int | None], Tensor]
+Serves = Callable[[Tensor, Tensor, Tensor, TreeLayout, int | None], str | None]
+Attend = Callable[[Tensor, Tensor, Tensor, TreeLayout, float, int | None], Tensor]
 
 
 class Backend(NamedTuple):
@@ -39,16 +39,16 @@ class Backend(NamedTuple):
     attend: Attend
 
 
-def _merging(prefix: Prefix, serves: Callable[[Tensor, Tensor, Tensor, TreePlan], str | None]) -> Backend:
-    def why_not(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, window: int | None) -> str | None:
+def _merging(prefix: Prefix, serves: Callable[[Tensor, Tensor, Tensor, TreeLayout], str | None]) -> Backend:
+    def why_not(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, window: int | None) -> str | None:
         if window is not None:
             return "a sliding window starts at another slot for every node, which a prefix without mask cannot serve"
-        return serves(query, key, value, plan)
+        return serves(query, key, value, layout)
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None
+        query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float, window: int | None
     ) -> Tensor:  # fmt: skip
-        return merged_attention(query, key, value, plan, scale, prefix)
+        return merged_attention(query, key, value, layout, scale, prefix)
 
     return Backend(why_not, attend)
 
@@ -89,7 +89,7 @@ class AttentionChoice:
         """Measured winners by bucket."""
 
     def name(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float, window: int | None = None
     ) -> str:  # fmt: skip
         """The backend for these states.
 
@@ -101,7 +101,7 @@ class AttentionChoice:
             if asked not in self._backends:
                 names = ", ".join(["auto", *self._backends])
                 raise UnsupportedArgumentError(f"{VARIABLE}={asked!r} names no attention backend; use one of {names}")
-            reason = self._backends[asked].serves(query, key, value, plan, window)
+            reason = self._backends[asked].serves(query, key, value, layout, window)
             if reason is not None:
                 raise UnsupportedArgumentError(f"{VARIABLE}={asked}: {reason}; use another backend or unset {VARIABLE}")
             return asked
@@ -109,36 +109,36 @@ class AttentionChoice:
         able = [
             name
             for name in self._candidates
-            if self._backends[name].serves(query, key, value, plan, window) is None
+            if self._backends[name].serves(query, key, value, layout, window) is None
         ]  # fmt: skip
         if able == [first]:
             return first
-        bucket = _bucket(query, key, plan, window)
+        bucket = _bucket(query, key, layout, window)
         if bucket not in self.chosen:
             if query.is_cuda and torch.cuda.is_current_stream_capturing():
                 return first  # nothing can be measured inside a graph: warm up in the same shapes before capturing
-            self.chosen[bucket] = self._measure(able, query, key, value, plan, scale, window)
+            self.chosen[bucket] = self._measure(able, query, key, value, layout, scale, window)
         best = self.chosen[bucket]
         return best if best in able else first  # a bucket holds shapes that not every backend serves
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float, window: int | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float, window: int | None = None
     ) -> Tensor:  # fmt: skip
         """Tree attention by the chosen backend. Shapes: see `reference_attention`; the result has the query's dtype."""
-        if window is not None and window >= plan.read:
+        if window is not None and window >= layout.read:
             window = None
-        name = self.name(query, key, value, plan, scale, window)
-        return self._backends[name].attend(query, key, value, plan, scale, window)
+        name = self.name(query, key, value, layout, scale, window)
+        return self._backends[name].attend(query, key, value, layout, scale, window)
 
     def _measure(
-        self, able: list[str], query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float,
+        self, able: list[str], query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float,
         window: int | None,
     ) -> str:  # fmt: skip
         """The fastest candidate whose result agrees with the first one's."""
         seconds: dict[str, float] = {}
         judge: Tensor | None = None
         for name in able:
-            call = partial(self._backends[name].attend, query, key, value, plan, scale, window)
+            call = partial(self._backends[name].attend, query, key, value, layout, scale, window)
             try:
                 out = call().float()
             except torch.OutOfMemoryError:
@@ -161,11 +161,11 @@ class AttentionChoice:
         return min(seconds, key=lambda name: seconds[name])
 
 
-def _bucket(query: Tensor, key: Tensor, plan: TreePlan, window: int | None) -> tuple[object, ...]:
+def _bucket(query: Tensor, key: Tensor, layout: TreeLayout, window: int | None) -> tuple[object, ...]:
     rows, heads, nodes, size = query.shape
-    sizes = tuple((count - 1).bit_length() for count in (rows, nodes, max(1, plan.longest)))
-    page = None if plan.table is None else key.shape[2]
-    return (query.device, query.dtype, heads, key.shape[1], size, sizes, page, plan.equal, window is not None)
+    sizes = tuple((count - 1).bit_length() for count in (rows, nodes, max(1, layout.longest)))
+    page = None if layout.table is None else key.shape[2]
+    return (query.device, query.dtype, heads, key.shape[1], size, sizes, page, layout.equal, window is not None)
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:

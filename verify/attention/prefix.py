@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from specdec.verify.backends.plan import TreePlan
+from specdec.verify.attention.layout import TreeLayout
 
 
 def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
@@ -21,50 +21,52 @@ def fold_heads(query: Tensor, kv_heads: int) -> Tensor:
     return query.reshape(query.shape[0], kv_heads, -1, query.shape[-1])
 
 
-def torch_prefix(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> tuple[Tensor, Tensor]:
+def torch_prefix(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float) -> tuple[Tensor, Tensor]:
     """By plain matrix products, in float32 or wider: any device, dtype and layout."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    key, value = plan.contiguous(key)[: plan.rows], plan.contiguous(value)[: plan.rows]
-    key, value = key[:, :, : plan.longest].to(dtype), value[:, :, : plan.longest].to(dtype)
+    key, value = layout.contiguous(key)[: layout.rows], layout.contiguous(value)[: layout.rows]
+    key, value = key[:, :, : layout.longest].to(dtype), value[:, :, : layout.longest].to(dtype)
     scores = fold_heads(query, key.shape[1]).to(dtype) @ key.transpose(2, 3) * scale
-    hidden = torch.arange(plan.longest, device=query.device) >= plan.lengths[:, None]
+    hidden = torch.arange(layout.longest, device=query.device) >= layout.lengths[:, None]
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]) @ value, lse
 
 
-def aten_prefix(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> tuple[Tensor, Tensor]:
+def aten_prefix(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float) -> tuple[Tensor, Tensor]:
     """By the FlashAttention built into torch, which splits K/V over the device for few queries."""
     folded = fold_heads(query, key.shape[1])
-    key, value = key[: plan.rows, :, : plan.longest], value[: plan.rows, :, : plan.longest]
+    key, value = key[: layout.rows, :, : layout.longest], value[: layout.rows, :, : layout.longest]
     found = torch.ops.aten._scaled_dot_product_flash_attention(folded, key, value, 0.0, False, False, scale=scale)
     return found[0], found[1]
 
 
-def aten_serves(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> str | None:
+def aten_serves(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout) -> str | None:
     """Why torch's own FlashAttention cannot serve; None if it can."""
-    if plan.table is not None:
+    if layout.table is not None:
         return "torch's own FlashAttention reads no block tables"
-    if not plan.equal:
+    if not layout.equal:
         return "torch's own FlashAttention takes no lengths per row, and the rows are not equally long"
-    if plan.longest == 0:
+    if layout.longest == 0:
         return "there is no committed slot to attend to"
     return _flash_limits(query, key, value)
 
 
-def package_prefix(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scale: float) -> tuple[Tensor, Tensor]:
+def package_prefix(
+    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float
+) -> tuple[Tensor, Tensor]:
     """By `flash_attn_with_kvcache` of the package flash-attn: lengths per row, contiguous or paged."""
     from flash_attn import flash_attn_with_kvcache
 
     folded = fold_heads(query, key.shape[1]).transpose(1, 2)
-    if plan.table is None:
-        key, value = key[: plan.rows], value[: plan.rows]
+    if layout.table is None:
+        key, value = key[: layout.rows], value[: layout.rows]
     out, lse = flash_attn_with_kvcache(
         folded,
         key.transpose(1, 2),
         value.transpose(1, 2),
-        cache_seqlens=plan.lengths,
-        block_table=plan.table,
+        cache_seqlens=layout.lengths,
+        block_table=layout.table,
         softmax_scale=scale,
         causal=False,
         return_softmax_lse=True,
@@ -72,11 +74,11 @@ def package_prefix(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, sc
     return out.transpose(1, 2), lse
 
 
-def package_serves(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> str | None:
+def package_serves(query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout) -> str | None:
     """Why the package flash-attn cannot serve; None if it can."""
     if not _flash_attn_installed():
         return "the package flash-attn is not installed"
-    if plan.table is not None and key.shape[2] % 256:
+    if layout.table is not None and key.shape[2] % 256:
         return f"flash-attn reads pages of a multiple of 256 slots, not {key.shape[2]}"
     return _flash_limits(query, key, value)
 

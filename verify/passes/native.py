@@ -1,0 +1,259 @@
+"""The runner of native passes: one C call for a stock float32 Llama on a CPU, computing what the direct pass does."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.kv.layout import Layout
+from specdec.verify.native import structures
+from specdec.verify.native.library import library, usable_cores, why_not
+from specdec.verify.passes.base import Output, Part, Runner, joined, outputs, refuse_wider
+from specdec.verify.passes.direct import Direct
+from specdec.verify.passes.inputs import Inputs
+from specdec.verify.passes.parameters import Parameters, Shape
+
+CHUNK = 512
+"""Prompt tokens of a row per pass: it cannot be interrupted, so it should not last."""
+
+_ROOM = 32
+"""Floats behind every working array: the widest vector and columns handed out at once."""
+_TOGETHER = 6
+"""Tokens that attend together (MOST of llama.c)."""
+
+
+class Native(Runner):
+    """Runs what the direct runner runs, in float32, where there is a compiled pass.
+
+    A token's bits depend on its text alone: neither on the draft nor on the rows around it.
+
+    Args:
+        direct: who knows the parameters.
+        most_nodes: of a tree, where its size is part of a promise (see `Strict`).
+    """
+
+    name = "native"
+    joint = True
+
+    def __init__(self, inputs: Inputs, direct: Direct, most_nodes: int | None = None):
+        self._inputs, self._direct, self._most_nodes = inputs, direct, most_nodes
+        self._pass: NativePass | None = None
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        with self._direct.prepared():
+            own = self._direct.parameters
+            self._pass = None if own is None else native_pass(own, self._inputs)
+            try:
+                yield
+            finally:
+                self._pass = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether the model, as it is now, has a native pass."""
+        with self.prepared():
+            return self._pass is not None
+
+    def refusal(self, part: Part) -> str | None:
+        if self._most_nodes is not None:
+            refuse_wider(part, self._most_nodes)
+        if self._pass is None:
+            return "there is no native pass over these weights (docs/models.md)"
+        return self._direct.refusal(part) if self._pass.hooked else None
+
+    def stride(self, rows: int, read: int, most: int) -> int | None:
+        return None if self._pass is None else min(most, CHUNK)
+
+    def __call__(self, parts: Sequence[Part]) -> list[Output]:
+        assert self._pass is not None
+        return self._pass(parts)
+
+
+class _Rows(NamedTuple):
+    """Rows, and the tensors whose addresses they hold."""
+
+    held: ctypes.Array[structures.Row]
+    masks: Sequence[Tensor]
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.held)
+
+
+def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
+    """The native pass over these parameters; None for other dtypes than float32, for models whose layers differ, and
+    where nothing can be compiled (or for one thread only, and there are more)."""
+    shape = own.shape
+    if shape is None or own.embed.dtype != torch.float32 or why_not() is not None:
+        return None
+    if not library().threaded and torch.get_num_threads() > 1:
+        return None
+    weights = [weight for layer in own.layers for weight in _weights(layer)]
+    ends = [own.embed, own.norm.weight, own.head.weight, own.head.bias]
+    if not all(weight is None or _readable(weight) for weight in (*weights, *ends)):
+        return None
+    return NativePass(own, inputs, shape, weights, ends)
+
+
+def _weights(layer: Any) -> list[Tensor | None]:
+    """In the order of llama.c."""
+    norms = [norm.weight for norm in layer.norms]
+    products = layer.products
+    return [*(p.weight for p in products), *(p.bias for p in products), *norms, *[None] * (4 - len(norms))]
+
+
+def _readable(weight: Tensor) -> bool:
+    """Row by row from its address on (its shape is `DirectPass.fits`'s business)."""
+    return weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+class NativePass:
+    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it."""
+
+    def __init__(
+        self,
+        own: Parameters,
+        inputs: Inputs,
+        shape: Shape,
+        weights: Sequence[Tensor | None],
+        ends: Sequence[Tensor | None],
+    ):
+        self._own, self._inputs, self._shape = own, inputs, shape
+        self._call = library().call
+        self._places = [layer.index for layer in own.layers]
+        self._pointers = (structures.Pointer * len(weights))(*map(_address, weights))
+        scales = (own.norm.epsilon, own.layers[0].scaling)
+        self._model = structures.Model(
+            *shape, len(own.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales
+        )
+        self._kv = (structures.Pointer * (2 * shape.layers))()
+        self._wanted = (structures.Pointer * (shape.layers + 1))()
+        self._tickets = torch.zeros(8 * shape.layers + 3, dtype=torch.int64)
+        self._like = own.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
+        self._room, self._threads = (0, 0, 0), 0
+        self._pass = structures.Pass()
+        self._pass.keys = ctypes.addressof(self._kv)
+        self._pass.values = ctypes.addressof(self._kv) + shape.layers * ctypes.sizeof(structures.Pointer)
+        self._pass.features = ctypes.addressof(self._wanted)
+        self._pass.tickets = self._tickets.data_ptr()
+
+    @property
+    def hooked(self) -> bool:
+        return self._own.hooked
+
+    def __call__(self, parts: Sequence[Part]) -> list[Output]:
+        """See `Runner.__call__`."""
+        run, shape = self._pass, self._shape
+        tokens = sum(part.tokens.numel() for part in parts)
+        run.threads, run.tokens = self._num_threads(), tokens
+        ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
+        read = max(part.write.read for part in parts)
+        angles, places = self._angles(parts, read)
+        layouts = [part.write.layout(self._like) for part in parts]
+        rows, lists = self._rows(parts, layouts)
+        self._reserve(tokens, lists, read, run.threads)
+        first = layouts[0]
+        run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
+        for i, place in enumerate(self._places):
+            self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
+        targets = None if first.targets is None else joined([_given(layout.targets) for layout in layouts])
+        kept = _kept(parts[0].tokens.shape, parts[0].kept[1]) if len(parts) == 1 else _all_kept(parts)
+        logits = self._like.new_empty(len(kept), shape.vocab)
+        features = [self._like.new_empty(tokens, shape.hidden) for _ in parts[0].features]
+        for layer, states in zip(parts[0].features, features, strict=True):
+            self._wanted[layer] = states.data_ptr()
+        run.rows, run.row, run.num_kept, run.kept = len(rows.held), rows.address, len(kept), kept.data_ptr()
+        run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
+        run.targets, run.logits = _address(targets), logits.data_ptr()
+        wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
+        for layer in parts[0].features:
+            self._wanted[layer] = None
+        if wrong:
+            token = int(ids[wrong - 1])
+            raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self._own.embed)} rows")
+        return outputs(logits, features, parts)
+
+    def _angles(self, parts: Sequence[Part], read: int) -> tuple[Tensor, Tensor | None]:
+        """Rotary angles, and the row of them for each token; None where that is the number of its slot."""
+        if self._own.static_rope and all(part.nodes is None for part in parts):
+            return self._own.angle_table(self._like, read), None
+        positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
+        angles, places = self._own.angles(self._like, positions, read)
+        return angles, places.contiguous()
+
+    @staticmethod
+    def _num_threads() -> int:
+        return min(torch.get_num_threads(), usable_cores())
+
+    def _rows(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> tuple[_Rows, int]:
+        """All rows of all parts, and how many places their lists of visible slots take."""
+        rows = (structures.Row * sum(len(part.tokens) for part in parts))()
+        masks: list[Tensor] = []
+        index = first = lists = 0
+        for part, layout in zip(parts, layouts, strict=True):
+            (count, width), read, table = part.tokens.shape, part.write.read, layout.table
+            mask = None if part.nodes is None else self._inputs.of(part)[1]
+            if mask is not None:
+                masks.append(mask)
+            at = 0 if mask is None else mask.data_ptr()
+            step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()
+            for i in range(count):
+                row = rows[index]
+                row.first, row.width, row.read, row.lists = first, width, read, lists
+                row.table = table.data_ptr() + i * table.stride(0) * 8
+                row.start = part.write.starts[i]
+                if mask is not None:
+                    row.mask, row.mask_stride = at + i * step, mask.stride(2)
+                index, first = index + 1, first + width
+                lists += read * (1 if mask is None else width)
+        return _Rows(rows, masks), lists
+
+    def _reserve(self, tokens: int, lists: int, read: int, threads: int) -> None:
+        """Working memory for such a pass, kept for the next one."""
+        shape, run = self._shape, self._pass
+        need = (max(tokens, self._room[0]), max(lists, self._room[1]), max(read, self._room[2]))
+        if need == self._room and threads == self._threads:
+            return
+        tokens, lists, read = self._room = (need[0], need[1] * 5 // 4, need[2] * 5 // 4)
+        self._threads = threads
+        wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        own = max(_TOGETHER * (read + _ROOM), tokens * _ROOM) + _ROOM
+        sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
+        self._floats = [self._like.new_empty(tokens * size + _ROOM) for size in sizes]
+        self._floats.append(self._like.new_empty(own * threads))
+        self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, 2 * tokens)]
+        run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own = map(_address, self._floats)
+        run.seen, run.counts, run.row_of, run.groups = map(_address, self._words)
+        run.own_size = own
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "the parts of a pass lie in one store"
+    return tensor
+
+
+@lru_cache(maxsize=256)
+def _kept(shape: tuple[int, int], columns: int) -> Tensor:
+    """Tokens of `[rows, width]` in the last `columns`, whose logits are wanted."""
+    rows, width = shape
+    index = torch.arange(rows * width).view(rows, width)
+    return index[:, width - columns :].flatten().contiguous()
+
+
+def _all_kept(parts: Sequence[Part]) -> Tensor:
+    first, pieces = 0, []
+    for part in parts:
+        pieces.append(_kept(part.tokens.shape, part.kept[1]) + first)
+        first += part.tokens.numel()
+    return torch.cat(pieces)
