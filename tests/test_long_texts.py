@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import models
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason="no native pass")
 
 
 @pytest.fixture
-def widths(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
+def widths(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Tokens of every pass by the runner that ran it."""
     seen: dict[str, list[int]] = {"native": [], "direct": []}
     for kind in (Native, Direct):
