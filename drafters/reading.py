@@ -12,7 +12,6 @@ from specdec.drafters.base import CACHE_NAME, Session
 from specdec.drafters.growth import Run
 from specdec.kv.base import KVCache
 from specdec.kv.idle import IdleRows
-from specdec.verify.passes.base import PREFILL_CHUNK
 from specdec.verify.passes.forward import Forward
 
 MOST_LAG = 8
@@ -68,11 +67,11 @@ class DraftPasses:
         behind = [i for i, (length, have) in enumerate(zip(lengths, filled, strict=True)) if length - have > MOST_LAG]
         text = self._known(self._rows.window([0] * len(lengths), max(lengths)))
         if len(behind) == len(lengths) - sum(self._idle):
-            self._forward.prefill(cache, text, filled, lengths, PREFILL_CHUNK)
+            self._forward.prefill(cache, text, filled, lengths)
             return
         for i in behind:  # the others need not run the width of whoever has just joined
             alone = cache.row(i)
-            self._forward.prefill(alone, text[i : i + 1], filled[i : i + 1], lengths[i : i + 1], PREFILL_CHUNK)
+            self._forward.prefill(alone, text[i : i + 1], filled[i : i + 1], lengths[i : i + 1])
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Replace ids that the drafter has no embedding for by its last one. The target decides anyway."""

@@ -15,7 +15,6 @@ from specdec.kv.support import text_config
 from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.verify import DraftTree, Rows
-from specdec.verify.passes.base import PREFILL_CHUNK
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.strict_mode import StrictMode
 
@@ -44,7 +43,7 @@ class TargetPasses:
         self._cache = cache
         self._report = report
         self._forward = Forward(model, TARGET) if strict is None else strict.forward(TARGET)
-        self._chunk = getattr(request.config, "prefill_chunk_size", None) or PREFILL_CHUNK
+        self._chunk: int | None = getattr(request.config, "prefill_chunk_size", None)
         self._read_along = False
         self.vocab = int(text_config(model).vocab_size)
 
@@ -111,9 +110,9 @@ class TargetPasses:
         missing = self._missing(lengths)[0]
         if missing == 0:
             return None
-        if tree.is_shared_chain and missing + tree.tokens.shape[1] <= self._forward.stride(
-            len(lengths), max(lengths), self._chunk
-        ):
+        wanted = missing + tree.tokens.shape[1]
+        most = wanted if self._chunk is None else self._chunk
+        if tree.is_shared_chain and wanted <= self._forward.stride(len(lengths), max(lengths) - missing, most):
             return self._rows.window(self._cache.filled(TARGET), missing)
         self._fill(self._rows.window([0] * len(lengths), max(lengths)), lengths)
         return None
@@ -194,7 +193,7 @@ class TargetPasses:
             text[place, :count] = rows.text[row, :count]
             stops[place] = count + width - rows.ends[row] - 1
         self._cache.revive()
-        self._forward.prefill(self._cache, text, self._cache.filled(TARGET), stops, PREFILL_CHUNK)
+        self._forward.prefill(self._cache, text, self._cache.filled(TARGET), stops)
         for place, stop in enumerate(stops):
             self._cache.set_length(place, stop)
 

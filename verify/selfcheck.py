@@ -17,7 +17,6 @@ from specdec.kv.families import is_tested
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.kv.versions import cached
-from specdec.verify.passes.base import PREFILL_CHUNK
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.linear import is_dense
 from specdec.verify.topology import Topology
@@ -99,7 +98,7 @@ class _Trial:
         forward = Forward(self.model, "target")
         with forward.prepared():
             lengths = [length - 1 for length in _LENGTHS]
-            forward.prefill(cache, self._padded(texts, left=False), [0] * len(texts), lengths, PREFILL_CHUNK)
+            forward.prefill(cache, self._padded(texts, left=False), [0] * len(texts), lengths)
             for row, length in enumerate(lengths):
                 cache.set_length(row, length)
             tokens = [

@@ -11,7 +11,6 @@ from specdec.experiments.gpu.models import counting_llama
 from specdec.experiments.gpu.options import GpuOptions, Shape
 from specdec.kv import SharedKVCache
 from specdec.verify import DraftTree, Forward, Topology
-from specdec.verify.passes.base import PREFILL_CHUNK
 from specdec.verify.passes.choose import every_way
 from specdec.verify.passes.graphed import cuda_capture
 
@@ -43,7 +42,7 @@ def _at_context(
     }
     text = torch.randint(shape.vocab, (1, context), device=options.device)
     with modes["masked"].prepared():
-        modes["masked"].prefill(cache, text, [0], [context], PREFILL_CHUNK)
+        modes["masked"].prefill(cache, text, [0], [context])
     cache.set_length(0, context)
     found: list[dict[str, Any]] = []
     for count in counts:

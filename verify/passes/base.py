@@ -16,7 +16,9 @@ from specdec.kv.write import Write
 from specdec.verify.tree import DraftTree
 
 PREFILL_CHUNK = 2048
-"""Prompt tokens of a row per pass: bounds the mask and activation memory of long prompts."""
+"""Prompt tokens of a row per pass behind others: bounds the memory of its mask."""
+FIRST_CHUNK = 4096
+"""The same from the beginning of a text, where no mask is needed: bounds the memory of activations."""
 
 
 class Text(NamedTuple):

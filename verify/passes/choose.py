@@ -53,7 +53,7 @@ def every_way(model: PreTrainedModel, capture: Capture | None = cuda_capture) ->
     inputs = Inputs(model)
     direct, planned = Direct(model, inputs), Modules(model, inputs, by_plan=True)
     return {
-        "native": (Native(inputs, direct),),
+        "native": (Native(inputs, direct, any_text=True),),
         "direct": (direct,),
         "modules": (Modules(model, inputs),),
         "planned": (planned,),
@@ -71,5 +71,5 @@ def strict_runners_for(model: PreTrainedModel, width: int) -> Sequence[Runner]:
     """The one runner whose bits do not depend on the draft, without another to fall back on: native where the model has
     such a pass, which needs no padding; else `Strict`, row by row, `width` tokens at a time."""
     inputs = Inputs(model)
-    native = Native(inputs, Direct(model, inputs), width)
+    native = Native(inputs, Direct(model, inputs), any_text=True, most_nodes=width)
     return (native if native.serves else Strict(model, inputs, width),)

@@ -33,7 +33,7 @@ class Direct(Runner):
     joint = True
 
     def __init__(self, model: PreTrainedModel, inputs: Inputs):
-        self._model, self._inputs = model, inputs
+        self.model, self._inputs = model, inputs
         self.parameters: Parameters | None = None
 
     @contextmanager
@@ -41,7 +41,7 @@ class Direct(Runner):
         if self.parameters is not None:
             yield
             return
-        self.parameters = None if self._inputs.windows else Parameters.of(self._model)
+        self.parameters = None if self._inputs.windows else Parameters.of(self.model)
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.kv.base import PassCache
 from specdec.kv.support import text_config
-from specdec.verify.passes.base import Nodes, Output, Part, Runner, Text
+from specdec.verify.passes.base import FIRST_CHUNK, PREFILL_CHUNK, Nodes, Output, Part, Runner, Text
 from specdec.verify.passes.choose import runners_for
 from specdec.verify.passes.linear import is_dense
 from specdec.verify.passes.positions import usable_positions
@@ -82,20 +82,20 @@ class Forward:
         text: Tensor,
         starts: Sequence[int],
         stops: Sequence[int],
-        chunk: int,
+        chunk: int | None = None,
         reader: Reader | None = None,
     ) -> None:
         """Write K/V of tokens `starts[b] .. stops[b] - 1` of each row, in chunks, without any logits.
 
         Args:
             text: int64 `[rows, >= max(stops)]`, real tokens of the cache's active rows.
-            chunk: most tokens of a row per pass.
+            chunk: most tokens of a row per pass; None for what serves best.
             reader: told of the features of every pass.
         """
         done = list(starts)
         while any(start < stop for start, stop in zip(done, stops, strict=True)):
-            most = max(stop - start for start, stop in zip(done, stops, strict=True))
-            most = self.stride(len(done), max(done), min(chunk, most))
+            left = max(stop - start for start, stop in zip(done, stops, strict=True))
+            most = self.stride(len(done), max(done), left if chunk is None else min(chunk, left))
             valid = [max(0, min(most, stop - start)) for start, stop in zip(done, stops, strict=True)]
             width = max(valid)
             columns = torch.tensor(done, device=text.device)[:, None] + torch.arange(width, device=text.device)
@@ -107,6 +107,7 @@ class Forward:
 
     def stride(self, rows: int, read: int, most: int) -> int:
         """Tokens of a row, at most `most`, to read in one pass behind `read` slots."""
+        most = min(most, PREFILL_CHUNK if read else FIRST_CHUNK)
         strides = (runner.stride(rows, read, most) for runner in self.runners)
         return next((stride for stride in strides if stride is not None), most)
 

@@ -17,10 +17,8 @@ from specdec.verify.native.library import library, usable_cores, why_not
 from specdec.verify.passes.base import Output, Part, Runner, joined, outputs, refuse_wider
 from specdec.verify.passes.direct import Direct
 from specdec.verify.passes.inputs import Inputs
+from specdec.verify.passes.pace import ALWAYS_NATIVE, CHUNK, native_is_slower
 from specdec.verify.passes.parameters import Parameters, Shape
-
-CHUNK = 512
-"""Prompt tokens of a row per pass: it cannot be interrupted, so it should not last."""
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
@@ -35,14 +33,15 @@ class Native(Runner):
 
     Args:
         direct: who knows the parameters.
+        any_text: long texts, too, where they are read faster straight over the parameters (see `native_is_slower`).
         most_nodes: of a tree, where its size is part of a promise (see `Strict`).
     """
 
     name = "native"
     joint = True
 
-    def __init__(self, inputs: Inputs, direct: Direct, most_nodes: int | None = None):
-        self._inputs, self._direct, self._most_nodes = inputs, direct, most_nodes
+    def __init__(self, inputs: Inputs, direct: Direct, any_text: bool = False, most_nodes: int | None = None):
+        self._inputs, self._direct, self._any_text, self._most_nodes = inputs, direct, any_text, most_nodes
         self._pass: NativePass | None = None
 
     @contextmanager
@@ -66,10 +65,28 @@ class Native(Runner):
             refuse_wider(part, self._most_nodes)
         if self._pass is None:
             return "there is no native pass over these weights (docs/models.md)"
-        return self._direct.refusal(part) if self._pass.hooked else None
+        if self._pass.hooked:
+            return self._direct.refusal(part)
+        width = part.tokens.shape[1]
+        if width >= ALWAYS_NATIVE and part.nodes is None and not self._reads(width, part.write.read):
+            return "so long a text is read faster by another pass"
+        return None
 
     def stride(self, rows: int, read: int, most: int) -> int | None:
-        return None if self._pass is None else min(most, CHUNK)
+        width = min(most, CHUNK)
+        return width if self._pass is not None and self._reads(width, read + width) else None
+
+    def _reads(self, width: int, read: int) -> bool:
+        own = self._direct.parameters
+        assert own is not None
+        return self._any_text or not native_is_slower(own, width, read, self._both)
+
+    def _both(self, own: Parameters) -> list[Runner]:
+        direct = Direct(self._direct.model, self._inputs)
+        direct.parameters = own
+        native = Native(self._inputs, direct, any_text=True)
+        native._pass = native_pass(own, self._inputs)
+        return [native, direct]
 
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         assert self._pass is not None

@@ -15,7 +15,6 @@ from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.verify.attention.blocks import BLOCK
 from specdec.verify.attention.register import attention_of
-from specdec.verify.passes.base import PREFILL_CHUNK
 from specdec.verify.passes.choose import strict_runners_for
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.linear import own_linears
@@ -117,7 +116,7 @@ class _Probe:
         self.ms: list[float] = []
 
     def run(self) -> StrictCost:
-        self.forward.prefill(self.cache, self.text[None], [0], [self.length], PREFILL_CHUNK)
+        self.forward.prefill(self.cache, self.text[None], [0], [self.length])
         self.cache.set_length(0, self.length)
         drafted = self.text[self.length : self.length + self.width]
         star = self._pass(torch.cat([drafted[:1], drafted[1:2].expand(self.width - 1)]), (-1, *[0] * (self.width - 1)))
