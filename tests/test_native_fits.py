@@ -12,10 +12,9 @@ from test_native import caches, pytestmark  # noqa: F401  (the mark is this modu
 from ways import forward_by, native_of
 
 import specdec
-from specdec.kv import CacheStateError, TargetFaultError
+from specdec.kv import CacheStateError, SharedKVCache, TargetFaultError
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.verify.passes import native
-from specdec.verify.passes.native import NativePass
 from specdec.verify.passes.parameters import Parameters
 
 
@@ -67,7 +66,9 @@ def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
-        assert NativePass._num_threads() == 2
+        forward: Any = forward_by(models.target("llama-gqa", "fp32"), "native")
+        forward.causal(SharedKVCache({"target": 2}, 1), torch.tensor([[3]]), [0], None, 0)
+        assert forward.runners[0]._pass._pass.threads == 2
     finally:
         torch.set_num_threads(before)
     assert native.usable_cores() == 2

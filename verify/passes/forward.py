@@ -146,7 +146,8 @@ class Forward:
                 theirs, too.
         """
         starts, tokens = cache.lengths[: cache.num_rows], tree.tokens
-        self._check_positions([start + 1 for start in starts])
+        if self.num_positions is not None:
+            self._check_positions([start + 1 for start in starts])
         nodes, keep = nodes_of(tree, starts), 0
         if unread is not None:
             assert nodes is None, "only a chain can stand behind unread text"

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,17 +93,6 @@ class Native(Runner):
         return self._pass(parts)
 
 
-class _Rows(NamedTuple):
-    """Rows, and the tensors whose addresses they hold."""
-
-    held: ctypes.Array[structures.Row]
-    masks: Sequence[Tensor]
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self.held)
-
-
 def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
     """The native pass over these parameters; None for other dtypes than float32, for models whose layers differ, and
     where nothing can be compiled (or for one thread only, and there are more)."""
@@ -168,14 +157,16 @@ class NativePass:
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         """See `Runner.__call__`."""
         run, shape = self._pass, self._shape
-        tokens = sum(part.tokens.numel() for part in parts)
-        run.threads, run.tokens = self._num_threads(), tokens
-        ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
-        read = max(part.write.read for part in parts)
-        angles, places = self._angles(parts, read)
+        run.threads = min(torch.get_num_threads(), usable_cores())
         layouts = [part.write.layout(self._like) for part in parts]
-        rows, lists = self._rows(parts, layouts)
-        self._reserve(tokens, lists, read, run.threads)
+        rows, masks, tokens, read = self._rows(parts, layouts)
+        ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
+        if self._own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
+            angles, places = self._own.angle_table(self._like, read), None
+        else:
+            positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
+            angles, places = self._own.angles(self._like, positions, read)
+            places = places.contiguous()
         first = layouts[0]
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
@@ -186,7 +177,7 @@ class NativePass:
         features = [self._like.new_empty(tokens, shape.hidden) for _ in parts[0].features]
         for layer, states in zip(parts[0].features, features, strict=True):
             self._wanted[layer] = states.data_ptr()
-        run.rows, run.row, run.num_kept, run.kept = len(rows.held), rows.address, len(kept), kept.data_ptr()
+        run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
         run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
         run.targets, run.logits = _address(targets), logits.data_ptr()
         wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
@@ -197,27 +188,17 @@ class NativePass:
             raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self._own.embed)} rows")
         return outputs(logits, features, parts)
 
-    def _angles(self, parts: Sequence[Part], read: int) -> tuple[Tensor, Tensor | None]:
-        """Rotary angles, and the row of them for each token; None where that is the number of its slot."""
-        if self._own.static_rope and all(part.nodes is None for part in parts):
-            return self._own.angle_table(self._like, read), None
-        positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
-        angles, places = self._own.angles(self._like, positions, read)
-        return angles, places.contiguous()
-
-    @staticmethod
-    def _num_threads() -> int:
-        return min(torch.get_num_threads(), usable_cores())
-
-    def _rows(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> tuple[_Rows, int]:
-        """All rows of all parts, and how many places their lists of visible slots take."""
-        rows = (structures.Row * sum(len(part.tokens) for part in parts))()
+    def _rows(
+        self, parts: Sequence[Part], layouts: Sequence[Layout]
+    ) -> tuple[ctypes.Array[structures.Row], list[Tensor], int, int]:
+        """All rows of all parts, the masks whose addresses they hold, and how many tokens and slots there are."""
+        rows = (structures.Row * sum([len(part.tokens) for part in parts]))()
         masks: list[Tensor] = []
-        index = first = lists = 0
+        index = first = lists = most = 0
         for part, layout in zip(parts, layouts, strict=True):
-            (count, width), read, table = part.tokens.shape, part.write.read, layout.table
-            mask = None if part.nodes is None else self._inputs.of(part)[1]
-            if mask is not None:
+            (count, width), read, table, mask = part.tokens.shape, part.write.read, layout.table, None
+            if part.nodes is not None:
+                mask = self._inputs.of(part)[1]
                 masks.append(mask)
             at = 0 if mask is None else mask.data_ptr()
             step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()
@@ -230,7 +211,10 @@ class NativePass:
                     row.mask, row.mask_stride = at + i * step, mask.stride(2)
                 index, first = index + 1, first + width
                 lists += read * (1 if mask is None else width)
-        return _Rows(rows, masks), lists
+            most = max(most, read)
+        self._reserve(first, lists, most, self._pass.threads)
+        self._pass.tokens = first
+        return rows, masks, first, most
 
     def _reserve(self, tokens: int, lists: int, read: int, threads: int) -> None:
         """Working memory for such a pass, kept for the next one."""
