@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specdec.deciding import read_verdict, undrafted
+from specdec.decision import read_verdict, undrafted
 from specdec.drafters.children import best_token
 from specdec.drafters.guard import normalised
 from specdec.kv import InvalidTreeError
