@@ -1,4 +1,4 @@
-"""What one decode step did and how long it took: `StepTrace`, and the clock around the step."""
+"""What one decode step did and how long it took."""
 
 from __future__ import annotations
 

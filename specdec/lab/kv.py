@@ -13,7 +13,6 @@ from specdec.drafters.base import CACHE_NAME
 from specdec.kv.versions import cached
 from specdec.lab.findings import Finding, Status
 from specdec.monitor import Monitor, Watched
-from specdec.report import StepTrace
 from specdec.speculator import Speculator
 from specdec.target import TARGET
 from specdec.trace import StepTrace
