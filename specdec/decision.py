@@ -43,11 +43,11 @@ class Decision:
             path = padded[: kept + 1]
             refused = path[kept] in parents[1:count]  # it had children, none of which was kept
             self.sick.append(any(sick))
-            self.sick_path.append(any(sick[node] for node in path))
+            self.sick_path.append(any(map(sick.__getitem__, path)))
             self.drafted.append(count - 1)
             self.reached.append(kept + refused)
             self.paths.append(path)
-            self.runs.append([*(tokens[node] for node in path[1:]), end])
+            self.runs.append([*map(tokens.__getitem__, path[1:]), end])
             self.kinds.append([*["accepted"] * kept, "recovered" if refused else "bonus"])
         for row, also in enumerate(kept_end or ()):
             if also:

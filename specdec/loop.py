@@ -25,7 +25,7 @@ from specdec.planner.base import Planner
 from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.stopping import StopRules
-from specdec.target import Target, TargetPasses
+from specdec.target import TargetModel, TargetPasses
 from specdec.trace import StepTrace
 from specdec.verify import DraftTree, Rows, SamplingLaw
 from specdec.verify.passes.base import PREFILL_CHUNK
@@ -87,7 +87,7 @@ class DecodeLoop(Batch):
         tail = tail if strict is None else max(tail, strict.width)
         cache = make_cache(request, target, drafter, rows, tail, page_size)
         law = SamplingLaw(request.processors, self.stop.ends)
-        model = Target(target, strict)
+        model = TargetModel(target, strict)
         ordered = in_plain_order(request.processors, request.criteria, rows.batch_size)
         super().__init__(
             rows, cache, law, drafter, rule, bool(request.config.do_sample), model.vocab, request.seeds,
@@ -150,7 +150,8 @@ class DecodeLoop(Batch):
         if self.monitor is not None and self.sampling and not decided.in_order:
             self.monitor.decided(decided.rule, decided.tree, decided.law, decided.verdict)
         self._retire(self.advance(decided).ended)
-        self.collector.stream(self._final, self.stop.finish_line())
+        if self.request.streamer is not None:
+            self.collector.stream(self._final, self.stop.finish_line())
         if self.monitor is not None:
             self.monitor.stepped(self)
         if self.rule is None and (decided.tree.tokens.shape[1] > 1 or self.report.rule == "auto"):

@@ -20,7 +20,7 @@ TARGET = "target"
 """The target's name in the shared cache."""
 
 
-class Target:
+class TargetModel:
     """The model whose law is kept. What its passes say of a tree comes out of `tree` and nowhere else.
 
     Attributes:
@@ -64,7 +64,7 @@ class TargetPasses:
 
     def __init__(
         self,
-        target: Target,
+        target: TargetModel,
         cache: KVCache,
         rows: Rows | None,
         fault: Callable[[str], TargetFaultError],
@@ -117,13 +117,14 @@ class TargetPasses:
 
     def _unread(self, rows: Rows, tree: DraftTree) -> Tensor | None:
         """The tokens that the pass over `tree` has to read first; written here where they do not fit into it."""
-        lengths = self.cache.lengths[: self.cache.num_rows]
-        missing = self.missing(lengths)[0]
+        filled = self.cache.filled(TARGET)
+        missing = self.cache.lengths[0] - filled[0]  # all rows wait for equally many, see `read_prompts`
         if missing == 0:
             return None
+        lengths = self.cache.lengths[: self.cache.num_rows]
         stride = self.target.forward.stride(len(lengths), max(lengths), self._chunk)
         if tree.is_shared_chain and missing + tree.tokens.shape[1] <= stride:
-            return rows.window(self.cache.filled(TARGET), missing)
+            return rows.window(filled, missing)
         self._read_all(rows)
         return None
 

@@ -16,7 +16,7 @@ from specdec.engine.task import Task
 from specdec.kv import SpecdecError, TargetFaultError
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.pool import KVPool
-from specdec.target import Target, TargetPasses
+from specdec.target import TargetModel, TargetPasses
 from specdec.verify import DraftTree
 from specdec.verify.passes.base import Text
 
@@ -28,7 +28,7 @@ class EnginePasses:
     """Runs the target over sequences of the pool."""
 
     def __init__(self, model: PreTrainedModel, pool: KVPool):
-        self.target = Target(model)
+        self.target = TargetModel(model)
         self._pool = pool
 
     def step(self, lanes: Sequence[Lane], trees: Sequence[DraftTree], chunks: Sequence[Chunk]) -> list[Tensor]:
