@@ -18,12 +18,12 @@ from specdec.engine.handle import Handle
 from specdec.engine.intake import Intake
 from specdec.engine.metrics import Counters, EngineMetrics
 from specdec.engine.params import Params
-from specdec.engine.recovery import Mark, marks, recover, uninterrupted
+from specdec.engine.recovery import recover, uninterrupted
 from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
 from specdec.engine.step_thread import StepThread
 from specdec.engine.stepping import Stepping
-from specdec.engine.task import Task
+from specdec.engine.task import Mark, Task, marks
 from specdec.forks import renewed_after_fork
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside

@@ -1,4 +1,4 @@
-"""A lane: the running requests that share a drafter and a rule, decoded as one batch that they join and leave."""
+"""Lanes: the running requests that share a drafter and a rule, each lane one batch that they join and leave."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from specdec.drafters.base import depth_limits
 from specdec.engine.budget import Acceptance
 from specdec.engine.law import DraftingLaw, LaneLaw
 from specdec.engine.task import LaneKey, State, Task
+from specdec.kv.faults import from_outside
 from specdec.kv.paged import PagedKVCache
+from specdec.kv.pool import KVPool
 from specdec.plain_order import PlainBatch
 from specdec.stopping import Opinions, StopRules
 from specdec.verify import DraftTree, Rows
@@ -57,6 +59,10 @@ class Lane(Batch):
         self.tasks: dict[int, Task] = {}
         self.acceptance = Acceptance(0 if drafter is None else drafter.max_depth)
         self._num_faults = 0
+        self._nodes = [0]
+        if drafter is not None:
+            depths = range(1, drafter.max_depth + 1)
+            self._nodes += [min(drafter.max_nodes, drafter.nodes_within(depth)) for depth in depths]
         self.open(DraftingLaw(self.law))
 
     @property
@@ -113,7 +119,7 @@ class Lane(Batch):
 
     def nodes(self, depth: int) -> int:
         """Drafted tokens of one row under a budget of so many levels, at most."""
-        return 0 if self.drafter is None or not depth else min(self.drafter.max_nodes, self.drafter.nodes_within(depth))
+        return self._nodes[depth]
 
     def budget(self) -> Budget:
         """What this step's trees may cost: the depths that the requests were given."""
@@ -144,6 +150,60 @@ class Lane(Batch):
     def _failed_laws(self) -> dict[int, BaseException]:
         of_row = self.law.take_failed()
         return {i: of_row[row] for i, row in enumerate(self.rows.live) if row in of_row} if of_row else {}
+
+
+class Lanes:
+    """Lanes by their key.
+
+    Args:
+        drafters: by name; lanes clone them. names: under which of the pool's models each keeps its K/V, if any.
+        vocab, device: the target's.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        drafters: Mapping[str, FallbackGuard | None],
+        names: Mapping[str, str],
+        vocab: int,
+        device: torch.device,
+    ):
+        self._pool, self._drafters, self._names = pool, drafters, names
+        self._vocab, self._device = vocab, device
+        self._lanes: dict[LaneKey, Lane] = {}
+
+    @property
+    def live(self) -> list[Lane]:
+        """Those with somebody in them."""
+        return [lane for lane in self._lanes.values() if lane.rows.live]
+
+    def of(self, key: LaneKey) -> Lane:
+        """The lane of such requests."""
+        if key not in self._lanes:
+            names = {"draft": self._names[key.draft]} if key.draft in self._names else {}
+            drafter, cache = _own(self._drafters[key.draft]), PagedKVCache(self._pool, (), names)
+            self._lanes[key] = Lane(key, drafter, cache, self._vocab, self._device)
+        return self._lanes[key]
+
+    def leave(self, task: Task) -> None:
+        """Take a running request out of its lane."""
+        self._lanes[task.lane].leave(task)
+
+    def close(self) -> None:
+        """Let go of all of them, with their drafters and sessions."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            lane.close()
+
+
+def _own(drafter: FallbackGuard | None) -> FallbackGuard | None:
+    """A drafter for one lane; None, which is plain decoding, where it cannot be had."""
+    try:
+        return None if drafter is None else drafter.clone()
+    except BaseException as fault:
+        if from_outside(fault):
+            raise
+        return None
 
 
 def merged(lanes: Sequence[Lane], trees: Sequence[DraftTree]) -> DraftTree:

@@ -15,8 +15,7 @@ from specdec.decision import Decided
 from specdec.drafters import FallbackGuard
 from specdec.engine.draft_depths import DraftDepths
 from specdec.engine.errors import EngineFaultError
-from specdec.engine.lane import Emitted, Lane
-from specdec.engine.lanes import Lanes
+from specdec.engine.lane import Emitted, Lane, Lanes
 from specdec.engine.metrics import Counters
 from specdec.engine.passes import EnginePasses
 from specdec.engine.scheduler import Chunk, Limits, Scheduler
