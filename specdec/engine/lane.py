@@ -43,6 +43,9 @@ class Lane(Batch):
     Args:
         drafter: a clone of its own, None for plain decoding.
         cache: a view of the pool without rows.
+
+    Attributes:
+        nodes: drafted tokens of one row under a budget of so many levels, at most.
     """
 
     law: LaneLaw
@@ -59,10 +62,9 @@ class Lane(Batch):
         self.tasks: dict[int, Task] = {}
         self.acceptance = Acceptance(0 if drafter is None else drafter.max_depth)
         self._num_faults = 0
-        self._nodes = [0]
+        self.nodes = [0]
         if drafter is not None:
-            depths = range(1, drafter.max_depth + 1)
-            self._nodes += [min(drafter.max_nodes, drafter.nodes_within(depth)) for depth in depths]
+            self.nodes += [drafter.nodes_within(depth) for depth in range(1, drafter.max_depth + 1)]
         self.open(DraftingLaw(self.law))
 
     @property
@@ -116,10 +118,6 @@ class Lane(Batch):
             return 0
         deepest = self.drafter.levels_below(len(task.text))
         return depth_limits(deepest, [self.stops[task.row].remaining(task.row)])[0]
-
-    def nodes(self, depth: int) -> int:
-        """Drafted tokens of one row under a budget of so many levels, at most."""
-        return self._nodes[depth]
 
     def budget(self) -> Budget:
         """What this step's trees may cost: the depths that the requests were given."""
