@@ -29,8 +29,8 @@ from specdec.target import TargetModel, TargetPasses
 from specdec.trace import StepTrace
 from specdec.verify import DraftTree, Rows, SamplingLaw
 from specdec.verify.passes.base import PREFILL_CHUNK
-from specdec.verify.purity import in_plain_order
 from specdec.verify.passes.strict_mode import StrictMode
+from specdec.verify.purity import in_plain_order
 
 P = ParamSpec("P")
 T = TypeVar("T")
