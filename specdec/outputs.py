@@ -55,8 +55,6 @@ class Collector:
             final: columns of each finished row.
             line: where the sequences will be cut, if already known.
         """
-        if self._request.streamer is None:
-            return
         rows = self._rows
         running = [rows.ends[row] for row in range(rows.batch_size) if row not in final]
         stop = min(running) if running else max(final.values())
