@@ -30,8 +30,9 @@ from specdec.verify.tree import Verdict
 Rerun = Callable[[DraftTree, Tensor, list[int]], tuple[DraftTree, Tensor]]
 """The target's pass once more, for trees some of whose rows (by place) have NaN in their logits: what is left of the
 trees without the nodes that bring it, and logits."""
-Record = Callable[[int, Tensor, Tensor], list[tuple[Tensor, ...]] | None]
-"""Told a row and the scores and logits `[tokens, vocab]` of what it emits; what its criteria are shown of them."""
+Record = Callable[[int, int, Decided], list[tuple[Tensor, ...]] | None]
+"""Told a row, its place among the live ones and what was decided, before that is cut; gives what its criteria are shown
+of the scores."""
 
 
 class Advanced(NamedTuple):
@@ -59,7 +60,7 @@ class Batch:
     Attributes:
         rule: None where it depends on each tree, because the drafter does not say what it proposes.
         stops: the stop rules by row.
-        record: where a caller wants scores or logits.
+        record: where a caller wants scores, logits or hidden states.
     """
 
     record: Record | None = None
@@ -170,9 +171,7 @@ class Batch:
         return Advanced(ended, raised)
 
     def _look_for_stops(self, place: int, row: int, decided: Decided) -> None:
-        shown, path = None, decided.decision.paths[place]
-        if self.record is not None:
-            shown = self.record(row, decided.scores[place, path], decided.logits[place, path])
+        shown = None if self.record is None else self.record(row, place, decided)
         if not decided.in_order:
             self.stops[row].scan(row, decided.decision.runs[place], shown)
 

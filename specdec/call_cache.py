@@ -16,6 +16,7 @@ from specdec.kv.support import num_cache_layers
 from specdec.request import Request
 from specdec.target import TARGET, TargetPasses
 from specdec.verify import Rows
+from specdec.verify.passes.forward import Reader
 
 
 def make_cache(
@@ -64,13 +65,16 @@ def read_prompts(passes: TargetPasses, rows: Rows, request: Request) -> None:
         cache.fork(request.repeats)
 
 
-def fill_finished(passes: TargetPasses, rows: Rows, request: Request, storage: Mapping[int, int]) -> None:
+def fill_finished(
+    passes: TargetPasses, rows: Rows, request: Request, storage: Mapping[int, int], reader: Reader | None
+) -> None:
     """K/V of what plain decoding feeds rows that ended early: their last token, then padding.
 
     Only a returned cache shows them; a caller who continues from it may attend to them.
 
     Args:
         storage: for each row of the batch, where its K/V lies in the cache.
+        reader: see `Forward.prefill`.
     """
     cache, width = passes.cache, max(rows.ends)
     if min(rows.ends) == width:
@@ -84,6 +88,6 @@ def fill_finished(passes: TargetPasses, rows: Rows, request: Request, storage: M
         text[place, :count] = rows.text[row, :count]
         stops[place] = count + width - rows.ends[row] - 1
     cache.revive()
-    passes.target.forward.prefill(cache, text, cache.filled(TARGET), stops)
+    passes.target.forward.prefill(cache, text, cache.filled(TARGET), stops, reader=reader)
     for place, stop in enumerate(stops):
         cache.set_length(place, stop)

@@ -18,6 +18,7 @@ from specdec.decision import Decided
 from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import depth_limits
 from specdec.kv import TargetFaultError, UnsupportedArgumentError
+from specdec.kv.support import text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.plain_order import NOTHING_LEFT, PlainBatch
@@ -93,7 +94,7 @@ class DecodeLoop(Batch):
             request.requests, in_order=bool(ordered), isolates=False,
         )  # fmt: skip
         self.stops = dict.fromkeys(rows.live, self.stop)
-        self.record = self.collector.record if self.collector.keeps else None
+        self.record = self._record if self.collector.keeps else None
         self.report = SpecReport(num_rows=rows.batch_size, num_prompt_tokens=sum(rows.num_tokens))
         self.report.drafter = "none" if drafter is None else drafter.name
         self.report.rule = rule if self.rule is None else self.rule.name
@@ -109,6 +110,9 @@ class DecodeLoop(Batch):
         chunk = getattr(request.config, "prefill_chunk_size", None)
         fault = partial(_target_fault, rows, self.report)  # not of `self`: a cycle would keep the K/V alive
         self.passes = TargetPasses(model, cache, rows, fault, self.report.note, chunk)
+        if self.collector.hidden is not None:
+            model.forward.features = range(int(text_config(target).num_hidden_layers) + 1)
+            self.passes.reader = self.collector.hidden.read
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:
         self._decode()
@@ -128,7 +132,9 @@ class DecodeLoop(Batch):
                 self.close()
             self._cut_at_finish_line()
             if self.request.wants_dict or self.request.cache_is_callers:
-                fill_finished(self.passes, self.rows, self.request, self._storage)
+                hidden = self.collector.hidden
+                reader = None if hidden is None else partial(hidden.finished, self._storage)
+                fill_finished(self.passes, self.rows, self.request, self._storage, reader)
 
     @timed("prefill")
     def _prefill(self) -> None:
@@ -173,6 +179,12 @@ class DecodeLoop(Batch):
     @timed("verify")
     def _verify(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         return self.passes.tree(tree)
+
+    def _record(self, row: int, place: int, decided: Decided) -> list[tuple[Tensor, ...]] | None:
+        path = decided.decision.paths[place]
+        if self.collector.hidden is not None:
+            self.collector.hidden.emitted(row, [layer[place, path] for layer in self.passes.features])
+        return self.collector.record(row, decided.scores[place, path], decided.logits[place, path])
 
     def _healthy_part(self, tree: DraftTree, logits: Tensor, sick: list[int]) -> tuple[DraftTree, Tensor]:
         return self.passes.healthy_part(tree)

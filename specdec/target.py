@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from specdec.kv import KVCache, TargetFaultError
 from specdec.kv.support import text_config
 from specdec.verify import DraftTree, Rows
-from specdec.verify.passes.base import Text
-from specdec.verify.passes.forward import Forward
+from specdec.verify.passes.base import Output, Text
+from specdec.verify.passes.forward import Forward, Reader
 from specdec.verify.passes.strict_mode import StrictMode
 
 TARGET = "target"
@@ -37,8 +37,9 @@ class TargetModel:
         """See `Forward.prepared`."""
         return self.forward.prepared()
 
-    def tree(self, cache: KVCache, tree: DraftTree, unread: Tensor | None = None, texts: Sequence[Text] = ()) -> Tensor:
-        """Logits `[rows, nodes, vocab]` of every node, from one pass where the model allows it.
+    def tree(self, cache: KVCache, tree: DraftTree, unread: Tensor | None = None, texts: Sequence[Text] = ()) -> Output:
+        """Logits `[rows, nodes, vocab]` of every node, from one pass where the model allows it; and what features the
+        forward was told to give, of the unread tokens too.
 
         Args:
             unread: int64 `[rows, U]`, committed tokens before a chain whose K/V this pass writes as well.
@@ -50,7 +51,7 @@ class TargetModel:
         forward = self.forward
         output = forward.together(cache, tree, texts)[0] if texts else forward.tree(cache, tree, unread)
         logits = output.logits
-        return logits if logits.shape[-1] == self.vocab else logits[..., : self.vocab]
+        return output if logits.shape[-1] == self.vocab else Output(logits[..., : self.vocab], output.features)
 
 
 class TargetPasses:
@@ -60,7 +61,14 @@ class TargetPasses:
         rows: the text of the cache's rows; None where all K/V below the roots is there.
         fault: the error to raise, given what failed. note: told what a user should know.
         chunk: tokens of a prompt per pass; None for what serves best.
+
+    Attributes:
+        features: of the nodes whose logits `tree` returned last (see `Forward.features`).
+        reader: told of those of the text that is read.
     """
+
+    features: Sequence[Tensor] = ()
+    reader: Reader | None = None
 
     def __init__(
         self,
@@ -91,7 +99,7 @@ class TargetPasses:
     def read(self, text: Tensor, lengths: Sequence[int]) -> None:
         """Write what K/V is missing below `lengths`. `text`: int64 `[rows, >= max(lengths)]`."""
         try:
-            self.target.forward.prefill(self.cache, text, self.cache.filled(TARGET), lengths, self._chunk)
+            self.target.forward.prefill(self.cache, text, self.cache.filled(TARGET), lengths, self._chunk, self.reader)
         except Exception as fault:
             raise self.fault(f"{type(fault).__name__} in the prefill: {fault}") from fault
 
@@ -105,15 +113,26 @@ class TargetPasses:
         self._read_along = unread is not None
         try:
             try:
-                return tree, self.target.tree(self.cache, tree, unread)
+                return tree, self._nodes_of(self.target.tree(self.cache, tree, unread), unread)
             except torch.OutOfMemoryError:
                 if tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
                     raise
                 self.note("out of memory on the tree, decoded plainly")
                 tree = DraftTree.root_only(tree.tokens[:, 0])
-                return tree, self.target.tree(self.cache, tree, unread)
+                return tree, self._nodes_of(self.target.tree(self.cache, tree, unread), unread)
         except Exception as fault:
             raise self.fault(f"{type(fault).__name__}: {fault}") from fault
+
+    def _nodes_of(self, output: Output, unread: Tensor | None) -> Tensor:
+        """The logits of a pass; its features go to `features` and, of unread text, to the reader."""
+        self.features = output.features
+        if output.features and unread is not None:
+            rows, count = unread.shape
+            starts = [length - count for length in self.cache.lengths[:rows]]
+            if self.reader is not None:
+                self.reader(starts, [count] * rows, output)
+            self.features = [layer[:, count:] for layer in output.features]
+        return output.logits
 
     def _unread(self, rows: Rows, tree: DraftTree) -> Tensor | None:
         """The tokens that the pass over `tree` has to read first; written here where they do not fit into it."""
@@ -164,9 +183,13 @@ class TargetPasses:
                 return self._afresh(kept)
             part, here = self._afresh(part)
             if logits is not None and _has_nan(here):
+                known = self.features
                 _, logits = self._afresh(kept)  # this pass wrote NaN into the K/V of every node
                 if part.any_sampled:
-                    kept, logits = part, torch.cat([logits, here[:, logits.shape[1] :]], dim=1)
+                    first = logits.shape[1]
+                    kept, logits = part, torch.cat([logits, here[:, first:]], dim=1)
+                    both = zip(self.features, known, strict=True)
+                    self.features = [torch.cat([own, more[:, first:]], dim=1) for own, more in both]
                 break
             kept, logits = part, here
         assert logits is not None

@@ -39,7 +39,7 @@ class EnginePasses:
         """
         sequences = [sequence for lane in lanes for sequence in lane.cache.sequences[: lane.cache.num_rows]]
         cache, texts = PagedKVCache(self._pool, sequences), [self._text(group) for group in _even(chunks)]
-        logits = self.target.tree(cache, merged(lanes, trees), texts=texts)
+        logits = self.target.tree(cache, merged(lanes, trees), texts=texts).logits
         self._have_read(chunks)
         parts = logits.split([tree.tokens.shape[0] for tree in trees])
         return [part[:, : tree.tokens.shape[1]] for part, tree in zip(parts, trees, strict=True)]
