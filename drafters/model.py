@@ -95,6 +95,7 @@ class ModelDrafter(Drafter):
         self._session: Session | None = None
         self._passes: DraftPasses | None = None
         self._gumbel: Tensor | None = None
+        self._heat = 1.0
 
     @property
     def kind(self) -> DraftKind:
@@ -135,6 +136,7 @@ class ModelDrafter(Drafter):
         self._context = self._context.afresh()
         self._context.outgrown(session.rows.lengths())
         self.notes = self._context.notes
+        self._heat = self.temperature if session.do_sample else 1.0
 
     def join(self, rows: Sequence[int]) -> None:
         assert self._session is not None, "join() before start()"
@@ -178,7 +180,8 @@ class ModelDrafter(Drafter):
         logits = self._passes.roots()
         for depth in range(1, length + 1):
             tokens = columns[0] if prefix_free else torch.cat(columns, dim=1)
-            scores = self._tempered(law(logits, rows, tokens, parents, range(depth - 1, depth)))
+            scores = law(logits, rows, tokens, parents, range(depth - 1, depth))
+            scores = scores if self._heat == 1 else scores / self._heat
             if mode != "top":
                 laws.append(F.softmax(scores, dim=-1))
                 columns.append(sample_from(laws[-1], uniforms[:, depth : depth + 1]))
@@ -197,15 +200,11 @@ class ModelDrafter(Drafter):
         assert self._passes is not None
         logits = self._passes.roots() if slots.start == 0 else self._passes.level(run, slots.start)
         law, rows = self._session.law, self._session.rows
-        scores = self._tempered(law(logits, rows, run.tokens, run.parents, slots, run.impossible))
+        scores = law(logits, rows, run.tokens, run.parents, slots, run.impossible)
+        scores = scores if self._heat == 1 else scores / self._heat
         if self._gumbel is None:
             return scores
         return scores + self._gumbel[indices(len(scores), scores.device)[:, None], run.depths[:, slots.start :]]
-
-    def _tempered(self, scores: Tensor) -> Tensor:
-        assert self._session is not None
-        plain = self.temperature == 1 or not self._session.do_sample
-        return scores if plain else scores / self.temperature
 
 
 def _limited(chain: DraftTree, budget: Budget) -> DraftTree:

@@ -55,7 +55,8 @@ class Batch:
         law: logits -> scores. sampling: False means greedy decoding. vocab: the target's.
         seeds, requests: under which keys the rows there are draw their noise.
         in_order: processors must be called as plain decoding calls them (see `PlainOrder`); `law` is one to draft by.
-        isolates: what a row's own stop rules raise is told (`Advanced.raised`) instead of raised.
+        isolates: what a row's own processors and stop rules raise is told (`Decided.failed`, `Advanced.raised`) instead
+            of raised.
 
     Attributes:
         rule: None where it depends on each tree, because the drafter does not say what it proposes.
@@ -211,8 +212,8 @@ class Batch:
             if scores is not logits:  # NaN that processors make is taken as it comes, as plain greedy decoding does
                 sick = sick & logits.amax(-1).isnan()
         verdict = judge(law)
-        decision = read_verdict(tree, sick, verdict)
-        return Decided(tree, logits, scores, law, verdict, rule, decision, failed=self._failed_laws())
+        failed = self._failed_laws() if self._isolates else {}
+        return Decided(tree, logits, scores, law, verdict, rule, read_verdict(tree, sick, verdict), failed=failed)
 
     def _judged_in_order(
         self,
@@ -234,7 +235,7 @@ class Batch:
         return Decided(tree, logits, walk.scores, walk.law, walk.verdict, rule, decision, True, walk.failed)
 
     def _failed_laws(self) -> dict[int, BaseException]:
-        """By place, what the processors of rows raised that nobody else has to suffer from."""
+        """By place, what the processors of rows raised, where the law keeps that apart."""
         return {}
 
     def _accept_noise(self, tree: DraftTree, steps: int | Sequence[int]) -> Noise:

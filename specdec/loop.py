@@ -154,7 +154,9 @@ class DecodeLoop(Batch):
             raise self._error_of(decided)
         if self.monitor is not None and self.sampling and not decided.in_order:
             self.monitor.decided(decided.rule, decided.tree, decided.law, decided.verdict)
-        self._retire(self.advance(decided).ended)
+        ended = self.advance(decided).ended
+        if ended:
+            self._retire(ended)
         if self.request.streamer is not None:
             self.collector.stream(self._final, self.stop.finish_line())
         if self.monitor is not None:

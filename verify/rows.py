@@ -57,7 +57,7 @@ class Rows:
 
     def lengths(self) -> list[int]:
         """Real tokens of each live row."""
-        return [self.num_tokens[row] for row in self.live]
+        return list(map(self.num_tokens.__getitem__, self.live))
 
     def roots(self) -> Tensor:
         """Int64 `[live]`: the last token of each live row."""
