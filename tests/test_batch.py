@@ -11,6 +11,7 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from specdec.batch import Batch
+from specdec.decision import Decided
 from specdec.kv import SharedKVCache
 from specdec.stopping import StopRules
 from specdec.verify import DraftTree, Rows, SamplingLaw, Topology
@@ -113,9 +114,10 @@ def test_what_stop_rules_raise_is_told_or_raised(isolates: bool) -> None:
 def test_criteria_are_shown_what_is_recorded() -> None:
     made, seen = batch(), []
 
-    def record(row: int, scores: Tensor, logits: Tensor) -> None:
-        seen.append((row, scores.argmax(-1).tolist(), torch.equal(scores, logits)))
+    def record(row: int, place: int, decided: Decided) -> None:
+        path = decided.decision.paths[place]
+        seen.append((row, decided.scores[place, path].argmax(-1).tolist()))
 
     made.record = record
     made.advance(made.decide(chain(1, 3), saying(1, 2, 4), 0, never))
-    assert seen == [(row, [1, 2], True) for row in range(3)]
+    assert seen == [(row, [1, 2]) for row in range(3)]

@@ -134,7 +134,7 @@ def test_after_nan_in_a_branch_they_are_those_of_the_path(monkeypatch: pytest.Mo
 
 def test_what_is_not_given_is_refused_by_name() -> None:
     ids, _ = models.prompts((5,), models.VOCAB, 2)
-    spec = specdec.Speculator(models.target("llama-gqa"), "ngram")  # type: ignore[arg-type]
+    spec = specdec.Speculator(models.target("llama-gqa"), "ngram")
     refused: list[dict[str, Any]] = [{"output_attentions": True}, {"output_hidden_states": [1]}]
     for options in refused:
         with pytest.raises(UnsupportedArgumentError, match=next(iter(options))):
