@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.verify.host_integers import table
 from specdec.verify.rules.base import sample_from
 
 MODES = ("top", "mixed", "sampled")
@@ -20,7 +19,7 @@ MIN_REST = 2.0**-10
 law was, and such a sibling is all but worthless. The mass left depends on the siblings before it only (B.5)."""
 
 NEVER = float("-inf")
-_NAN = "NaN in the draft model's logits"
+NAN = "NaN in the draft model's logits"
 
 
 class Children(NamedTuple):
@@ -49,31 +48,13 @@ def top_children(scores: Tensor, count: int) -> Children:
     return Children(tokens, peaks != NEVER, peaks=peaks[:, :, 0])  # NaN counts as the largest score
 
 
-def best_token(scores: Tensor, peaks: list[Tensor]) -> Tensor:
-    """The best token of every node, int64 `[rows, width]`.
-
-    On a CPU NaN is refused at once. Elsewhere a look would wait for the device: `peaks` is given what `refuse_nan` is
-    to look at later.
-    """
-    array = table(scores)
-    if array is None:
-        peak, token = scores.max(-1)
-        peaks.append(peak)
-        return token
-    tokens = array.argmax(-1)
-    for row, token in zip(array.reshape(-1, array.shape[-1]), tokens.ravel().tolist(), strict=True):
-        if row[token] != row[token]:  # NaN counts as the largest score
-            raise FloatingPointError(_NAN)
-    return torch.from_numpy(tokens)
-
-
 def refuse_nan(peaks: Sequence[Tensor]) -> None:
     """Raises FloatingPointError if any of the `[rows, width]` peaks is NaN.
 
     Deterministic nodes may be withdrawn for it. Sampled ones may not: their laws are checked with the tree.
     """
     if peaks and bool(torch.cat(list(peaks), dim=1).isnan().any()):
-        raise FloatingPointError(_NAN)
+        raise FloatingPointError(NAN)
 
 
 def mixed_children(scores: Tensor, counts: Tensor, count: int, uniforms: Tensor) -> Children:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from specdec.kv.limits import MOST_NODES, MOST_SLOTS, checked_count
 from specdec.verify.draft_kind import DraftKind
 from specdec.verify.tree import DraftTree, Verdict
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_CONSECUTIVE_FAULTS = 8
@@ -74,6 +75,8 @@ class DrafterNoteWarning(UserWarning):
 class FallbackGuard(Drafter):
     """Turns anything wrong with a drafter (exception, NaN, bad ids or shapes, false q, OOM) into an empty proposal.
 
+    What the drafter says of itself is asked once, `num_uniforms` at the start of every session.
+
     Attributes:
         num_faults: faults of the current call; last_fault: what the last one was.
 
@@ -81,12 +84,15 @@ class FallbackGuard(Drafter):
         UnsupportedArgumentError: a drafter whose trees or tail no pass could serve.
     """
 
+    num_uniforms: int = 0
+    tail_slots: int = 1
+
     def __init__(self, inner: Drafter, most_nodes: int | None = None):
         self.inner = inner
         self.name = inner.name
         self.max_depth = checked_count(f"max_depth of drafter {self.name!r}", inner.max_depth, 0, MOST_NODES)
         nodes = checked_count(f"max_nodes of drafter {self.name!r}", inner.max_nodes, 0, MOST_NODES)
-        checked_count(f"tail_slots of drafter {self.name!r}", inner.tail_slots, 1, MOST_SLOTS + 1)
+        self.tail_slots = checked_count(f"tail_slots of drafter {self.name!r}", inner.tail_slots, 1, MOST_SLOTS + 1)
         self.max_nodes = nodes if most_nodes is None else min(nodes, most_nodes)
         self.num_faults = 0
         self.last_fault: str | None = None
@@ -105,19 +111,11 @@ class FallbackGuard(Drafter):
         return self.inner.num_positions
 
     @property
-    def num_uniforms(self) -> int:
-        return self._asked(lambda: self.inner.num_uniforms, 0)
-
-    @property
     def kind(self) -> DraftKind | None:
         return self.inner.kind
 
-    @property
-    def tail_slots(self) -> int:
-        return self._asked(lambda: self.inner.tail_slots, self.max_nodes + 1)
-
     def nodes_within(self, depth: int) -> int:
-        return min(self.max_nodes, self._asked(lambda: self.inner.nodes_within(depth), self.max_nodes))
+        return min(self.max_nodes, self._asked(self.inner.nodes_within, self.max_nodes, depth))
 
     @property
     def num_cache_layers(self) -> int:
@@ -139,7 +137,8 @@ class FallbackGuard(Drafter):
         self.last_fault = None
         self._consecutive = 0
         self._warned = False
-        self._run(lambda: self.inner.start(session))
+        self._run(self.inner.start, session)
+        self.num_uniforms = self._asked(getattr, 0, self.inner, "num_uniforms")
         self._tell()
 
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
@@ -148,18 +147,19 @@ class FallbackGuard(Drafter):
         if budget.max_depth <= 0 or budget.max_nodes <= 0 or self._consecutive >= MAX_CONSECUTIVE_FAULTS:
             return DraftTree.root_only(roots)
         faults = self.num_faults
-        tree = self._run(lambda: self._checked(budget, uniforms, roots))
+        tree = self._run(self._checked, budget, uniforms, roots)
         if self.num_faults == faults:
             self._consecutive = 0
-        self._tell()
+        if not self._warned and self.inner.notes:
+            self._tell()
         return DraftTree.root_only(roots) if tree is None else tree
 
     def observe(self, verdict: Verdict, logits: Tensor) -> None:
-        self._run(lambda: self.inner.observe(verdict, logits))
+        self._run(self.inner.observe, verdict, logits)
 
     def join(self, rows: Sequence[int]) -> None:
         self._consecutive = 0  # a new request, a new chance
-        self._run(lambda: self.inner.join(rows))
+        self._run(self.inner.join, rows)
         self._tell()
 
     def clone(self) -> FallbackGuard:
@@ -169,7 +169,7 @@ class FallbackGuard(Drafter):
         return copy
 
     def stop(self, rows: Sequence[int]) -> None:
-        self._run(lambda: self.inner.stop(rows))
+        self._run(self.inner.stop, rows)
 
     def finish(self) -> None:
         if self._session is not None:
@@ -194,7 +194,7 @@ class FallbackGuard(Drafter):
             kept.validate(self._session.vocab, roots)
             self._record(fault)
             return kept
-        return normalised(tree)
+        return tree if tree.q is None else normalised(tree)
 
     def _prepare(self, call: Callable[[], object]) -> None:
         """What is set up and taken down around a call; a drafter for which that fails is asked for nothing."""
@@ -205,18 +205,18 @@ class FallbackGuard(Drafter):
                 raise
             self._unprepared.append(fault)
 
-    def _asked(self, question: Callable[[], T], otherwise: T) -> T:
+    def _asked(self, question: Callable[..., T], otherwise: T, *about: Any) -> T:
         """What the drafter says of itself, `otherwise` where that fails: its proposals are checked in any case."""
         try:
-            return question()
+            return question(*about)
         except BaseException as fault:
             if from_outside(fault):
                 raise
             return otherwise
 
-    def _run(self, call: Callable[[], T]) -> T | None:
+    def _run(self, call: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | None:
         try:
-            return call()
+            return call(*given, **named)
         except BaseException as fault:  # any drafter fault whatever: that is this class's purpose
             if from_outside(fault):
                 raise

@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.base import CACHE_NAME, Budget, Drafter, Session
-from specdec.drafters.children import best_token, refuse_nan
-from specdec.drafters.context import Context
+from specdec.drafters.children import NAN, refuse_nan
 from specdec.drafters.growth import Run, grow
-from specdec.drafters.reading import DraftPasses
+from specdec.drafters.reading import Context, DraftPasses
 from specdec.drafters.shapes import Start, Static, shape_of
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.limits import MOST_NODES, checked_count, checked_number
 from specdec.kv.support import check_model, num_cache_layers, text_config
 from specdec.verify.draft_kind import DraftKind
+from specdec.verify.host_integers import table
 from specdec.verify.passes.forward import Forward
 from specdec.verify.race import gumbel
 from specdec.verify.rules.base import sample_from
@@ -95,6 +95,7 @@ class ModelDrafter(Drafter):
         self._session: Session | None = None
         self._passes: DraftPasses | None = None
         self._gumbel: Tensor | None = None
+        self._heat = 1.0
 
     @property
     def kind(self) -> DraftKind:
@@ -105,10 +106,6 @@ class ModelDrafter(Drafter):
     @property
     def num_positions(self) -> int | None:
         return self._context.num_positions
-
-    @property
-    def notes(self) -> Sequence[str]:  # type: ignore[override]  # read only here
-        return self._context.notes
 
     @property
     def looks_ahead(self) -> bool:
@@ -138,6 +135,8 @@ class ModelDrafter(Drafter):
         self._session = session
         self._context = self._context.afresh()
         self._context.outgrown(session.rows.lengths())
+        self.notes = self._context.notes
+        self._heat = self.temperature if session.do_sample else 1.0
 
     def join(self, rows: Sequence[int]) -> None:
         assert self._session is not None, "join() before start()"
@@ -150,7 +149,7 @@ class ModelDrafter(Drafter):
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
         roots, lengths = self._session.rows.roots(), self._session.rows.lengths()
-        idle, budget = self._context.outgrown(lengths), self._context.cut(budget, lengths)
+        idle, budget = self._context.fit(budget, lengths)
         depth, nodes = min(budget.max_depth, self.max_depth), min(budget.max_nodes, self.max_nodes)
         if min(depth, nodes) < 1:
             return DraftTree.root_only(roots)
@@ -159,7 +158,8 @@ class ModelDrafter(Drafter):
         mode = self.children if self._session.do_sample and race is None else "top"
         self._gumbel = None if race is None else gumbel(race(depth))
         if self._chains:  # by the full shape: how a row drafts must not depend on its companions' budgets
-            return _limited(self._chain(roots, min(depth, nodes), mode, uniforms), budget)
+            chain = self._chain(roots, min(depth, nodes), mode, uniforms)
+            return chain if min(budget.depths) >= min(depth, nodes) else _limited(chain, budget)
         start = Start(roots, tuple(min(limit, depth) for limit in budget.depths), nodes, mode, uniforms)
         grown = grow(self.shape.grower(start), roots, self._score)
         if grown.slots is not None:
@@ -171,15 +171,17 @@ class ModelDrafter(Drafter):
         assert self._session is not None
         assert self._passes is not None
         law, rows = self._session.law, self._session.rows
+        prefix_free = law.prefix_free  # then nobody looks at tokens and parents
         topology = Topology.chain(length)
         columns = [roots[:, None]]
-        parents = DraftTree.build(topology, columns[0]).parents
+        parents = columns[0] if prefix_free else DraftTree.build(topology, columns[0]).parents
         laws: list[Tensor] = []
         peaks: list[Tensor] = []
         logits = self._passes.roots()
         for depth in range(1, length + 1):
-            tokens = columns[0] if law.prefix_free else torch.cat(columns, dim=1)
-            scores = self._tempered(law(logits, rows, tokens, parents, range(depth - 1, depth)))
+            tokens = columns[0] if prefix_free else torch.cat(columns, dim=1)
+            scores = law(logits, rows, tokens, parents, range(depth - 1, depth))
+            scores = scores if self._heat == 1 else scores / self._heat
             if mode != "top":
                 laws.append(F.softmax(scores, dim=-1))
                 columns.append(sample_from(laws[-1], uniforms[:, depth : depth + 1]))
@@ -188,7 +190,8 @@ class ModelDrafter(Drafter):
                 columns.append(best_token(scores, peaks))
             if depth < length:
                 logits = self._passes.chain(columns[-1], depth)
-        refuse_nan(peaks)
+        if peaks:
+            refuse_nan(peaks)
         return DraftTree.build(topology, torch.cat(columns, dim=1), torch.cat(laws, dim=1) if laws else None)
 
     def _score(self, run: Run, slots: range) -> Tensor:
@@ -197,20 +200,32 @@ class ModelDrafter(Drafter):
         assert self._passes is not None
         logits = self._passes.roots() if slots.start == 0 else self._passes.level(run, slots.start)
         law, rows = self._session.law, self._session.rows
-        scores = self._tempered(law(logits, rows, run.tokens, run.parents, slots, run.impossible))
+        scores = law(logits, rows, run.tokens, run.parents, slots, run.impossible)
+        scores = scores if self._heat == 1 else scores / self._heat
         if self._gumbel is None:
             return scores
         return scores + self._gumbel[indices(len(scores), scores.device)[:, None], run.depths[:, slots.start :]]
 
-    def _tempered(self, scores: Tensor) -> Tensor:
-        assert self._session is not None
-        plain = self.temperature == 1 or not self._session.do_sample
-        return scores if plain else scores / self.temperature
-
 
 def _limited(chain: DraftTree, budget: Budget) -> DraftTree:
     """Cut each row's chain at its own depth."""
-    if all(depth >= chain.max_depth for depth in budget.depths):
-        return chain
     counts = [1 + min(limit, chain.max_depth) for limit in budget.depths]
     return replace(chain, num_nodes=torch.tensor(counts, device=chain.tokens.device))
+
+
+def best_token(scores: Tensor, peaks: list[Tensor]) -> Tensor:
+    """The best token of every node, int64 `[rows, width]`.
+
+    On a CPU NaN is refused at once. Elsewhere a look would wait for the device: `peaks` is given what `refuse_nan` is
+    to look at later.
+    """
+    array = table(scores)
+    if array is None:
+        peak, token = scores.max(-1)
+        peaks.append(peak)
+        return token
+    tokens = array.argmax(-1)
+    for row, token in zip(array.reshape(-1, array.shape[-1]), tokens.ravel().tolist(), strict=True):
+        if row[token] != row[token]:  # NaN counts as the largest score
+            raise FloatingPointError(NAN)
+    return torch.from_numpy(tokens)

@@ -1,14 +1,15 @@
-"""A draft model's passes of one step: catching up with the text, then level by level."""
+"""What a draft model reads: how far its positions reach, and its passes of one step, level by level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.drafters.base import CACHE_NAME, Session
+from specdec.drafters.base import CACHE_NAME, Budget, Session, levels_within
 from specdec.drafters.growth import Run
 from specdec.kv.base import KVCache
 from specdec.kv.idle import IdleRows
@@ -16,6 +17,57 @@ from specdec.verify.passes.forward import Forward
 
 MOST_LAG = 8
 """Rows whose K/V lags behind their text by more tokens than this are prefilled before the root is run."""
+
+
+class Context:
+    """For which rows of a session a draft model can draft, and how deep: rows with longer texts than it has positions
+    get no drafts from it, the others still do.
+
+    Whether a row is drafted for depends on the length of its own text alone: rows around it notice nothing, and no
+    drawn token is withdrawn (algorithms B.5).
+
+    Args:
+        model: its name. num_positions: tokens of a row that it can read, None for any number.
+
+    Attributes:
+        notes: what there is to say about rows that outgrew it.
+    """
+
+    def __init__(self, model: str, num_positions: int | None):
+        self.num_positions = num_positions
+        self.notes: list[str] = []
+        self._model = model
+
+    def afresh(self) -> Context:
+        """For another session."""
+        return Context(self._model, self.num_positions)
+
+    def fit(self, budget: Budget, num_tokens: Sequence[int]) -> tuple[list[bool], Budget]:
+        """Both of the following."""
+        if self.num_positions is None:
+            return [False] * len(num_tokens), budget
+        return self.outgrown(num_tokens), self.cut(budget, num_tokens)
+
+    def outgrown(self, num_tokens: Sequence[int]) -> list[bool]:
+        """Per row: are its `num_tokens` more than the model can read? Notes the first such row."""
+        positions = self.num_positions
+        if positions is None:
+            return [False] * len(num_tokens)
+        longest = max(num_tokens, default=0)
+        if longest > positions and not self.notes:
+            self.notes.append(
+                f"the draft model ({self._model}) has {positions} positions, and a row holds {longest} tokens: rows "
+                "that long get no drafts from it, all others do. The output is exact. For drafts there, too, take a "
+                "draft model with more positions, or let the planner fall back on n-grams: draft=[model, 'ngram']"
+            )
+        return [count > positions for count in num_tokens]
+
+    def cut(self, budget: Budget, num_tokens: Sequence[int]) -> Budget:
+        """The budget without levels whose parents would lie beyond the last position."""
+        if self.num_positions is None:
+            return budget
+        pairs = zip(budget.depths, num_tokens, strict=True)
+        return replace(budget, depths=tuple(levels_within(self.num_positions, depth, count) for depth, count in pairs))
 
 
 class DraftPasses:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from specdec.verify import AcceptanceRule, DraftTree, Verdict
+from specdec.drafters import FallbackGuard
+from specdec.kv import KVCache
+from specdec.request import Request
+from specdec.verify import AcceptanceRule, DraftTree, Rows, Verdict
 
-if TYPE_CHECKING:
-    from specdec.loop import DecodeLoop
+
+class Watched(Protocol):
+    """What a monitor may look at of a decode loop."""
+
+    request: Request
+    target: PreTrainedModel
+    drafter: FallbackGuard | None
+    rows: Rows
+    cache: KVCache
 
 
 class Monitor:
@@ -20,7 +31,7 @@ class Monitor:
     def decided(self, rule: AcceptanceRule, tree: DraftTree, p: Tensor, verdict: Verdict) -> None:
         """A sampling step's decision. `p`: float `[rows, nodes, vocab]`, the law the rule was given."""
 
-    def stepped(self, loop: DecodeLoop) -> None:
+    def stepped(self, loop: Watched) -> None:
         """A step is over: tokens emitted, cache committed, drafter informed."""
 
 

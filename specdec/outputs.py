@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from specdec.hidden_states import HiddenStates
 from specdec.kv import KVCache
 from specdec.kv.exchange import export
 from specdec.kv.versions import decoder_output
@@ -18,14 +19,15 @@ from specdec.verify.rows import Rows
 
 
 class Collector:
-    """Per-token scores and logits of every row, and the streamer's progress."""
+    """Per-token scores, logits and hidden states of every row, and the streamer's progress."""
 
     def __init__(self, request: Request, rows: Rows):
         self._request = request
         self._rows = rows
         self.scores: list[list[Tensor]] = [[] for _ in range(rows.batch_size)]
         self.logits: list[list[Tensor]] = [[] for _ in range(rows.batch_size)]
-        self.keeps = request.keeps_scores or request.keeps_logits
+        self.hidden = HiddenStates(rows, request.cached) if request.keeps_hidden_states else None
+        self.keeps = request.keeps_scores or request.keeps_logits or request.keeps_hidden_states
         self._streamed = rows.prompt_length
         pad = request.config._pad_token_tensor
         self._pad = None if pad is None else int(pad)
@@ -55,8 +57,6 @@ class Collector:
             final: columns of each finished row.
             line: where the sequences will be cut, if already known.
         """
-        if self._request.streamer is None:
-            return
         rows = self._rows
         running = [rows.ends[row] for row in range(rows.batch_size) if row not in final]
         stop = min(running) if running else max(final.values())
@@ -94,7 +94,7 @@ class Collector:
             scores=_per_token(self.scores, counts) if request.keeps_scores else None,
             logits=_per_token(self.logits, counts) if request.keeps_logits else None,
             attentions=None,
-            hidden_states=None,
+            hidden_states=None if self.hidden is None else self.hidden.assembled(counts),
         )
 
     def _export(self, cache: KVCache, storage: dict[int, int], width: int) -> DynamicCache:

@@ -118,6 +118,10 @@ class SpecReport(DraftTotals):
         for counts in (self.num_accepted_tokens_per_pos, self.num_reached_per_pos):
             counts.extend([0] * (longest - len(counts)))
 
+    def note(self, what: str) -> None:
+        """Something that a user should know about the step at hand."""
+        self.notes.append(f"step {self.num_steps}: {what}")
+
     def to_dict(self) -> dict[str, Any]:
         """All counts and derived figures, ready for JSON; `speculative_decoding` uses vLLM's per-request names."""
         out = asdict(self)

@@ -65,6 +65,10 @@ class Request:
     def keeps_logits(self) -> bool:
         return self.wants_dict and bool(self.config.output_logits)
 
+    @property
+    def keeps_hidden_states(self) -> bool:
+        return self.wants_dict and bool(self.config.output_hidden_states)
+
 
 def refuse_config(config: GenerationConfig) -> str | None:
     """Name what cannot be honoured, before any work is done.
@@ -97,9 +101,10 @@ def refuse_config(config: GenerationConfig) -> str | None:
     if getattr(config, "token_healing", None):
         refuse("token_healing=True", "it rewrites the prompt with the model. Heal the prompt first.")
     if config.return_dict_in_generate:
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(config, name, None):
-                refuse(f"{name}=True", "it is not collected from tree passes. Run the model once over the output.")
+        if config.output_attentions:
+            refuse("output_attentions=True", "weights of attention over drafts are nobody's. Run the model once more.")
+        if config.output_hidden_states not in (None, False, True):
+            refuse(f"output_hidden_states={config.output_hidden_states!r}", "all layers or none are given. Pass True.")
     kind = config.cache_implementation
     if kind in (None, "dynamic"):
         return None

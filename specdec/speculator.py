@@ -13,30 +13,24 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from specdec.arguments import Draft, Target, make_draft, make_page_size, make_strict, make_target
+from specdec.arguments import Draft, Target, make_draft, make_page_size, make_strict
 from specdec.call_lock import CallLock
 from specdec.drafters import FallbackGuard
-from specdec.fitting import refuse_unfit
-from specdec.inputs import check_call
 from specdec.kv import UnsupportedArgumentError
-from specdec.kv.wrappers import carry_settings
 from specdec.loop import DecodeLoop
 from specdec.monitor import AcceptanceMonitor, Monitor
 from specdec.pairing.loading import open_pair
 from specdec.pairing.schema import Pair
 from specdec.planner.factory import PlannerFactory
 from specdec.planner.options import Options
+from specdec.preparation import Preparation
 from specdec.report import SpecReport
-from specdec.request import build_request
-from specdec.stopping import FROM_CONFIG, own_stop_strings
 from specdec.trace import StepTrace
 from specdec.verify.purity import in_plain_order
 from specdec.verify.rules import check_choice, check_order
-from specdec.verify.selfcheck import check_text
 
 
 class Speculator:
@@ -95,9 +89,8 @@ class Speculator:
         page_size: int | None = None,
     ):
         check_choice(rule, lossy)
-        self.target, self.tokenizer = make_target(target, tokenizer)
-        check_text(self.target, "target")
-        self._given = target
+        self._preparation = Preparation(target, tokenizer)
+        self.target, self.tokenizer = self._preparation.target, self._preparation.tokenizer
         self.rule = rule
         self.strict = make_strict(self.target, exactness, strict_width)
         self.page_size = make_page_size(cache, page_size)
@@ -159,8 +152,7 @@ class Speculator:
             ValueError: whatever plain `generate` refuses (unknown arguments included).
         """
         ways = {"assistant_model": assistant_model, "custom_generate": custom_generate, "synced_gpus": synced_gpus}
-        check_call(inputs, generation_config, kwargs, ways)
-        carry_settings(self._given, self.target)
+        self._preparation.check(inputs, generation_config, kwargs, ways)
 
         def decode(
             model: PreTrainedModel,
@@ -175,24 +167,10 @@ class Speculator:
                 seed=seed, generator=generator, streamer=streamer, on_step=on_step,
             )  # fmt: skip
 
-        strings = kwargs.pop("stop_strings", FROM_CONFIG)
-        # From here on: the target's generation config is changed while `transformers` prepares the call.
-        with self._lock, own_stop_strings(self.target, generation_config, strings) as (config, found):
-            criteria = StoppingCriteriaList(stopping_criteria or [])
-            if found is not None:
-                criteria.insert(0, self._stop_string_criteria(found, tokenizer))
-            # The class's own method: an instance may have been patched to call us.
-            plain: Any = type(self.target)
-            return plain.generate(
-                self.target,
-                inputs,
-                generation_config=config,
-                logits_processor=logits_processor,
-                stopping_criteria=criteria,
-                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-                custom_generate=decode,
-                **kwargs,
-            )
+        kwargs |= {"logits_processor": logits_processor, "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn}
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        with self._lock:
+            return self._preparation.run(decode, inputs, generation_config, stopping_criteria, tokenizer, kwargs)
 
     def __call__(
         self,
@@ -234,8 +212,7 @@ class Speculator:
             raise UnsupportedArgumentError(
                 "rule='greedy' keeps the argmax only, which is not what do_sample=True asks for: leave rule at 'auto'"
             )
-        request = build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
-        refuse_unfit(self.target, request)
+        request = self._preparation.request(input_ids, processors, criteria, config, model_kwargs, **options)
         ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
         check_order(self.rule, bool(config.do_sample), ordered)
         with self._lock.alone():
@@ -258,15 +235,6 @@ class Speculator:
         if isinstance(out, Tensor):
             return out.to(input_ids.device)
         return out
-
-    def _stop_string_criteria(self, strings: Any, tokenizer: Any) -> StopStringCriteria:
-        tokenizer = tokenizer if tokenizer is not None else self.tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "stop_strings needs the tokenizer: pass tokenizer= to generate or to Speculator(target, draft, "
-                "tokenizer=tokenizer)"
-            )
-        return StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
 
 
 def generate(

@@ -13,13 +13,13 @@ from torch import Tensor
 from specdec.drafters.children import (
     MIN_REST,
     best_draws,
-    best_token,
     draw_children,
     mixed_children,
     refuse_nan,
     sampled_children,
     top_children,
 )
+from specdec.drafters.model import best_token
 from specdec.drafters.shapes import Start, Static
 from specdec.verify import Topology
 

@@ -171,7 +171,7 @@ class KeyedByPlace(RaceStream):
 
 @pytest.mark.parametrize("bug", [KeyedByStep, PaddedPositions, KeyedByPlace])
 def test_noise_keyed_by_anything_else_is_caught(bug: type[RaceStream], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.loop.RaceStream", bug)
+    monkeypatch.setattr("specdec.batch.RaceStream", bug)
     with pytest.raises(AssertionError, match="top_k"):
         compare(calls=16, seed=1)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec import Engine, ModelDrafter, Speculator, StepTrace
 from specdec.drafters import BestFirst, Budget, DrafterNoteWarning, DySpec
 from specdec.drafters.base import levels_within
-from specdec.drafters.context import Context
+from specdec.drafters.reading import Context
 from specdec.experiments.laws.false_drafters import DropsUnlikelyTokens
 from specdec.verify.passes.positions import usable_positions
 

@@ -17,9 +17,9 @@ from specdec.engine import Engine, Handle
 from specdec.engine import engine as engine_module
 from specdec.engine.lane import Lane
 from specdec.engine.passes import EnginePasses
-from specdec.engine.recovery import Mark
 from specdec.engine.scheduler import Scheduler
 from specdec.engine.stepping import Stepping
+from specdec.engine.task import Mark
 
 HOME = str(Path(specdec.__file__).parent.parent)
 

@@ -67,8 +67,8 @@ def test_a_budget_that_looks_at_the_draws_is_caught(monkeypatch: pytest.MonkeyPa
     """Negative control: withdrawing a drawn token because the drafter finds it unlikely biases the text (B.5)."""
     propose = Lane.propose
 
-    def anticipating(self: Lane) -> DraftTree:
-        tree = propose(self)
+    def anticipating(self: Lane, *given: Any) -> DraftTree:
+        tree = propose(self, *given)
         if tree.q is None or tree.tokens.shape[1] < 2:
             return tree
         mass = tree.q[:, 0].gather(1, tree.tokens[:, 1:2])[:, 0]

@@ -39,7 +39,7 @@ def test_a_storm_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(ends["preemptions"], ends["drafter faults"], num_lost) > 0
 
 
-@pytest.mark.parametrize("place", ["engine.law", "plain_order", "engine.lane"])
+@pytest.mark.parametrize("place", ["engine.law", "plain_order", "batch"])
 def test_a_storm_finds_faults_that_are_not_kept_apart(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: what one request's processors and stop rules raise is let through."""
     monkeypatch.setattr(f"specdec.{place}.from_outside", lambda fault: True)

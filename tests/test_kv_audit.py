@@ -70,11 +70,12 @@ class Audit:
 def audited(case: Case, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Audit, Any]:
     """Generate with an audit after the prefill and after every step; returns the audit and the report."""
     audit = Audit(TOLERANCE[case.dtype])
-    original: Callable[[DecodeLoop], None] = DecodeLoop.step
+    original: Callable[[DecodeLoop], Any] = DecodeLoop.step
 
-    def step(self: DecodeLoop) -> None:
-        original(self)
+    def step(self: DecodeLoop) -> Any:
+        traced = original(self)
         audit.check(self)
+        return traced
 
     speculator = case.speculator()
     with monkeypatch.context() as patch:

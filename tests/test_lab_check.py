@@ -99,12 +99,12 @@ def test_false_draft_laws_fail(bug: Any, temperature: float) -> None:
 
 
 def test_noise_shared_by_roles_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.loop.NoiseStream", AcceptReusesDraftNoise)
+    monkeypatch.setattr("specdec.batch.NoiseStream", AcceptReusesDraftNoise)
     assert {"law of token 1", "law of every token"} <= failed(run(chain(), rule="rejection"))
 
 
 def test_noise_shared_by_steps_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.loop.NoiseStream", FrozenStep)
+    monkeypatch.setattr("specdec.batch.NoiseStream", FrozenStep)
     report = run(chain(), rule="rejection", max_rows=3 * ROWS)
     assert "law after step 1" in failed(report), report.summary()
     assert report["law of token 1"].status == "pass", "each step's own law is intact"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from specdec import ModelDrafter, NgramDrafter, Speculator, UnsupportedArgumentError
 from specdec.drafters import Budget
-from specdec.loop import DecodeLoop
-from specdec.monitor import Monitor
+from specdec.monitor import Monitor, Watched
 from specdec.verify import DraftTree, Noise, Verdict
 from specdec.verify.rules import RULES
 from specdec.verify.rules.block import Block
@@ -90,7 +89,7 @@ def test_a_monitor_of_ones_own_sees_every_step_and_changes_nothing() -> None:
         def decided(self, *given: Any) -> None:
             self.decisions += 1
 
-        def stepped(self, loop: DecodeLoop) -> None:
+        def stepped(self, loop: Watched) -> None:
             self.steps += 1
             assert loop.cache.lengths[0] == loop.rows.num_tokens[0] - 1
 

@@ -89,14 +89,14 @@ def test_a_coin_shared_by_the_nodes_of_a_tree_is_caught(monkeypatch: pytest.Monk
     ],
 )
 def test_noise_shared_by_roles_is_caught(bug: Any, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.loop.NoiseStream", bug)
+    monkeypatch.setattr("specdec.batch.NoiseStream", bug)
     with must_be_caught():
         check_joint_law(Speculator(TARGET, chain(), rule=rule), PROMPT, samples=SAMPLES, **SAMPLING)
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_noise_shared_by_steps_is_caught(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.loop.NoiseStream", FrozenStep)
+    monkeypatch.setattr("specdec.batch.NoiseStream", FrozenStep)
     with must_be_caught():
         check_second_step(Speculator(TARGET, chain(), rule=rule), PROMPT, SAMPLES, **SAMPLING)
 

@@ -139,11 +139,12 @@ def test_pages_hold_what_a_fresh_prefill_gives_after_every_step(
     audit = Audit(1e-12)
     original = DecodeLoop.step
 
-    def step(self: DecodeLoop) -> None:
-        original(self)
+    def step(self: DecodeLoop) -> Any:
+        traced = original(self)
         audit.check(self)
         assert isinstance(self.cache, PagedKVCache)
         self.cache.pool.check_integrity()
+        return traced
 
     monkeypatch.setattr(DecodeLoop, "step", step)
     case.speculator(cache="paged", page_size=3).generate(**{**case.inputs(), "eos_token_id": [5, 11, 29]})

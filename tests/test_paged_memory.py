@@ -168,11 +168,12 @@ def test_a_drafter_that_fails_costs_neither_text_nor_pages(monkeypatch: pytest.M
     pools: list[KVPool] = []
     original = DecodeLoop.step
 
-    def step(self: DecodeLoop) -> None:
-        original(self)
+    def step(self: DecodeLoop) -> Any:
+        traced = original(self)
         assert isinstance(self.cache, PagedKVCache)
         pools[:] = [self.cache.pool]
         self.cache.pool.check_integrity()
+        return traced
 
     monkeypatch.setattr(DecodeLoop, "step", step)
     with pytest.warns(DrafterFaultWarning):

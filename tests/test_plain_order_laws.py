@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteriaList
 
 from specdec import ModelDrafter, Speculator, UnsupportedArgumentError
-from specdec.deciding import read_verdict
+from specdec.decision import read_verdict
 from specdec.engine import Engine
 from specdec.plain_order import PlainBatch, PlainOrder
 from specdec.stopping import StopRules

@@ -13,10 +13,10 @@ from exact_law import noisy_copy, tiny_llama
 
 from specdec import ModelDrafter, Speculator, StepTrace
 from specdec.drafters import BestFirst
+from specdec.loop import timed
 from specdec.monitor import AcceptanceMonitor
 from specdec.planner.summary import PlanReport
 from specdec.report import SpecReport
-from specdec.trace import Stopwatch
 from specdec.verify import DraftTree, Topology, Verdict
 from specdec.verify.rules.base import Expected
 
@@ -82,14 +82,26 @@ def test_the_summary_shows_the_counts() -> None:
 
 
 def test_phases_add_up_until_they_are_taken() -> None:
-    watch = Stopwatch()
-    for _ in range(3):
-        with watch.phase("draft"):
-            sum(range(2000))
-    assert watch.ms.keys() == {"draft"}
-    assert watch.take("draft") > 0
-    assert watch.take("draft") == 0.0
-    assert watch.take("never") == 0.0
+    class Busy:
+        def __init__(self) -> None:
+            self.ms: dict[str, float] = {}
+
+        @timed("draft")
+        def work(self, how_much: int) -> int:
+            return sum(range(how_much))
+
+        @timed("fault")
+        def fail(self) -> None:
+            raise KeyError
+
+    busy = Busy()
+    assert busy.work(2000) == sum(range(2000))
+    first = busy.ms["draft"]
+    busy.work(how_much=2000)
+    assert busy.ms["draft"] > first > 0
+    with pytest.raises(KeyError):
+        busy.fail()
+    assert busy.ms.keys() == {"draft", "fault"}
 
 
 def run(draft: Any, new: int, lengths: tuple[int, ...] = (5,), **options: Any) -> tuple[SpecReport, list[StepTrace]]:

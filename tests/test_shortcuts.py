@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specdec.deciding import read_verdict, undrafted
-from specdec.drafters.children import best_token
+from specdec.decision import read_verdict, undrafted
 from specdec.drafters.guard import normalised
+from specdec.drafters.model import best_token
 from specdec.kv import InvalidTreeError
 from specdec.verify import DraftTree, Noise, NoiseStream, Rows, SamplingLaw
 from specdec.verify.host_integers import argmax, entries, on_host, packed

@@ -54,7 +54,7 @@ REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
     "assistant_model": lambda: {"assistant_model": models.target("llama-mha")},
     "prompt_lookup_num_tokens": lambda: {"prompt_lookup_num_tokens": 3},
     "output_attentions": lambda: {"output_attentions": True, "return_dict_in_generate": True},
-    "output_hidden_states": lambda: {"output_hidden_states": True, "return_dict_in_generate": True},
+    "output_hidden_states": lambda: {"output_hidden_states": [1], "return_dict_in_generate": True},
     "synced_gpus": lambda: {"synced_gpus": True},
     "DynamicCache, got StaticCache": lambda: {CACHE_KEYWORD: static_cache(2)},
     f"{CACHE_KEYWORD}: expected a transformers DynamicCache": lambda: {CACHE_KEYWORD: static_cache(0)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.deciding import undrafted
+from specdec.decision import undrafted
 from specdec.verify import DraftTree, Noise
 from specdec.verify.rules import RULES
 

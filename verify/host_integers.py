@@ -16,7 +16,7 @@ def on_host(*tensors: Tensor) -> list[list[Any]]:
     would cost ten times what reading does.
     """
     if tensors[0].device.type == "cpu":
-        return [tensor.tolist() for tensor in tensors]
+        return list(map(torch.Tensor.tolist, tensors))
     return packed(*tensors)
 
 

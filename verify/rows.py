@@ -57,7 +57,7 @@ class Rows:
 
     def lengths(self) -> list[int]:
         """Real tokens of each live row."""
-        return [self.num_tokens[row] for row in self.live]
+        return list(map(self.num_tokens.__getitem__, self.live))
 
     def roots(self) -> Tensor:
         """Int64 `[live]`: the last token of each live row."""
@@ -80,11 +80,11 @@ class Rows:
 
     def extend(self, runs: Sequence[Sequence[int]]) -> None:
         """Add each live row's emitted tokens, all rows at once."""
+        if len(self.live) == 1:
+            self._extend_one(self.live[0], *runs)
+            return
         pairs = list(zip(self.live, runs, strict=True))
         self._padded(max(max(self.ends[row], self.num_tokens[row]) + len(run) for row, run in pairs))
-        if len(pairs) == 1:
-            self._extend_one(*pairs[0])
-            return
         rows = [row for row, run in pairs for _ in run]
         tokens = [token for run in runs for token in run]
         columns = [self.ends[row] + i for row, run in pairs for i in range(len(run))]
@@ -99,6 +99,7 @@ class Rows:
             self.num_tokens[index] += len(run)
 
     def _extend_one(self, row: int, run: Sequence[int]) -> None:
+        self._padded(max(self.ends[row], self.num_tokens[row]) + len(run))
         places = [(self.ids, self.ends[row])]
         if self.text is not self.ids:
             places.append((self.text, self.num_tokens[row]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -118,24 +119,22 @@ class Topology:
 
 
 class Frame(NamedTuple):
-    """What all `DraftTree`s of one shape have in common; the names are theirs."""
+    """What all `DraftTree`s of one shape have in common; the names are theirs.
+
+    shared: all of these tensors; versions: of each of them, as long as nobody has written to it (see `VERSION`).
+    """
 
     parents: Tensor
     num_nodes: Tensor
     sampled: Tensor
     q_row: Tensor | None
     valid: Tensor
-    version: int
-
-    @property
-    def untouched(self) -> bool:
-        """Has nobody written to what all trees of the shape share?"""
-        return _version(*self[:5]) == self.version
+    shared: tuple[Tensor, ...]
+    versions: tuple[int, ...]
 
 
-def _version(*tensors: Tensor | None) -> int:
-    """A number that grows whenever one of them is written to."""
-    return sum(0 if tensor is None else tensor._version for tensor in tensors)
+VERSION = attrgetter("_version")
+"""A tensor's number that grows whenever it is written to."""
 
 
 @lru_cache(maxsize=1024)
@@ -153,4 +152,5 @@ def frame_of(topology: Topology, rows: int, q_rows: int | None, device: torch.de
             q_row,
             torch.ones(rows, nodes, dtype=torch.bool, device=device),
         )
-        return Frame(*parts, _version(*parts))
+        shared = tuple(part for part in parts if part is not None)
+        return Frame(*parts, shared, tuple(map(VERSION, shared)))

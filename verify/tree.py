@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from specdec.kv.errors import InvalidTreeError
 from specdec.verify.host_integers import entries
-from specdec.verify.topology import Frame, Topology, frame_of, indices
+from specdec.verify.topology import VERSION, Frame, Topology, frame_of, indices
 
 Q_SUM_TOLERANCE = 1e-3
 """How far a q row's float32 sum may be from 1 before the tree is refused (float32 softmax over 256k: ~1e-4)."""
@@ -162,8 +163,8 @@ class DraftTree:
         q_rows = None if self.q is None or self.q.dim() != 3 else self.q.shape[1]
         frame = frame_of(self.topology, self.tokens.shape[0], q_rows, self.tokens.device)
         ours = (self.parents, self.num_nodes, self.sampled, self.q_row)
-        same = all(own is made for own, made in zip(ours, frame, strict=False))
-        return frame if same and frame.untouched else None
+        written_to = tuple(map(VERSION, frame.shared)) != frame.versions
+        return frame if all(map(operator.is_, ours, frame)) and not written_to else None
 
     @cached_property
     def any_sampled(self) -> bool:
@@ -185,19 +186,19 @@ class DraftTree:
         Raises:
             InvalidTreeError: naming the first broken property.
         """
-        rows = self.tokens.shape[0]
-        if rows != roots.shape[0]:
-            raise _broken(f"expected {roots.shape[0]} rows, got {rows}")
+        if self.tokens.shape[0] != roots.shape[0]:
+            raise _broken(f"expected {roots.shape[0]} rows, got {self.tokens.shape[0]}")
         if self.tokens.dtype != torch.int64:
             raise _broken(f"expected int64 tokens, got {self.tokens.dtype}")
         # Small integers are checked on the host: a handful of copies instead of dozens of tensor operations.
         tokens = self.tokens.tolist()
         if self._frame is None:  # else all but tokens and q is sound
             self._validate_shape()
-        if [row[0] for row in tokens] != roots.tolist():
-            raise _broken("node 0 is not the last emitted token")
-        if any(min(row) < 0 or max(row) >= vocab for row in tokens):
-            raise _broken(f"token ids outside 0..{vocab - 1}")
+        for row, root in zip(tokens, roots.tolist(), strict=True):
+            if row[0] != root:
+                raise _broken("node 0 is not the last emitted token")
+            if min(row) < 0 or max(row) >= vocab:
+                raise _broken(f"token ids outside 0..{vocab - 1}")
         if self.q is not None and self.q_row is not None:
             self._validate_laws(vocab, tokens, self.q, self.q_row)
         elif self._frame is None and self.sampled.any():

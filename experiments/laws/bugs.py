@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.loop import DecodeLoop
-from specdec.monitor import Monitor
+from specdec.monitor import Monitor, Watched
 from specdec.verify import DraftTree, Noise, NoiseStream, Verdict
 from specdec.verify.noise import Role, uniform
 from specdec.verify.race import RaceStream
@@ -137,7 +136,7 @@ class Positions(Monitor):
 
     of: dict[int, int] = {}  # noqa: RUF012 - shared with the noise, which nobody can hand anything
 
-    def stepped(self, loop: DecodeLoop) -> None:
+    def stepped(self, loop: Watched) -> None:
         real = loop.request.real
         prompt = [loop.rows.prompt_length] * loop.rows.batch_size if real is None else real.sum(1).tolist()
         live = loop.rows.live

@@ -52,7 +52,7 @@ def _rule(kind: Any) -> Plant:
 
 
 def _noise(kind: Any, name: str = "NoiseStream") -> Plant:
-    return lambda: patch(f"specdec.loop.{name}", kind)
+    return lambda: patch(f"specdec.batch.{name}", kind)
 
 
 def _teller(kind: type[false.Mangling], temperature: float = 0.7) -> Callable[[], Drafter]:

@@ -37,13 +37,13 @@ class DraftDepths:
 
     def slots(self, lanes: Sequence[Lane]) -> int:
         """Slots behind a row's text that this step may write, drafters included."""
-        wide = max((lane.nodes(task.depth) + 1 for lane in lanes for task in lane.live), default=1)
+        wide = max((lane.nodes[task.depth] + 1 for lane in lanes for task in lane.live), default=1)
         tails = (lane.drafter.tail_slots for lane in lanes if lane.drafter and any(t.depth for t in lane.live))
         return max([wide, *tails])
 
     def left_for_prefill(self, lanes: Sequence[Lane], prefilling: Sequence[Task]) -> int:
         """Tokens of this step that decoding does not use."""
-        used = sum(lane.nodes(task.depth) + 1 for lane in lanes for task in lane.live)
+        used = sum(lane.nodes[task.depth] + 1 for lane in lanes for task in lane.live)
         return max(0, self._limits.max_step_tokens - used) if prefilling else 0
 
     def took(self, tokens: int, levels: int, seconds: float) -> None:
@@ -51,6 +51,5 @@ class DraftDepths:
         self.costs.observe(tokens, levels, seconds)
 
     def _seat(self, lane: Lane, task: Task) -> Seat:
-        limit = lane.limit(task)
-        nodes = [lane.nodes(depth) for depth in range(limit + 1)]
-        return Seat(limit, nodes, task.acceptance or Acceptance(0), fixed=task.pinned or not self._adaptive)
+        limit, kept = lane.limit(task), task.acceptance or Acceptance(0)
+        return Seat(limit, lane.nodes[: limit + 1], kept, fixed=task.pinned or not self._adaptive)

@@ -17,17 +17,18 @@ from specdec.engine.errors import EngineClosedError, QueueFullError, refuse_fork
 from specdec.engine.handle import Handle
 from specdec.engine.intake import Intake
 from specdec.engine.metrics import Counters, EngineMetrics
-from specdec.engine.params import Params, Preparation
-from specdec.engine.recovery import Mark, marks, recover, uninterrupted
+from specdec.engine.params import Params
+from specdec.engine.recovery import recover, uninterrupted
 from specdec.engine.scheduler import Limits
 from specdec.engine.setup import make_pool, named_drafters
 from specdec.engine.step_thread import StepThread
 from specdec.engine.stepping import Stepping
-from specdec.engine.task import Task
+from specdec.engine.task import Mark, Task, marks
 from specdec.forks import renewed_after_fork
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
+from specdec.preparation import Preparation
 
 
 class Engine:
@@ -83,7 +84,7 @@ class Engine:
         if num_bytes is not None and num_pages is not None:
             raise UnsupportedArgumentError("expected num_bytes or num_pages, got both")
         limits = Limits.checked(max_rows, max_step_tokens, max_waiting)
-        preparation = Preparation(target, tokenizer=tokenizer)
+        preparation = Preparation(target, tokenizer)
         self.target = target = preparation.target
         named = named_drafters(target, draft, k, tree, drafters or {})
         self.drafters = tuple(named)

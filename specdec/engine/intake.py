@@ -12,9 +12,10 @@ from torch import Tensor
 from specdec.drafters import FallbackGuard
 from specdec.engine.handle import Driver, Handle
 from specdec.engine.law import LaneLaw
-from specdec.engine.params import Params, Preparation, prompt_ids
+from specdec.engine.params import Params, prepare, prompt_ids
 from specdec.engine.task import LaneKey, Task
 from specdec.kv import UnsupportedArgumentError
+from specdec.preparation import Preparation
 from specdec.request import Request
 from specdec.stopping import StopRules
 from specdec.verify import NoiseStream, Rows
@@ -62,7 +63,7 @@ class Intake:
             None if drafter is None else drafter.name,
             None if drafter is None else drafter.kind,
         )
-        request = self._preparation.prepare(torch.tensor([ids], device=self._device), asked)
+        request = prepare(self._preparation, torch.tensor([ids], device=self._device), asked)
         sampling = bool(request.config.do_sample)
         if asked.rule == "greedy" and sampling:
             raise UnsupportedArgumentError(

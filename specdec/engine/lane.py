@@ -1,28 +1,27 @@
-"""A lane: the running requests that share a drafter and a rule, decoded as one batch that they join and leave."""
+"""Lanes: the running requests that share a drafter and a rule, each lane one batch that they join and leave."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specdec.deciding import Decided, Decider
-from specdec.drafters import Budget, FallbackGuard, Session
+from specdec.batch import Batch
+from specdec.decision import Decided
+from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import depth_limits
 from specdec.engine.budget import Acceptance
 from specdec.engine.law import DraftingLaw, LaneLaw
 from specdec.engine.task import LaneKey, State, Task
 from specdec.kv.faults import from_outside
 from specdec.kv.paged import PagedKVCache
-from specdec.plain_order import PlainBatch, PlainOrder
+from specdec.kv.pool import KVPool
+from specdec.plain_order import PlainBatch
 from specdec.stopping import Opinions, StopRules
-from specdec.verify import DraftTree, NoiseStream, Rows
-from specdec.verify.draft_kind import NO_DRAFTS
+from specdec.verify import DraftTree, Rows
 from specdec.verify.purity import decides_by_row
-from specdec.verify.race import RaceStream
-from specdec.verify.rules import choose_rule
 
 
 class Emitted(NamedTuple):
@@ -35,37 +34,38 @@ class Emitted(NamedTuple):
     reason: str | None
 
 
-class Lane:
-    """Rows, law, noise, rule and drafter session of the requests with one `LaneKey`.
+class Lane(Batch):
+    """The requests with one `LaneKey`: a batch that they join and leave.
 
     A row's text, noise, law and K/V are its request's own: whoever else is in the lane leaves no trace in it. What a
-    request's own processors and criteria raise is reported with the decision and ends nobody else's step.
+    request's own processors and criteria raise is told and ends nobody else's step.
 
     Args:
         drafter: a clone of its own, None for plain decoding.
         cache: a view of the pool without rows.
+
+    Attributes:
+        nodes: drafted tokens of one row under a budget of so many levels, at most.
     """
+
+    law: LaneLaw
+    cache: PagedKVCache
 
     def __init__(
         self, key: LaneKey, drafter: FallbackGuard | None, cache: PagedKVCache, vocab: int, device: torch.device
     ):
+        super().__init__(
+            Rows.empty(device), cache, LaneLaw(), drafter, key.rule, key.do_sample, vocab, [], [],
+            in_order=key.in_order, isolates=True,
+        )  # fmt: skip
         self.key = key
-        self.drafter = drafter
-        self.cache = cache
-        self.rows = Rows.empty(device)
-        self.law = LaneLaw()
-        kind = NO_DRAFTS if drafter is None else drafter.kind
-        rule = choose_rule(key.rule, key.do_sample, kind, top_down=key.in_order)
-        race = RaceStream([], [], vocab, device) if rule is not None and rule.uses_race else None
-        noise = NoiseStream([], [], device)
-        self._order = PlainOrder(self.rows, key.do_sample, isolates=True) if key.in_order else None
-        self.decider = Decider(self.rows, self.law, drafter, rule, key.do_sample, noise, race, self._order)
         self.tasks: dict[int, Task] = {}
         self.acceptance = Acceptance(0 if drafter is None else drafter.max_depth)
-        self._stops: dict[int, StopRules] = {}
         self._num_faults = 0
+        self.nodes = [0]
         if drafter is not None:
-            drafter.start(Session(self.rows, cache, DraftingLaw(self.law), key.do_sample, vocab, self.decider.race))
+            self.nodes += [drafter.nodes_within(depth) for depth in range(1, drafter.max_depth + 1)]
+        self.open(DraftingLaw(self.law))
 
     @property
     def live(self) -> list[Task]:
@@ -79,15 +79,17 @@ class Lane:
         self.cache.join(task.sequence)
         if task.opinions is None and not all(map(decides_by_row, task.request.criteria)):
             task.opinions = Opinions()
-        stop = self._stops[row] = StopRules(task.request.criteria, self.rows, task.opinions)
+        stop = self.stops[row] = StopRules(task.request.criteria, self.rows, task.opinions)
         stop.pads_finished = True  # nobody waits for other rows' ends
         self.law.join(row, task.request.processors, stop.ends)
-        if self._order is not None:
+        if self.order is not None:
             if task.batch is None:
                 task.batch = PlainBatch(task.request.processors, stop, [row], self.rows.prefix(row).clone()[None])
             task.batch.resume(stop, [row], len(task.text))
-            self._order.join(task.batch)
-        self.decider.join(row, task.seed)
+            self.order.join(task.batch)
+        self.noise.join(row, task.seed, 0)
+        if self.races is not None:
+            self.races.join(row, task.seed, 0)
         self.tasks[row] = task
         task.state = State.RUNNING
         if task.acceptance is None and self.drafter is not None:
@@ -102,9 +104,9 @@ class Lane:
         self.cache.leave(place)
         self.rows.leave(place)
         self.law.leave(row)
-        if self._order is not None:
-            self._order.leave(row)
-        self._stops.pop(row, None)
+        if self.order is not None:
+            self.order.leave(row)
+        self.stops.pop(row, None)
         self.tasks.pop(row, None)
         task.row = -1
         if self.drafter is not None:
@@ -115,73 +117,25 @@ class Lane:
         if self.drafter is None:
             return 0
         deepest = self.drafter.levels_below(len(task.text))
-        return depth_limits(deepest, [self._stops[task.row].remaining(task.row)])[0]
+        return depth_limits(deepest, [self.stops[task.row].remaining(task.row)])[0]
 
-    def propose(self) -> DraftTree:
-        """Trees of the depths the budget gave."""
-        tasks = self.live
+    def budget(self) -> Budget:
+        """What this step's trees may cost: the depths that the requests were given."""
         nodes = 0 if self.drafter is None else self.drafter.max_nodes
-        return self.decider.propose(Budget(tuple(task.depth for task in tasks), nodes), [t.steps for t in tasks])
+        return Budget(tuple(task.depth for task in self.live), nodes)
 
-    def decide(self, tree: DraftTree, logits: Tensor, again: bool = False) -> Decided:
-        """See `Decider.decide`; nothing that a row's own code raises comes out of it."""
-        decided = self.decider.decide(tree, logits, [task.steps for task in self.live], again)
-        of_row = self.law.take_failed()
-        if decided.in_order or not of_row:  # in plain order the law only drafts
-            return decided
-        return decided._replace(failed={i: of_row[row] for i, row in enumerate(self.rows.live) if row in of_row})
-
-    def nodes(self, depth: int) -> int:
-        """Drafted tokens of one row under a budget of so many levels, at most."""
-        return 0 if self.drafter is None or not depth else min(self.drafter.max_nodes, self.drafter.nodes_within(depth))
-
-    def advance(
-        self, decided: Decided, logits: Tensor, failed: Collection[Task]
-    ) -> tuple[list[Emitted], dict[Task, BaseException]]:
-        """Commit, append, cut where plain decoding stops. Everyone stays in the lane, the finished and the failed
-        included; the latter get nothing.
-
-        Returns:
-            what everybody else got, and the requests whose stop rules failed, with what they raised.
-        """
-        decision, tasks = decided.decision, self.live
-        for i, task in enumerate(tasks):
-            if task in failed:
-                decision.paths[i], decision.runs[i] = [], []
-        self.cache.commit(decision.paths)
-        self.rows.extend(decision.runs)
-        out: list[Emitted] = []
-        raised: dict[Task, BaseException] = {}
-        for i, task in enumerate(tasks):
-            if task in failed:
+    def emitted(self, decided: Decided, ended: Mapping[int, int], left_out: Collection[Task]) -> list[Emitted]:
+        """What everybody but `left_out` got of a step that has been advanced; their texts grow by it."""
+        decision, out = decided.decision, []
+        for i, task in enumerate(self.live):
+            if task in left_out:
                 continue
-            try:
-                if not decided.in_order:
-                    self._stops[task.row].scan(task.row, decision.runs[i], None)
-            except BaseException as fault:
-                if from_outside(fault):
-                    raise
-                raised[task] = fault
-                continue
-            run, reason = self._cut(i, task, decision.runs[i])
-            task.text.extend(run)
+            if i in ended:
+                task.ending = "length" if self.stops[task.row].by_length_alone(task.row) else "stop"
+            task.text.extend(decision.runs[i])
             task.steps += 1
-            task.ending = reason
-            out.append(Emitted(task, run, decision.drafted[i], decision.accepted[i], reason))
-        if self.drafter is not None:
-            self.drafter.observe(decided.verdict, logits)
-        return out, raised
-
-    def _cut(self, place: int, task: Task, run: list[int]) -> tuple[list[int], str | None]:
-        """What the stop rules left of a run that is appended already, and why the request ends, if it does."""
-        stop = self._stops[task.row]
-        columns = stop.final_columns(task.row)
-        if columns is None:
-            return run, None
-        run = run[: len(run) - (self.rows.ends[task.row] - columns)]
-        if self.cache.lengths[place] > columns - 1:
-            self.cache.truncate(place, columns - 1)
-        return run, "length" if stop.by_length_alone(task.row) else "stop"
+            out.append(Emitted(task, decision.runs[i], decision.drafted[i], decision.accepted[i], task.ending))
+        return out
 
     def take_faults(self) -> int:
         """Drafter faults since the last call."""
@@ -191,9 +145,63 @@ class Lane:
         self._num_faults = self.drafter.num_faults
         return new
 
+    def _failed_laws(self) -> dict[int, BaseException]:
+        of_row = self.law.take_failed()
+        return {i: of_row[row] for i, row in enumerate(self.rows.live) if row in of_row} if of_row else {}
+
+
+class Lanes:
+    """Lanes by their key.
+
+    Args:
+        drafters: by name; lanes clone them. names: under which of the pool's models each keeps its K/V, if any.
+        vocab, device: the target's.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        drafters: Mapping[str, FallbackGuard | None],
+        names: Mapping[str, str],
+        vocab: int,
+        device: torch.device,
+    ):
+        self._pool, self._drafters, self._names = pool, drafters, names
+        self._vocab, self._device = vocab, device
+        self._lanes: dict[LaneKey, Lane] = {}
+
+    @property
+    def live(self) -> list[Lane]:
+        """Those with somebody in them."""
+        return [lane for lane in self._lanes.values() if lane.rows.live]
+
+    def of(self, key: LaneKey) -> Lane:
+        """The lane of such requests."""
+        if key not in self._lanes:
+            names = {"draft": self._names[key.draft]} if key.draft in self._names else {}
+            drafter, cache = _own(self._drafters[key.draft]), PagedKVCache(self._pool, (), names)
+            self._lanes[key] = Lane(key, drafter, cache, self._vocab, self._device)
+        return self._lanes[key]
+
+    def leave(self, task: Task) -> None:
+        """Take a running request out of its lane."""
+        self._lanes[task.lane].leave(task)
+
     def close(self) -> None:
-        if self.drafter is not None:
-            self.drafter.finish()
+        """Let go of all of them, with their drafters and sessions."""
+        lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            lane.close()
+
+
+def _own(drafter: FallbackGuard | None) -> FallbackGuard | None:
+    """A drafter for one lane; None, which is plain decoding, where it cannot be had."""
+    try:
+        return None if drafter is None else drafter.clone()
+    except BaseException as fault:
+        if from_outside(fault):
+            raise
+        return None
 
 
 def merged(lanes: Sequence[Lane], trees: Sequence[DraftTree]) -> DraftTree:

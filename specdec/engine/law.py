@@ -94,6 +94,7 @@ class LaneLaw:
         self._of_row: dict[int, SamplingLaw] = {}
         self._shared: dict[Any, SamplingLaw] = {}
         self._doubtful: set[int] = set()
+        self.prefix_free = True
 
     def join(self, row: int, processors: LogitsProcessorList, ends: Collection[int]) -> None:
         """From now on `row` has the law of these processors."""
@@ -104,6 +105,7 @@ class LaneLaw:
             if key is not None:
                 self._shared[key] = law
         self._of_row[row] = law
+        self.prefix_free &= law.prefix_free
         if any(type(processor) not in _WARPERS for processor in processors):
             self._doubtful.add(row)
 
@@ -116,6 +118,7 @@ class LaneLaw:
         self._failed.pop(row, None)
         self._doubtful.discard(row)
         law = self._of_row.pop(row, None)
+        self.prefix_free = all(other.prefix_free for other in self._of_row.values())
         if law is not None and law not in self._of_row.values():
             self._shared = {key: other for key, other in self._shared.items() if other is not law}
 
@@ -123,10 +126,6 @@ class LaneLaw:
     def always_leaves_some(self) -> bool:
         """Whether no row's processors could rule everything out, or make NaN of it."""
         return not self._doubtful
-
-    @property
-    def prefix_free(self) -> bool:
-        return all(law.prefix_free for law in self._of_row.values())
 
     def __call__(
         self,

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.fitting import refuse_unfit
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.versions import CACHE_KEYWORDS
-from specdec.request import Request, build_request
-from specdec.speculator import Speculator
+from specdec.preparation import Preparation
+from specdec.request import Request
 
 PLAIN = "none"
 """The name under which every engine offers plain decoding."""
@@ -103,30 +102,45 @@ def _whole(expected: str, value: Any) -> int:
     raise UnsupportedArgumentError(f"{expected}, got {value!r}")
 
 
-class Preparation(Speculator):
-    """Runs everything `generate` does before the first forward pass, and stops there."""
+def prepare(preparation: Preparation, prompt: Tensor, params: Params) -> Request:
+    """The checked request `Speculator.generate` would decode for this prompt alone.
 
-    def prepare(self, prompt: Tensor, params: Params) -> Request:
-        """The checked request `Speculator.generate` would decode for this prompt alone.
+    Args:
+        prompt: int64 `[1, tokens]`.
 
-        Args:
-            prompt: int64 `[1, tokens]`.
+    Raises:
+        UnsupportedArgumentError, ValueError: as `Speculator.generate`.
+    """
+    made: list[Request] = []
 
-        Raises:
-            UnsupportedArgumentError, ValueError: as `Speculator.generate`.
-        """
-        self._requests: list[Request] = []
-        self.generate(prompt, attention_mask=torch.ones_like(prompt), seed=params.seed, **params.arguments)
-        (request,) = self._requests
-        return request
-
-    def _decode(
-        self, input_ids: Tensor, processors: Any, criteria: Any, config: Any, model_kwargs: Any, **options: Any
+    def keep(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
     ) -> Tensor:
-        request = build_request(input_ids, processors, criteria, config, model_kwargs, target=self.target, **options)
-        refuse_unfit(self.target, request)
-        self._requests.append(request)
+        options = {"seed": params.seed, "generator": None, "streamer": None, "on_step": None}
+        made.append(
+            preparation.request(
+                input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, **options
+            )
+        )
         return input_ids
+
+    arguments = {**params.arguments, "attention_mask": torch.ones_like(prompt)}
+    for name in ("streamer", "generator", "on_step"):  # whatever they are here means none (see `_NOT_HERE`)
+        arguments.pop(name, None)
+    ways = {name: arguments.pop(name, None) for name in ("assistant_model", "custom_generate", "synced_gpus")}
+    config, criteria = arguments.pop("generation_config", None), arguments.pop("stopping_criteria", None)
+    tokenizer = arguments.pop("tokenizer", None)
+    preparation.check(prompt, config, arguments, ways)
+    preparation.run(
+        keep, prompt, config, criteria, preparation.tokenizer if tokenizer is None else tokenizer, arguments
+    )
+    (request,) = made
+    return request
 
 
 def prompt_ids(prompt: Sequence[int] | Tensor, target: PreTrainedModel, vocab: int) -> list[int]:

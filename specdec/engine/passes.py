@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,35 +16,20 @@ from specdec.engine.task import Task
 from specdec.kv import SpecdecError, TargetFaultError
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.pool import KVPool
-from specdec.kv.support import text_config
-from specdec.report import SpecReport
-from specdec.target import TARGET, TargetPasses
+from specdec.target import TargetModel, TargetPasses
 from specdec.verify import DraftTree
 from specdec.verify.passes.base import Text
-from specdec.verify.passes.forward import Forward
 
 _UNEVEN = 2
 """Chunks share a pass as long as padding makes it at most so many times larger."""
 
 
 class EnginePasses:
-    """Runs the target over sequences of the pool.
-
-    Attributes:
-        vocab: the target's vocabulary size; logits are cut to it.
-    """
+    """Runs the target over sequences of the pool."""
 
     def __init__(self, model: PreTrainedModel, pool: KVPool):
-        self._model = model
+        self.target = TargetModel(model)
         self._pool = pool
-        self._forward = Forward(model, TARGET)
-        self.vocab = int(text_config(model).vocab_size)
-        embeddings: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
-        self.device = embeddings.weight.device
-
-    def prepared(self) -> AbstractContextManager[None]:
-        """See `Forward.prepared`."""
-        return self._forward.prepared()
 
     def step(self, lanes: Sequence[Lane], trees: Sequence[DraftTree], chunks: Sequence[Chunk]) -> list[Tensor]:
         """The trees of all lanes, and the chunks of prefill besides, in one pass where the model allows it.
@@ -54,7 +39,7 @@ class EnginePasses:
         """
         sequences = [sequence for lane in lanes for sequence in lane.cache.sequences[: lane.cache.num_rows]]
         cache, texts = PagedKVCache(self._pool, sequences), [self._text(group) for group in _even(chunks)]
-        logits = self._forward.together(cache, merged(lanes, trees), texts)[0].logits[..., : self.vocab]
+        logits = self.target.tree(cache, merged(lanes, trees), texts=texts).logits
         self._have_read(chunks)
         parts = logits.split([tree.tokens.shape[0] for tree in trees])
         return [part[:, : tree.tokens.shape[1]] for part, tree in zip(parts, trees, strict=True)]
@@ -62,7 +47,7 @@ class EnginePasses:
     def prefill(self, chunks: Sequence[Chunk]) -> None:
         """K/V of the next tokens of each chunk's request; lengths are moved."""
         for group in _even(chunks):
-            self._forward.causal(*self._text(group), keep=None)
+            self.target.forward.causal(*self._text(group), keep=None)
             self._have_read(group)
 
     def _text(self, group: Sequence[Chunk]) -> Text:
@@ -72,7 +57,7 @@ class EnginePasses:
         for i, (task, count) in enumerate(group):
             tokens[i, :count] = torch.tensor(task.text[task.done : task.done + count])
         starts, valid = [chunk.task.done for chunk in group], [chunk.num_tokens for chunk in group]
-        return Text(cache, tokens.to(self.device), starts, valid)
+        return Text(cache, tokens.to(self.target.device), starts, valid)
 
     def _have_read(self, chunks: Sequence[Chunk]) -> None:
         for task, count in chunks:
@@ -83,55 +68,41 @@ class EnginePasses:
     def apart(
         self, lane: Lane, tree: DraftTree, logits: Tensor, rows: Sequence[int], errors: dict[Task, SpecdecError]
     ) -> tuple[DraftTree, Tensor]:
-        """The given rows' nodes again, each request by itself; those the target fails on get an entry in `errors`.
+        """The given rows' trees again, each request by itself: without its companions and, where there is NaN, without
+        the nodes that bring it. Those the target fails on get an entry in `errors`.
 
         Args:
             logits: `[rows, nodes, vocab]`, as far as they are known.
 
         Returns:
-            the tree and logits with those rows' nodes replaced, as far as they are kept (see `alone`).
+            the tree and logits with those rows' nodes replaced, as far as they are kept (see
+            `TargetPasses.healthy_part`).
         """
         counts, logits = tree.num_nodes.clone(), logits.clone()
         live = lane.live
         for i in rows:
             logits[i] = 0.0
+            sequence = live[i].sequence
+            assert sequence is not None
+            cache = PagedKVCache(self._pool, [sequence])
             try:
-                kept, own = self.alone(lane, live[i], one_row(tree, i))
+                kept, own = TargetPasses(self.target, cache, None, partial(self.fault, live[i])).again(one_row(tree, i))
             except TargetFaultError as fault:
-                errors[live[i]] = self.fault(live[i], str(fault), fault.__cause__)
+                errors[live[i]] = fault
                 continue
             counts[i] = kept.num_nodes[0]
             logits[i, : own.shape[1]] = own[0]
         return replace(tree, num_nodes=counts), logits
 
-    def alone(self, lane: Lane, task: Task, tree: DraftTree) -> tuple[DraftTree, Tensor]:
-        """One request's tree again, without its row's companions and, where there is NaN, without the nodes that bring
-        it (see `TargetPasses.healthy_part`).
-
-        Returns:
-            the tree as far as it is kept, and logits of those nodes.
-
-        Raises:
-            TargetFaultError: the target fails on this request.
-        """
-        assert task.sequence is not None
-        cache = PagedKVCache(self._pool, [task.sequence])
-        report = SpecReport(num_steps=task.steps)
-        passes = TargetPasses(task.request, self._model, lane.rows, cache, report)
-        with passes.prepared():
-            return passes.again(tree)
-
-    def fault(self, task: Task, what: str, cause: BaseException | None = None) -> TargetFaultError:
+    def fault(self, task: Task, what: str) -> TargetFaultError:
         """The error a request ends with on which the target fails."""
         emitted = task.text[task.prompt_length :]
-        error = TargetFaultError(
+        return TargetFaultError(
             f"the target failed on request {task.handle.id} at its step {task.steps} ({what}); {len(emitted)} tokens "
             "emitted before are in .emitted",
             task.steps,
             [emitted],
         )
-        error.__cause__ = cause
-        return error
 
 
 def one_row(tree: DraftTree, row: int) -> DraftTree:

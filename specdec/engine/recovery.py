@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NamedTuple
 
 from specdec.engine.stepping import Stepping
-from specdec.engine.task import State, Task
-
-
-class Mark(NamedTuple):
-    """Where a request stood before a step: decoding steps, and tokens its handle had."""
-
-    num_steps: int
-    num_tokens: int
+from specdec.engine.task import Mark, State, Task
 
 
 @contextmanager
@@ -38,11 +30,6 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
         if came:
             usual(*came[0])
-
-
-def marks(tasks: Iterable[Task]) -> dict[Task, Mark]:
-    """To be taken before a step that may have to be recovered from."""
-    return {task: Mark(task.steps, task.handle.num_tokens) for task in tasks}
 
 
 def recover(stepping: Stepping, tasks: Sequence[Task], before: Mapping[Task, Mark]) -> None:

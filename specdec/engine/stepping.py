@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from time import monotonic
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.deciding import Decided
+from specdec.decision import Decided
 from specdec.drafters import FallbackGuard
 from specdec.engine.draft_depths import DraftDepths
 from specdec.engine.errors import EngineFaultError
-from specdec.engine.lane import Emitted, Lane
-from specdec.engine.lanes import Lanes
+from specdec.engine.lane import Emitted, Lane, Lanes
 from specdec.engine.metrics import Counters
 from specdec.engine.passes import EnginePasses
 from specdec.engine.scheduler import Chunk, Limits, Scheduler
@@ -50,7 +50,7 @@ class Stepping:
         self.num_steps = 0
         self._counters = counters
         self._passes = EnginePasses(target, self.pool)
-        self.device = self._passes.device
+        self.device = self._passes.target.device
         self._lanes = Lanes(self.pool, drafters, pooled.names, self.vocab, self.device)
         self.scheduler = Scheduler(self.pool, limits, self._lanes.leave)
         self._draft_depths = DraftDepths(limits, adaptive)
@@ -59,12 +59,12 @@ class Stepping:
 
     @property
     def vocab(self) -> int:
-        return self._passes.vocab
+        return self._passes.target.vocab
 
     def contexts(self) -> list[AbstractContextManager[object]]:
         """To be entered in this order, and left in the opposite one, around any number of steps."""
         drafting = [drafter.running() for drafter in self.drafters.values() if drafter is not None]
-        return [self._passes.prepared(), *drafting]
+        return [self._passes.target.prepared(), *drafting]
 
     def step(self) -> list[Task]:
         """One step. Returns the requests that are done with it; their handles have been told."""
@@ -168,7 +168,9 @@ class Stepping:
                     self._passes.prefill([chunk])
                 except Exception as fault:
                     why = f"in the prefill: {described(fault)}"
-                    self.fail(chunk.task, self._passes.fault(chunk.task, why, fault))
+                    error = self._passes.fault(chunk.task, why)
+                    error.__cause__ = fault
+                    self.fail(chunk.task, error)
         done = [chunk for chunk in chunks if chunk.task.state is State.PREFILLING]
         self._counters.add("num_prefilled_tokens", sum(chunk.num_tokens for chunk in done))
 
@@ -180,7 +182,8 @@ class Stepping:
         """
         start = monotonic()
         levels = max(task.depth for lane in lanes for task in lane.live)
-        trees = [lane.propose() for lane in lanes]
+        steps = [[task.steps for task in lane.live] for lane in lanes]
+        trees = [lane.propose(lane.budget(), own) for lane, own in zip(lanes, steps, strict=True)]
         errors: dict[Task, SpecdecError] = {}
         logits, left = self._verified(lanes, trees, chunks)
         if logits is None:  # perhaps one request's fault, perhaps too large a pass: each by itself
@@ -190,17 +193,8 @@ class Stepping:
             ]
             for i, lane in enumerate(lanes):
                 trees[i], logits[i] = self._passes.apart(lane, trees[i], logits[i], range(len(lane.live)), errors)
-        for lane, tree, scores in zip(lanes, trees, logits, strict=True):
-            decided, whole = self._decided(lane, tree, scores, errors)
-            live = lane.live
-            for i, raised in decided.failed.items():
-                errors.setdefault(live[i], live[i].fault("its processors or stop rules failed", raised))
-            out, stopped = lane.advance(decided, whole, set(errors))
-            for emitted in out:
-                self._emit(lane, emitted)
-            for task, raised in stopped.items():
-                errors[task] = task.fault("its stop rules failed", raised)
-            self._counters.add("num_drafter_faults", lane.take_faults())
+        for lane, tree, raw, own in zip(lanes, trees, logits, steps, strict=True):
+            self._advance(lane, lane.decide(tree, raw, own, partial(self._passes.apart, lane, errors=errors)), errors)
         for task, error in errors.items():
             self.fail(task, error)
         width = max(tree.tokens.shape[1] for tree in trees)
@@ -223,25 +217,24 @@ class Stepping:
                 return self._verified(lanes, trees, [])[0], chunks
             return None, chunks
 
-    def _decided(
-        self, lane: Lane, tree: DraftTree, logits: Tensor, errors: dict[Task, SpecdecError]
-    ) -> tuple[Decided, Tensor]:
-        """The lane's verdicts; rows with NaN among their logits are run again without the nodes that bring it."""
-        decided, live = lane.decide(tree, logits), lane.live
-        flagged = [i for i, flag in enumerate(decided.decision.sick) if flag and live[i] not in errors]
-        nan = logits.amax((1, 2)).isnan().tolist() if flagged else []
-        sick = [i for i in flagged if nan[i]]
-        if sick:
-            tree, logits = self._passes.apart(lane, tree, logits, sick, errors)
-            decided = lane.decide(tree, logits, again=True)
-        for i, flag in enumerate(decided.decision.sick_path):
-            if flag and live[i] not in errors:
+    def _advance(self, lane: Lane, decided: Decided, errors: dict[Task, SpecdecError]) -> None:
+        """Give everybody in the lane what was decided; those who cannot go on get an entry in `errors` instead."""
+        live = lane.live
+        for i, targets in decided.faulty.items():
+            if live[i] not in errors:
                 errors[live[i]] = (
                     self._passes.fault(live[i], "NaN in its logits")
-                    if i in sick
+                    if targets
                     else live[i].fault("its logits processors left no law: NaN, or no token that is possible")
                 )
-        return decided, logits
+        for i, raised in decided.failed.items():
+            errors.setdefault(live[i], live[i].fault("its processors or stop rules failed", raised))
+        advanced = lane.advance(decided, [i for i, task in enumerate(live) if task in errors])
+        for i, raised in advanced.raised.items():
+            errors[live[i]] = live[i].fault("its stop rules failed", raised)
+        for emitted in lane.emitted(decided, advanced.ended, errors):
+            self._emit(lane, emitted)
+        self._counters.add("num_drafter_faults", lane.take_faults())
 
     def _emit(self, lane: Lane, emitted: Emitted) -> None:
         """Tokens to the handle, figures to the counters, the end if it is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -133,3 +134,15 @@ class Task:
             seconds_to_first_token=None if self.first_token is None else self.first_token - self.submitted,
             seconds=now - self.submitted,
         )
+
+
+class Mark(NamedTuple):
+    """Where a request stood before a step: decoding steps, and tokens its handle had."""
+
+    num_steps: int
+    num_tokens: int
+
+
+def marks(tasks: Iterable[Task]) -> dict[Task, Mark]:
+    """To be taken before a step that may have to be recovered from."""
+    return {task: Mark(task.steps, task.handle.num_tokens) for task in tasks}

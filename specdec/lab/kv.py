@@ -12,8 +12,7 @@ from transformers import DynamicCache
 from specdec.drafters.base import CACHE_NAME
 from specdec.kv.versions import cached
 from specdec.lab.findings import Finding, Status
-from specdec.loop import DecodeLoop
-from specdec.monitor import Monitor
+from specdec.monitor import Monitor, Watched
 from specdec.speculator import Speculator
 from specdec.target import TARGET
 from specdec.trace import StepTrace
@@ -50,7 +49,7 @@ class KVAudit(Monitor):
         self.worst: dict[str, float] = {}
         self.worst_ratio = 0.0
 
-    def stepped(self, loop: DecodeLoop) -> None:
+    def stepped(self, loop: Watched) -> None:
         if not loop.rows.live:
             return
         self._seen += 1
@@ -65,7 +64,7 @@ class KVAudit(Monitor):
             found.append(self._snapshot(loop, CACHE_NAME, model, i))
         self._taken[slot : slot + 1] = [found]
 
-    def _snapshot(self, loop: DecodeLoop, name: str, model: Any, i: int) -> Snapshot:
+    def _snapshot(self, loop: Watched, name: str, model: Any, i: int) -> Snapshot:
         held = min(loop.cache.filled(name)[i], loop.cache.lengths[i])
         text = loop.rows.text[loop.rows.live[i], :held].clone()
         return Snapshot(name, model, text, [(k.clone(), v.clone()) for k, v in loop.cache.layers(name, i)])

@@ -67,7 +67,7 @@ def measure(
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
     script = MeasuringPlanner(scratch, rows, seconds, process_time if alone else perf_counter, room)
     loop = DecodeLoop(_scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
-    script.loop = loop
+    script.batch = loop
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def measure(
             usual = steps[option.name][min(steps[option.name])]
             draft_token = max(0.0, min((ms - usual) / tokens for ms, tokens in script.catch_up_ms))
             break
-    first = loop.watch.ms.get("prefill", 0.0) + prompt_ms - plain
+    first = loop.ms.get("prefill", 0.0) + prompt_ms - plain
     prompt_token = max(0.0, min(first / prompt.shape[1], plain * _MOST_PROMPT_TOKEN))
     beliefs = {family: history.belief for family, history in script.history.items() if history.num_decisions}
     found = {name: sum(shares) / len(shares) for name, shares in script.asked.items()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from specdec.batch import Batch
 from specdec.drafters import Budget, Drafter, Session
 from specdec.drafters.base import CACHE_NAME
 from specdec.planner.acceptance import AcceptanceHistory, counterfactual_outcomes
@@ -17,9 +17,6 @@ from specdec.trace import StepTrace
 from specdec.verify import DraftTree
 from specdec.verify.draft_kind import DraftKind
 from specdec.verify.topology import Topology
-
-if TYPE_CHECKING:
-    from specdec.loop import DecodeLoop
 
 MOST_ROUNDS = 10
 _DEPTHS = (1, 2, 3, 5, 6, 8, 11, 16)
@@ -81,7 +78,7 @@ class MeasuringPlanner(Planner):
         self, options: Options, rows: int, seconds: float, clock: Callable[[], float], room: int | None = None
     ):
         self.depths = [measured_depths(option) for option in options.options]
-        self.loop: DecodeLoop | None = None
+        self.batch: Batch | None = None
         self.ms: dict[tuple[int, int], list[float]] = {}
         self.catch_up_ms: list[tuple[float, int]] = []
         self._options, self._rows, self._seconds, self._clock, self._room = options, rows, seconds, clock, room
@@ -100,9 +97,9 @@ class MeasuringPlanner(Planner):
             self._next_round()
         order = self._queue.pop(0)
         if order == _FORGET:
-            assert self.loop is not None
-            self.loop.cache.forget(CACHE_NAME)
-            self._forgotten = max(self.loop.rows.num_tokens)
+            assert self.batch is not None
+            self.batch.cache.forget(CACHE_NAME)
+            self._forgotten = max(self.batch.rows.num_tokens)
             order = self._queue.pop(0)
         if self._room is not None and max(lengths) + order[1] > self._room:  # a model could not read it to its end
             raise EnoughMeasured

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from fuzz import bugs
 from fuzz.callbacks import AvoidsLast, Remembers, criterion, prefix_function, processor, streamer
+from specdec.batch import Batch
 from specdec.call_lock import CallLock
-from specdec.deciding import Decider
 from specdec.engine.handle import Handle
 from specdec.kv import SharedKVCache
 from specdec.loop import DecodeLoop
@@ -83,7 +83,7 @@ FAULTS: dict[str, Fault] = {
         ("coupled text depends on the draft",),
     ),
     "a user's error becomes an internal one": Fault(
-        bugs.wrapped(Decider, "decide", bugs.swallows),
+        bugs.wrapped(Batch, "decide", bugs.swallows),
         _chain(
             {"logits_processor": [processor(Remembers)], "prefix_allowed_tokens_fn": prefix_function("raises later")},
             lengths=(5,),

@@ -126,7 +126,7 @@ def verdict_at(tree: DraftTree, node: Tensor, next_token: Tensor) -> Verdict:
     """The verdict that keeps the path from the root to `node` (int64 `[rows]`)."""
     rows, nodes = tree.tokens.shape
     if tree.is_shared_chain:  # node == depth, and ancestors are what comes before
-        return Verdict(_prefixes(nodes, node.device).index_select(0, node), node, next_token)
+        return Verdict(chain_paths(nodes, node.device).index_select(0, node), node, next_token)
     depths = tree.depths
     on_path = tree.ancestor_mask.gather(1, node[:, None, None].expand(rows, 1, nodes))[:, 0]
     path = torch.full((rows, tree.max_depth + 2), -1, dtype=torch.int64, device=node.device)
@@ -137,7 +137,7 @@ def verdict_at(tree: DraftTree, node: Tensor, next_token: Tensor) -> Verdict:
 
 
 @lru_cache(maxsize=1024)
-def _prefixes(nodes: int, device: torch.device) -> Tensor:
+def chain_paths(nodes: int, device: torch.device) -> Tensor:
     """Int64 `[nodes, nodes]`: row `i` is the path to node `i` of a chain, padded with -1. Shared: never written to."""
     with torch.inference_mode(False):
         index = torch.arange(nodes, device=device)

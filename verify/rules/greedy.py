@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specdec.verify.host_integers import argmax, on_host
 from specdec.verify.noise import Noise
-from specdec.verify.rules.base import AcceptanceRule, verdict_at
+from specdec.verify.rules.base import AcceptanceRule, chain_paths, verdict_at
 from specdec.verify.tree import DraftTree, Verdict
 
 
@@ -52,7 +52,8 @@ def _followed_on_host(tree: DraftTree, choice: Tensor) -> Verdict:
             node += 1
         ends.append(node)
         tokens.append(wanted[node])
-    return verdict_at(tree, torch.tensor(ends), torch.tensor(tokens))
+    last = torch.tensor(ends)
+    return Verdict(chain_paths(tree.tokens.shape[1], choice.device).index_select(0, last), last, torch.tensor(tokens))
 
 
 def deepest_reached(tree: DraftTree, kept: Tensor) -> Tensor:
