@@ -110,7 +110,9 @@ class PagedKVCache(KVCache):
                 if stop > start:
                     sequence.have_written(owner, start, stop, None if owner == known else known)
 
-        return PagedWrite(pool.stores[owner], spans, width, pool.num_layers[known], pool.allocator.shared, written)
+        return PagedWrite(
+            pool.stores[owner], spans, width, pool.num_layers[known], pool.allocator.refs, pool.index.published, written
+        )
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """See `KVCache.commit`; pages behind the kept slots are free again."""
@@ -215,5 +217,7 @@ class PagedKVCache(KVCache):
 
 def _kept(sequence: PooledSequence, path: Sequence[int], name: str) -> list[int] | None:
     """Tail slots of model `name` to keep; None where it lags behind the tail, so that nothing of it is its own."""
-    have = sequence.filled[name] - sequence.length
-    return None if have < 0 else kept_slots(path, have, sequence.places.get(name))
+    have, places = sequence.filled[name] - sequence.length, sequence.places.get(name)
+    if places is None and len(path) <= have and list(path) == list(range(len(path))):  # as usual
+        return list(path)
+    return None if have < 0 else kept_slots(path, have, places)

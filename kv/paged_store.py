@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specdec.kv.layout import Layout, check_layout
 from specdec.kv.pages import ZERO_PAGE
 
 
@@ -33,6 +34,21 @@ class PagedStore:
         self.values: list[Tensor | None] = [None] * num_layers
         self.settled = [0] * self.capacity
         self._unused: set[int] = set()
+        self._layout: Layout | None = None
+
+    def layout(self, like: Tensor) -> Layout:
+        """Of all pages, without a table: the same object until storage moves.
+
+        Args:
+            like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
+        """
+        known, size, heads, width = self._layout, self.page_size, like.shape[1], like.shape[3]
+        strides = (size, size * heads * width, heads * width, width)
+        if known is None or known.keys[0].dtype != like.dtype or known.strides != strides:
+            keys, values = zip(*(self.layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
+            check_layout((*keys, *values), (self.capacity, size, heads, width), like)
+            known = self._layout = Layout(keys, values, strides, torch.empty(0, 0, dtype=torch.int64))
+        return known
 
     def read(self, pages: Sequence[int], stop: int) -> list[tuple[Tensor, Tensor]]:
         """Per layer, `(keys, values)` of slots `[0, stop)` of one block table, each `[kv_heads, stop, head_dim]`."""
@@ -89,7 +105,7 @@ class PagedStore:
 
     def reset(self) -> None:
         """Nobody relies on anything here any more: the next writer's dtype, place and shapes count."""
-        self._unused = set(range(self.num_layers))
+        self._unused, self._layout = set(range(self.num_layers)), None
 
     def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's storage, allocated for states like these."""
@@ -110,6 +126,7 @@ class PagedStore:
             return
         # A sixteenth wastes little memory, and copying all pages once per so many tokens costs less than attention,
         # which reads them for each of those tokens.
+        self._layout = None
         more = self.capacity + self.capacity // 16 + 1
         capacity = max(pages, more if self._most is None else min(more, self._most))
         for tensors in (self.keys, self.values):

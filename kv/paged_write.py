@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from specdec.kv.layout import Layout, check_layout
+from specdec.kv.layout import Layout
 from specdec.kv.paged_store import PagedStore
 from specdec.kv.pages import ZERO_PAGE
 from specdec.kv.pool_pages import Span, pieces
@@ -23,7 +23,8 @@ class PagedWrite(Write):
 
     Args:
         spans: per row of the pass, the sequence and the slots of its real columns; padding columns are not stored.
-        shared: of a page, may no single holder change it.
+        holders: of every page, how many sequences hold it. published: pages whose text the pool knows. Where there are
+            several, or it is, no single holder may change a page.
         written: what else is true once the pass has ended well.
     """
 
@@ -35,10 +36,12 @@ class PagedWrite(Write):
         spans: Sequence[Span],
         width: int,
         num_layers: int,
-        shared: Callable[[int], bool],
+        holders: Sequence[int],
+        published: Container[int],
         written: Callable[[], None],
     ):
-        self._store, self._spans, self._shared, self._written = store, spans, shared, written
+        self._store, self._spans, self._written = store, spans, written
+        self._holders, self._published = holders, published
         self.starts, self.width, self.num_layers = [start for _, start, _ in spans], width, num_layers
         self.valid = [max(0, stop - start) for _, start, stop in spans]
         self.read = max(self.starts, default=0) + width
@@ -49,7 +52,7 @@ class PagedWrite(Write):
         for row, (sequence, start, stop) in enumerate(spans):
             for i, first, last in pieces(start, stop, size):
                 page = sequence.pages[i]
-                if shared(page):
+                if holders[page] > 1 or page in published:
                     have = self._settled.get(page, store.settled[page])
                     if first <= have:
                         self._settled[page] = max(have, last)
@@ -103,19 +106,17 @@ class PagedWrite(Write):
         return read.view(len(self.starts), -1, *storage.shape[2:])[:, : self.read].transpose(1, 2)
 
     def layout(self, like: Tensor) -> Layout:
-        store = self._store
-        keys, values = zip(*(store.layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
-        size, heads, width = store.page_size, like.shape[1], like.shape[3]
-        check_layout((*keys, *values), (store.capacity, size, heads, width), like)
-        targets = self._slots * (heads * width)
+        storage = self._store.layout(like)
+        targets = self._slots * storage.strides[2]
         if self._columns is not None:
             spread = torch.full((len(self.starts) * self.width,), -1, dtype=torch.int64)
             targets = spread.index_copy_(0, self._columns, targets)
-        strides = (size, size * heads * width, heads * width, width)
-        return Layout(keys, values, strides, self.table, targets)
+        return storage._replace(table=self.table, targets=targets)
 
     def row(self, row: int, width: int) -> Write:
-        return PagedWrite(self._store, [self._spans[row]], width, self.num_layers, self._shared, _nothing)
+        return PagedWrite(
+            self._store, [self._spans[row]], width, self.num_layers, self._holders, self._published, _nothing
+        )
 
 
 def _nothing() -> None:

@@ -88,7 +88,7 @@ class PageAllocator:
         self.refs[page] -= 1
         if self.refs[page]:
             return
-        if page in self._index:
+        if page in self._index.published:
             self._index.rest(page)
         else:
             self._free.append(page)
@@ -101,4 +101,4 @@ class PageAllocator:
 
     def shared(self, page: int) -> bool:
         """May its K/V be changed by no single holder: another sequence, or the index, relies on it."""
-        return self.refs[page] > 1 or page in self._index
+        return self.refs[page] > 1 or page in self._index.published

@@ -61,16 +61,18 @@ def _check_pages(pool: Bookkeeping) -> None:
 
 
 def _check_index(pool: Bookkeeping) -> None:
-    index, published = pool.index, pool.index.pages
+    index, published = pool.index, pool.index.published
     for page in published:
-        before, tokens = index.key(page)
+        before, tokens = index.published[page]
         _require(index.find(before, tokens) == page, f"page {page} is not found under its own text")
         _require(len(tokens) == pool.page_size, f"page {page} is published with {len(tokens)} tokens")
-        _require(before == ROOT or before in index, f"page {page} follows page {before}, which is not published")
+        _require(
+            before == ROOT or before in index.published, f"page {page} follows page {before}, which is not published"
+        )
     order = {page: place for place, page in enumerate(index.resting)}
     for page in published:
         _require((page in order) == (pool.allocator.refs[page] == 0), f"page {page} rests although it is held")
-        before = index.key(page)[0]
+        before = index.published[page][0]
         if before in order:
             _require(order.get(page, len(order)) < order[before], f"page {before} would go before page {page}")
 
@@ -85,10 +87,12 @@ def _check_sequence(pool: Bookkeeping, number: int, sequence: PooledSequence) ->
     _require(set(sequence.filled) == set(pool.stores), f"{where} knows the models {sorted(sequence.filled)}")
     _require(0 <= sequence.agreed <= sequence.length, f"{where}: {sequence.agreed} agreed of {sequence.length} slots")
     _require(sequence.published * size <= sequence.agreed, f"{where}: more is published than agreed")
-    _require(all(page in pool.index for page in pages[: sequence.published]), f"{where}: not all is published")
+    _require(
+        all(page in pool.index.published for page in pages[: sequence.published]), f"{where}: not all is published"
+    )
     for i, page in enumerate(pages):
-        if page in pool.index:
-            before = pool.index.key(page)[0]
+        if page in pool.index.published:
+            before = pool.index.published[page][0]
             _require(before == (pages[i - 1] if i else ROOT), f"{where}: page {page} follows another than {before}")
             _require(sequence.agreed >= min((i + 1) * size, sequence.length), f"{where} does not agree on page {page}")
         if not pool.allocator.shared(page):

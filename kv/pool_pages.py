@@ -103,14 +103,16 @@ class SequencePages:
         size = self._size
         whole = min(sequence.length, len(tokens), max(sequence.filled.values(), default=0)) // size
         known = min(sequence.published, len(tokens) // size)
-        if known and self._index.key(sequence.pages[known - 1])[1] != tuple(tokens[(known - 1) * size : known * size]):
+        if known and self._index.published[sequence.pages[known - 1]][1] != tuple(
+            tokens[(known - 1) * size : known * size]
+        ):
             raise CacheStateError("expected the text that was published before; these tokens differ from it")
         for i in range(sequence.published, whole):
             own, before = sequence.pages[i], sequence.pages[i - 1] if i else ROOT
             part = tokens[i * size : (i + 1) * size]
             twin = self._index.find(before, part)
             if twin is None:
-                if own in self._index:
+                if own in self._index.published:
                     raise CacheStateError("expected the text that was published before; these tokens differ from it")
                 if not self._all_agree(sequence, i):
                     break
@@ -196,7 +198,7 @@ class SequencePages:
                 continue
             for i in range(first // self._size, min(count, len(sequence.pages))):
                 page = sequence.pages[i]
-                if page in self._index or self._allocator.refs[page] - left[page] > 1:
+                if page in self._index.published or self._allocator.refs[page] - left[page] > 1:
                     copies.append((sequence, i))
                     left[page] += 1
         return new, copies

@@ -41,19 +41,12 @@ class PrefixIndex:
     def __init__(self, page_size: int):
         self.page_size = page_size
         self._pages: dict[Key, int] = {}
-        self._keys: dict[int, Key] = {}
+        self.published: dict[int, Key] = {}
+        """Every published page, and what it holds."""
         self._resting: OrderedDict[int, None] = OrderedDict()
 
-    def __contains__(self, page: int) -> bool:
-        return page in self._keys
-
     def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def pages(self) -> list[int]:
-        """All published pages."""
-        return list(self._keys)
+        return len(self.published)
 
     @property
     def num_resting(self) -> int:
@@ -63,9 +56,6 @@ class PrefixIndex:
     def resting(self) -> list[int]:
         """Pages no sequence holds, the one to go first in front."""
         return list(self._resting)
-
-    def key(self, page: int) -> Key:
-        return self._keys[page]
 
     def find(self, before: int, tokens: Sequence[int]) -> int | None:
         """The page that continues page `before` with `tokens`."""
@@ -85,9 +75,9 @@ class PrefixIndex:
         """Publish a page that a sequence holds."""
         key = (before, tuple(tokens))
         assert key not in self._pages, "a text has one page"
-        assert page not in self._keys, "a page has one text"
+        assert page not in self.published, "a page has one text"
         self._pages[key] = page
-        self._keys[page] = key
+        self.published[page] = key
 
     def rest(self, page: int) -> None:
         """The last sequence let go of a published page."""
@@ -100,5 +90,5 @@ class PrefixIndex:
     def evict(self) -> int:
         """Withdraw the page that has rested longest."""
         page, _ = self._resting.popitem(last=False)
-        del self._pages[self._keys.pop(page)]
+        del self._pages[self.published.pop(page)]
         return page

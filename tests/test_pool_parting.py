@@ -8,6 +8,7 @@ from pool_calls import DIM, HEADS, LAYERS, keys_of, prefill, write
 
 from specdec.kv import KVPool, PagedKVCache
 from specdec.kv.pool_pages import SequencePages
+from specdec.kv.prefix import PrefixIndex
 
 TEXT = list(range(8))
 
@@ -45,7 +46,7 @@ def test_a_published_page_that_is_not_copied_is_noticed(monkeypatch: pytest.Monk
     original = SequencePages._missing
 
     def unpublished(self: SequencePages, spans: object) -> object:
-        index, self._index = self._index, {}  # type: ignore[assignment]
+        index, self._index = self._index, PrefixIndex(4)
         try:
             return original(self, spans)  # type: ignore[arg-type]
         finally:

@@ -65,7 +65,8 @@ class Native(Runner):
             refuse_wider(part, self._most_nodes)
         if self._pass is None:
             return "there is no native pass over these weights (docs/models.md)"
-        if self._pass.hooked:
+        own = self._pass.own
+        if sum(map(len, own.hooks)) != own.num_hooks:  # `own.hooked`, which every pass of every level would call
             return self._direct.refusal(part)
         width = part.tokens.shape[1]
         if width >= ALWAYS_NATIVE and part.nodes is None and not self._reads(width, part.write.read):
@@ -131,7 +132,7 @@ class NativePass:
         weights: Sequence[Tensor | None],
         ends: Sequence[Tensor | None],
     ):
-        self._own, self._inputs, self._shape = own, inputs, shape
+        self.own, self._inputs, self._shape = own, inputs, shape
         self._call = library().call
         self._places = [layer.index for layer in own.layers]
         self._pointers = (structures.Pointer * len(weights))(*map(_address, weights))
@@ -143,16 +144,13 @@ class NativePass:
         self._wanted = (structures.Pointer * (shape.layers + 1))()
         self._tickets = torch.zeros(8 * shape.layers + 3, dtype=torch.int64)
         self._like = own.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
+        self._angles = self._like.new_empty(0)
         self._room, self._threads = (0, 0, 0), 0
         self._pass = structures.Pass()
         self._pass.keys = ctypes.addressof(self._kv)
         self._pass.values = ctypes.addressof(self._kv) + shape.layers * ctypes.sizeof(structures.Pointer)
         self._pass.features = ctypes.addressof(self._wanted)
         self._pass.tickets = self._tickets.data_ptr()
-
-    @property
-    def hooked(self) -> bool:
-        return self._own.hooked
 
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         """See `Runner.__call__`."""
@@ -161,11 +159,13 @@ class NativePass:
         layouts = [part.write.layout(self._like) for part in parts]
         rows, masks, tokens, read = self._rows(parts, layouts)
         ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
-        if self._own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
-            angles, places = self._own.angle_table(self._like, read), None
+        if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
+            if len(self._angles) < read:
+                self._angles = self.own.angle_table(self._like, read)
+            angles, places = self._angles, None
         else:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
-            angles, places = self._own.angles(self._like, positions, read)
+            angles, places = self.own.angles(self._like, positions, read)
             places = places.contiguous()
         first = layouts[0]
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
@@ -185,7 +185,7 @@ class NativePass:
             self._wanted[layer] = None
         if wrong:
             token = int(ids[wrong - 1])
-            raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self._own.embed)} rows")
+            raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self.own.embed)} rows")
         return outputs(logits, features, parts)
 
     def _rows(

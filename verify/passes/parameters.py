@@ -118,9 +118,9 @@ class Parameters:
         self._frequencies = inner.rotary_emb.inv_freq
         self.static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
         self._table: Tensor | None = None
-        self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._hooks += [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
-        self._num_hooks = sum(map(len, self._hooks))  # harmless ones (see `is_stock`)
+        self.hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.hooks += [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
+        self.num_hooks = sum(map(len, self.hooks))  # harmless ones (see `is_stock`)
 
     @staticmethod
     def of(model: PreTrainedModel) -> Parameters | None:
@@ -132,7 +132,7 @@ class Parameters:
     @property
     def hooked(self) -> bool:
         """Has anybody put a hook on a module since? (10 microseconds for 420 modules.)"""
-        return sum(map(len, self._hooks)) != self._num_hooks
+        return sum(map(len, self.hooks)) != self.num_hooks
 
     @property
     def fits(self) -> bool:
