@@ -123,10 +123,6 @@ class Drafter(ABC):
         """Tokens of a row that it can read; None without such a limit."""
         return None
 
-    def levels_below(self, num_tokens: int) -> int:
-        """Most levels it drafts below a text of so many tokens: its leaves are proposed, but never read."""
-        return levels_within(self.num_positions, self.max_depth, num_tokens)
-
     @property
     def looks_ahead(self) -> bool:
         """Whether nodes are withdrawn after a look at deeper ones. Under rule coupled deeper nodes show noise of later

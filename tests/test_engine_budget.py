@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from specdec.engine.budget import Acceptance, DraftBudget, Seat
+from specdec.engine.budget import DraftBudget, Seat
 from specdec.engine.costs import StepCosts
+from specdec.engine.task import Acceptance
 
 Clock = Callable[[int, int], float]
 CLOCKS: dict[str, Clock] = {

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from specdec.engine.costs import StepCosts
+from specdec.engine.lane import Lane
+from specdec.engine.scheduler import Limits
+from specdec.engine.task import Acceptance, Task
 
 _LEAST_GAIN = 0.03
 """Levels that are kept more rarely than this are not drafted, even where there is room for them."""
@@ -21,50 +24,6 @@ _PROBE_EVERY = 24
 """Least steps between two of those trials."""
 _HOPE = 1.5
 """A depth whose cost is not known yet is tried if it would be best at so much more speed than it promises."""
-_MEMORY = 0.95
-"""Weight of the past in a request's acceptance, per draft."""
-_COMMON_MEMORY = 0.99
-"""The same in everybody's together."""
-_PRIOR = 0.7
-"""Chance that the next drafted token is kept, before anything is known."""
-_BORROWED = 4.0
-"""Drafts after which a request's own history counts as much as everybody's."""
-
-
-class Acceptance:
-    """How deep drafts get: `survival[d]` estimates the chance that at least `d + 1` drafted tokens are kept.
-
-    Steps in which fewer levels were allowed say nothing about deeper ones.
-    """
-
-    def __init__(self, depth: int, common: Acceptance | None = None):
-        self._common = common
-        self._memory, self._trust = (_COMMON_MEMORY, 0.5) if common is None else (_MEMORY, _BORROWED)
-        self._kept = [0.0] * depth
-        self._seen = [0.0] * depth
-
-    def observe(self, allowed: int, accepted: int) -> None:
-        """A draft of up to `allowed` levels of which `accepted` were kept."""
-        for depth in range(min(allowed, len(self._seen))):
-            self._seen[depth] = self._memory * self._seen[depth] + 1.0
-            self._kept[depth] = self._memory * self._kept[depth] + (accepted > depth)
-        if self._common is not None:
-            self._common.observe(allowed, accepted)
-
-    def survival(self) -> list[float]:
-        """Non-increasing, one entry per level. What no draft has shown yet goes on as the levels above it."""
-        common = None if self._common is None else self._common.survival()
-        out: list[float] = []
-        last, onward = 1.0, _PRIOR
-        for depth, (kept, seen) in enumerate(zip(self._kept, self._seen, strict=True)):
-            if common is not None:
-                onward = common[depth] / (common[depth - 1] if depth else 1.0)
-            value = min(last, (kept + self._trust * last * onward) / (seen + self._trust))
-            if common is None:
-                onward = value / last
-            last = max(value, 1e-6)
-            out.append(value)
-        return out
 
 
 @dataclass(frozen=True)
@@ -210,3 +169,47 @@ class _Levels:
             if nodes <= left:
                 split[i], left, added = level + 1, left - nodes, added + gain
         return split, added, max(self._seats[i].nodes[own] for i, own in split.items())
+
+
+class DraftDepths:
+    """Sets `task.depth` of all running requests, and learns from every step what steps cost.
+
+    Args:
+        adaptive: False lets every request draft as deep as its drafter does.
+    """
+
+    def __init__(self, limits: Limits, adaptive: bool):
+        self._limits = limits
+        self._adaptive = adaptive
+        self.costs = StepCosts()
+        self.budget = DraftBudget(self.costs)
+
+    def assign(self, lanes: Sequence[Lane], prefilling: bool) -> None:
+        """Set `depth` of every task of these lanes."""
+        tasks = [(lane, task) for lane in lanes for task in lane.live]
+        if not tasks:
+            return
+        seats = [self._seat(lane, task) for lane, task in tasks]
+        reserved = self._limits.prefill_share if prefilling else 0
+        depths = self.budget.depths(seats, self._limits.max_step_tokens - reserved - len(tasks))
+        for (_, task), depth in zip(tasks, depths, strict=True):
+            task.depth = depth
+
+    def slots(self, lanes: Sequence[Lane]) -> int:
+        """Slots behind a row's text that this step may write, drafters included."""
+        wide = max((lane.nodes[task.depth] + 1 for lane in lanes for task in lane.live), default=1)
+        tails = (lane.drafter.tail_slots for lane in lanes if lane.drafter and any(t.depth for t in lane.live))
+        return max([wide, *tails])
+
+    def left_for_prefill(self, lanes: Sequence[Lane], prefilling: Sequence[Task]) -> int:
+        """Tokens of this step that decoding does not use."""
+        used = sum(lane.nodes[task.depth] + 1 for lane in lanes for task in lane.live)
+        return max(0, self._limits.max_step_tokens - used) if prefilling else 0
+
+    def took(self, tokens: int, levels: int, seconds: float) -> None:
+        """The step's decoding, with a pass of so many nodes, roots and padding included, took so long."""
+        self.costs.observe(tokens, levels, seconds)
+
+    def _seat(self, lane: Lane, task: Task) -> Seat:
+        limit, kept = lane.limit(task), task.acceptance or Acceptance(0)
+        return Seat(limit, lane.nodes[: limit + 1], kept, fixed=task.pinned or not self._adaptive)

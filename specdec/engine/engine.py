@@ -150,7 +150,8 @@ class Engine:
 
     def step(self) -> bool:
         """One step for everybody who can run; returns whether anything is left to do."""
-        refuse_forked(self._process)
+        if self._process != os.getpid():
+            refuse_forked(self._process)
         with self._lock:
             self._refuse_within_step()
             if not self._stepping.scheduler.idle:

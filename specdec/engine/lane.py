@@ -11,10 +11,9 @@ from torch import Tensor
 from specdec.batch import Batch
 from specdec.decision import Decided
 from specdec.drafters import Budget, FallbackGuard
-from specdec.drafters.base import depth_limits
-from specdec.engine.budget import Acceptance
+from specdec.drafters.base import depth_limits, levels_within
 from specdec.engine.law import DraftingLaw, LaneLaw
-from specdec.engine.task import LaneKey, State, Task
+from specdec.engine.task import Acceptance, LaneKey, State, Task
 from specdec.kv.faults import from_outside
 from specdec.kv.paged import PagedKVCache
 from specdec.kv.pool import KVPool
@@ -62,6 +61,7 @@ class Lane(Batch):
         self.tasks: dict[int, Task] = {}
         self.acceptance = Acceptance(0 if drafter is None else drafter.max_depth)
         self._num_faults = 0
+        self._num_positions = None if drafter is None else drafter.num_positions
         self.nodes = [0]
         if drafter is not None:
             self.nodes += [drafter.nodes_within(depth) for depth in range(1, drafter.max_depth + 1)]
@@ -116,7 +116,7 @@ class Lane(Batch):
         """Levels the request may draft at most."""
         if self.drafter is None:
             return 0
-        deepest = self.drafter.levels_below(len(task.text))
+        deepest = levels_within(self._num_positions, self.drafter.max_depth, len(task.text))
         return depth_limits(deepest, [self.stops[task.row].remaining(task.row)])[0]
 
     def budget(self) -> Budget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from time import monotonic
+from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.decision import Decided
 from specdec.drafters import FallbackGuard
-from specdec.engine.draft_depths import DraftDepths
+from specdec.engine.budget import DraftDepths
 from specdec.engine.errors import EngineFaultError
 from specdec.engine.lane import Emitted, Lane, Lanes
 from specdec.engine.metrics import Counters
@@ -94,7 +94,7 @@ class Stepping:
     def models_changed(self) -> bool:
         """Is the K/V at hand that of earlier weights? Asked always before a request may be given some of it, and now
         and then for those that run."""
-        return (self.scheduler.may_admit or self._weights.due) and self._weights.changed()
+        return (self.scheduler.may_admit or perf_counter() >= self._weights.next_look) and self._weights.changed()
 
     def renew(self) -> None:
         """Forget all K/V: every request that has some computes it again from its text, and goes on from there."""

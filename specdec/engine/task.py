@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from specdec.engine.budget import Acceptance
 from specdec.engine.errors import RequestFaultError
 from specdec.engine.handle import Handle, Result
 from specdec.engine.params import Params
@@ -18,6 +17,14 @@ from specdec.stopping import Opinions
 
 AGING_STEPS = 256
 """A waiting request becomes one priority more urgent after so many steps of the engine: none starves."""
+_MEMORY = 0.95
+"""Weight of the past in a request's acceptance, per draft."""
+_COMMON_MEMORY = 0.99
+"""The same in everybody's together."""
+_PRIOR = 0.7
+"""Chance that the next drafted token is kept, before anything is known."""
+_BORROWED = 4.0
+"""Drafts after which a request's own history counts as much as everybody's."""
 
 
 class State(Enum):
@@ -34,6 +41,42 @@ class LaneKey(NamedTuple):
     rule: str
     do_sample: bool
     in_order: bool = False
+
+
+class Acceptance:
+    """How deep drafts get: `survival[d]` estimates the chance that at least `d + 1` drafted tokens are kept.
+
+    Steps in which fewer levels were allowed say nothing about deeper ones.
+    """
+
+    def __init__(self, depth: int, common: Acceptance | None = None):
+        self._common = common
+        self._memory, self._trust = (_COMMON_MEMORY, 0.5) if common is None else (_MEMORY, _BORROWED)
+        self._kept = [0.0] * depth
+        self._seen = [0.0] * depth
+
+    def observe(self, allowed: int, accepted: int) -> None:
+        """A draft of up to `allowed` levels of which `accepted` were kept."""
+        for depth in range(min(allowed, len(self._seen))):
+            self._seen[depth] = self._memory * self._seen[depth] + 1.0
+            self._kept[depth] = self._memory * self._kept[depth] + (accepted > depth)
+        if self._common is not None:
+            self._common.observe(allowed, accepted)
+
+    def survival(self) -> list[float]:
+        """Non-increasing, one entry per level. What no draft has shown yet goes on as the levels above it."""
+        common = None if self._common is None else self._common.survival()
+        out: list[float] = []
+        last, onward = 1.0, _PRIOR
+        for depth, (kept, seen) in enumerate(zip(self._kept, self._seen, strict=True)):
+            if common is not None:
+                onward = common[depth] / (common[depth - 1] if depth else 1.0)
+            value = min(last, (kept + self._trust * last * onward) / (seen + self._trust))
+            if common is None:
+                onward = value / last
+            last = max(value, 1e-6)
+            out.append(value)
+        return out
 
 
 @dataclass(eq=False)

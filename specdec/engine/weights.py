@@ -43,6 +43,7 @@ class Weights:
     `transformers`' own (an attention's scale, a norm's epsilon).
 
     Attributes:
+        next_look: when looking again will have taken no more than `SHARE` of the time (`perf_counter`).
         steady: False after `PATIENCE` changes in a row: no K/V can be relied on, `changed` says no from then on.
     """
 
@@ -50,13 +51,8 @@ class Weights:
         self._models = list(models)
         self._streak = 0
         self.steady = True
-        self._next = 0.0
+        self.next_look = 0.0
         self._look()
-
-    @property
-    def due(self) -> bool:
-        """Whether looking again would still take no more than `SHARE` of the time."""
-        return perf_counter() >= self._next
 
     def changed(self) -> bool:
         """Has anything changed since the last call (or since this was made)?"""
@@ -65,7 +61,7 @@ class Weights:
         start = perf_counter()
         same = self._same()
         now = perf_counter()
-        self._next = now + (now - start) / SHARE
+        self.next_look = now + (now - start) / SHARE
         if same:
             self._streak = 0
             return False
