@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec import Engine, Speculator, UnsupportedArgumentError
 from specdec.fitting import has_holes
-from specdec.verify.passes.positions import length_dependent_positions, usable_positions
+from specdec.verify.positions import length_dependent_positions, usable_positions
 
 ORIGINAL = 24
 
