@@ -10,33 +10,33 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_llamacpp_tools as tools
-import torch
 from test_bench import make_pair
 from typer.testing import CliRunner
 
 from specdec.experiments import passes, strict
-from specdec.experiments.accept import run_from_cli as run_accept
-from specdec.experiments.accept.__main__ import app as accept
-from specdec.experiments.accept.models import Models
+from specdec.experiments.accept.__main__ import main as accept
 from specdec.experiments.accept.options import AcceptOptions
+from specdec.experiments.accept.runner import run as run_accept
 from specdec.experiments.accept.setting import Setting
-from specdec.experiments.bench import BenchOptions, run_from_cli, runner
+from specdec.experiments.bench import runner
 from specdec.experiments.bench.memory import Memory
-from specdec.experiments.gpu.__main__ import run as run_gpu
+from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.gpu.options import SECTIONS, GpuOptions
+from specdec.experiments.gpu.sections import run as run_gpu
 from specdec.experiments.laws.__main__ import main as laws
-from specdec.experiments.planner import __main__ as planner
-from specdec.experiments.planner.clock import Call
+from specdec.experiments.pair import Models
+from specdec.experiments.planner.__main__ import main as planner
+from specdec.experiments.planner.calls import Call
 from specdec.experiments.planner.processes import Batch
 from specdec.experiments.rules import pair as rules_pair
 from specdec.experiments.rules.__main__ import main as rules
-from specdec.experiments.serving.__main__ import app as serving
+from specdec.experiments.serving.__main__ import main as serving
 from specdec.experiments.train_pair import card, evaluate
 from specdec.shipped import pair_folder
 
@@ -85,8 +85,8 @@ def bench(out: Path, patch: Patch) -> Schema:
         pair=make_pair(out / "pair"), num_prompts=1, prompt_tokens=12, new_tokens=8, threads=1, rounds=1,
         peers=("hf-assisted-k2", "specdec-model-k3", "specdec-planned-model"), out=out, dtype="float64",
     )  # fmt: skip
-    assert run_from_cli(options) == 0
-    run_from_cli(replace(options, out=out / "batch", batch=2, num_prompts=2, peers=("hf-assisted-k2",)))
+    assert runner.run(options) == 0
+    runner.run(replace(options, out=out / "batch", batch=2, num_prompts=2, peers=("hf-assisted-k2",)))
     (path,), (skipped,) = out.glob("bench-*.jsonl"), (out / "batch").glob("bench-*.jsonl")
     return {"run": lines(path), "with a peer that cannot run": lines(skipped)["summary"]}
 
@@ -100,7 +100,7 @@ def llamacpp(out: Path, patch: Patch) -> Schema:
     for role in ("target", "draft"):
         tools.tiny_llama().save_pretrained(out / role)
         tools.merging_tokenizer().save_pretrained(out / role)
-    done = CliRunner().invoke(tools.app, ["--pair", str(out), "--out", str(out), *tools.COMMAND])
+    done = CliRunner().invoke(tools.main.app, ["--pair", str(out), "--out", str(out), *tools.COMMAND])
     assert done.exit_code == 0, done.output
     return lines(next(out.glob("llamacpp-*.jsonl")))
 
@@ -108,7 +108,7 @@ def llamacpp(out: Path, patch: Patch) -> Schema:
 def served(out: Path, patch: Patch) -> Schema:
     asked = ["--pair", str(make_pair(out / "pair")), "--concurrency", "2", "--requests", "2", "--prompt-tokens", "8"]
     asked += ["--new-tokens", "6", "--rounds", "1", "--peers", "engine-plain,engine-k2,hf-generate", "--k", "2"]
-    done = CliRunner().invoke(serving, [*asked, "--threads", "1", "--out", str(out)])
+    done = CliRunner().invoke(serving.app, [*asked, "--threads", "1", "--out", str(out)])
     assert done.exit_code == 0, done.output
     return whole(next(out.glob("serving-*.json")))
 
@@ -141,8 +141,8 @@ def planned(what: str) -> Callable[[Path, Patch], Schema]:
                 calls = [Call(way, prompt, 1.0, 2.0, 1.5, plan if "planned" in way else None, steps) for way in ways]
                 yield Batch("T=0.0 batch 1", part, calls)
 
-        patch.setattr(planner, "measured", measured)
-        planner.main([what, "--prompts", "2", "--out", str(out)])
+        patch.setattr("specdec.experiments.planner.processes.measured", measured)
+        planner([what, "--prompts", "2", "--out", str(out)])
         return whole(next(out.glob(f"planner-{what}-*.json")))
 
     return write
@@ -156,7 +156,7 @@ def gpu(out: Path, patch: Patch) -> Schema:
 def which_rule(out: Path, patch: Patch) -> Schema:
     few = [("model:k=2", "rejection"), ("model:tree=2,1:children=mixed", "budget_flow")]
     patch.setattr(rules_pair, "rivals", lambda: [(Setting.parse(setting), rule) for setting, rule in few])
-    models = Models.load(AcceptOptions(pair=make_pair(out / "pair"), dtype="float64"), torch.device("cpu"))
+    models = Models.load(make_pair(out / "pair"), "float64")
     size = rules_pair.Size(prompts=2, prompt_tokens=8, tokens=6, timed=1)
     assert rules(["--overhead", "--vocab", "100", "--repeats", "3", "--out", str(out)]) == 0
     assert rules(["--only", "instances", "--num-instances", "1", "--out", str(out)]) == 0
@@ -190,7 +190,7 @@ def acceptance(out: Path, patch: Patch) -> Schema:
     )  # fmt: skip
     assert run_accept(options) == 0
     done = CliRunner().invoke(
-        accept, ["score", str(out / "run"), "-s", "model:k=2", "--json", str(out / "scores.json")]
+        accept.app, ["score", str(out / "run"), "-s", "model:k=2", "--json", str(out / "scores.json")]
     )
     assert done.exit_code == 0, done.output
     found = lines(out / "run" / "runs-0.jsonl")
@@ -202,13 +202,13 @@ def acceptance(out: Path, patch: Patch) -> Schema:
 def trained(out: Path, patch: Patch) -> Schema:
     patch.setattr(evaluate, "held_out_loss", lambda model, tokenizer: 1.0)
     report = evaluate.evaluate_pair(pair_folder(), num_prompts=1, prompt_tokens=8, new_tokens=4, rows=1)
-    return form([json.loads(json.dumps(report.to_dict()))])
+    return form([json.loads(json.dumps(asdict(report)))])
 
 
 WRITERS: dict[str, Callable[[Path, Patch], Schema]] = {
     "bench": bench, "llamacpp": llamacpp, "serving": served, "passes": timed_passes, "strict": strict_mode,
-    "planner sweep": planned("sweep"), "planner never-slower": planned("never-slower"), "gpu command": gpu, "rules": which_rule,
-    "laws": sampling_laws, "accept": acceptance, "train_pair evaluate": trained,
+    "planner sweep": planned("sweep"), "planner never-slower": planned("never-slower"), "gpu command": gpu,
+    "rules": which_rule, "laws": sampling_laws, "accept": acceptance, "train_pair evaluate": trained,
 }  # fmt: skip
 
 
