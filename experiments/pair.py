@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+Dtype = Annotated[str, option("float32, bfloat16, float16 or float64.")]
+Device = Annotated[str, option("cpu or cuda.")]
+Seed = Annotated[int, option("Seed of prompts and sampling.")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairOptions(RunOptions):
-    """Options of an experiment on a pair with two models."""
+    """Options of an experiment on a pair with two models. Where `dtype`, `device` or `seed` can be chosen, the fields
+    are declared again as `Dtype`, `Device` and `Seed`."""
 
     pair: Annotated[str | Path, option("A pair by name, TOML file, or folder with target/ and draft/.")] = DEFAULT_PAIR
-    dtype: Annotated[str, option("float32, bfloat16, float16 or float64.")] = "float32"
-    device: Annotated[str, option("cpu or cuda.")] = "cpu"
-    seed: Annotated[int, option("Seed of prompts and sampling.")] = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
     threads: Annotated[int, option("Torch threads, fixed for the run.")] = 2
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ def fresh_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def yielded(make: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
+def yielded(make: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
     """What `make(*arguments)` yields in a process of its own; it waits there until the next value is asked for."""
     with fresh_process() as process:
         process.submit(_begin, make, arguments).result()
@@ -25,8 +25,8 @@ def yielded(make: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
             yield found[0]
 
 
-def _begin(make: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
-    _running.append(make(*arguments))
+def _begin(make: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    _running.append(iter(make(*arguments)))
 
 
 def _next() -> tuple[Any] | None:

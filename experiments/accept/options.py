@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from specdec.experiments.accept.setting import EXAMPLES, PLAIN, Setting
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Options, argument, option
-from specdec.experiments.pair import PairOptions
+from specdec.experiments.pair import Dtype, PairOptions, Seed
 from specdec.experiments.workloads import SOURCES, Source
 
 DEFAULT_SETTINGS = (
@@ -47,7 +47,9 @@ class AcceptOptions(PairOptions):
     ignore_eos: Annotated[bool, option("Generate on after an end token (texts of one length).")] = True
     log: Annotated[bool, option("Keep p/q summaries of a text per prompt, for `accept score`.")] = True
     report: Annotated[bool, option("Write report.html and report.png.")] = True
+    dtype: Dtype = "float32"
     device: Annotated[str, option("auto, cpu or cuda.")] = "auto"
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import option
-from specdec.experiments.pair import Models, PairOptions
+from specdec.experiments.pair import Device, Dtype, Models, PairOptions, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,9 @@ class BenchOptions(PairOptions):
     peers: Annotated[tuple[str, ...], option("Peer or family to run; repeat for more.")] = ()
     rounds: Annotated[int, option("Times every peer sees every prompt.")] = 3
     out: Annotated[Path, option("Folder for the JSONL file and the plot.")] = Path("bench-results")
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+    seed: Seed = 0
     memory: Annotated[bool, option("Measure peak memory, one process per peer.")] = True
     json: Annotated[bool, option("Print the summary as JSON.", "--json")] = False
     quick: Annotated[bool, option("A short check that everything runs.", "--quick")] = False

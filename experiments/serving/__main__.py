@@ -9,7 +9,7 @@ from typing import Annotated
 
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, ResultFile, option, started
-from specdec.experiments.pair import PairOptions
+from specdec.experiments.pair import PairOptions, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class ServingOptions(PairOptions):
     k: Annotated[int, option("Length of drafted chains.")] = 4
     rounds: Annotated[int, option("Times every peer serves every workload.")] = 3
     peers: Annotated[str, option("Names or families of peers, separated by commas; empty = all.")] = ""
+    seed: Seed = 0
     out: Annotated[Path, option("Folder for the JSON file.")] = Path("serving-results")
 
     def __post_init__(self) -> None:
