@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ MOST = 8
 """Texts shown."""
 
 
-def texts(runs: Runs) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def texts(runs: Runs) -> Iterator[tuple[str, str]]:
     """A title and a marked text (see `marked`) each: of each temperature's fastest drafting cells, one text per domain
     by turns."""
     tokenizer = _tokenizer(runs)
@@ -28,8 +29,8 @@ def texts(runs: Runs) -> Iterator[tuple[str, list[tuple[str, str]]]]:
             yield f"{cell} on {entry['prompt']}: {rate:.2f} tokens per step", marked(turn, tokenizer)
 
 
-def marked(turn: dict[str, Any], tokenizer: Any) -> list[tuple[str, str]]:
-    """One turn's tokens, each as where it came from (a, r or b) and what it adds to the text."""
+def marked(turn: dict[str, Any], tokenizer: Any) -> str:
+    """One turn's tokens as HTML spans of class a, r or b (where each came from); a bar ends each step."""
     pieces, known = [], ""
     ids = turn["token_ids"]
     for at, kind in zip(range(len(ids)), turn["kinds"], strict=False):
@@ -38,8 +39,10 @@ def marked(turn: dict[str, Any], tokenizer: Any) -> list[tuple[str, str]]:
             piece = ""  # half a character: it shows with the token that completes it
         else:
             piece, known = text[len(known) :], text
-        pieces.append((kind, piece.replace("\n", "↵\n")))
-    return pieces
+        bar = "" if kind == "a" else '<span class="p">|</span>'
+        shown = html.escape(piece).replace("\n", "↵\n")
+        pieces.append(f'<span class="{kind}">{shown}</span>{bar}')
+    return "".join(pieces)
 
 
 def _chosen(runs: Runs) -> list[Any]:
