@@ -11,7 +11,7 @@ import platform
 import random
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -49,9 +49,6 @@ class CorpusRecord:
     num_training_bytes: int
     num_held_out_bytes: int
     sha256: str
-
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
 
 
 def is_dropped(relative_path: str) -> bool:

@@ -9,29 +9,26 @@ Writes one JSON file with its provenance.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import time
+import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Annotated, Any
 
 import torch
 import transformers as tf
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from transformers import PreTrainedModel
 
 import specdec
 from specdec.drafters import BestFirst, NgramDrafter
 from specdec.experiments.bench.options import BenchOptions
-from specdec.experiments.bench.pair import Pair, prompt_batches
-from specdec.experiments.provenance import provenance
+from specdec.experiments.display import tracked
+from specdec.experiments.frame import Command, ResultFile, RunOptions, option, started
 
 VOCAB = 3000
-RESULTS = Path(__file__).parent / "results"
 RULES: dict[str, dict[str, Any]] = {
     "greedy": dict(do_sample=False),
     "coupled": dict(do_sample=True, temperature=1.0, top_k=0, seed=5),
@@ -61,6 +58,11 @@ def models(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel, PreTra
                 noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
                 weight.add_(0.02 * weight.std() * noise)
     return random_llama(2, 64, 0, dtype), draft.to(dtype), random_llama(1, 32, 9, dtype)
+
+
+def through_modules(model: PreTrainedModel) -> None:
+    """Make passes of `model` go through its modules: a hook must be heard."""
+    model.register_forward_hook(lambda *args: None)
 
 
 def ways(near: PreTrainedModel, junk: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -103,16 +105,16 @@ def fingerprints(logits: Sequence[Tensor]) -> Tensor:
 def identity(dtype: torch.dtype, rule: str, exactness: str, num_prompts: int, tokens: int) -> dict[str, Any]:
     """How many of `num_prompts` texts, and of their logits, are unlike those of draft=None, and how fast they came."""
     target, near, junk = models(dtype)
-    if exactness == "distribution":  # a hook: this model goes through its modules
-        target.register_forward_hook(lambda *args: None)
+    if exactness == "distribution":
+        through_modules(target)
     found: dict[str, Any] = {}
     plain: list[tuple[Tensor, Tensor]] = []
     for name, way in ways(near, junk).items():
         speculator = specdec.Speculator(target, **way, exactness=exactness, rule="auto" if rule == "greedy" else rule)
         texts: list[tuple[Tensor, Tensor]] = []
         emitted, steps = 0, 0
-        start = time.perf_counter()
-        for ids, mask in tqdm(list(prompts(num_prompts)), desc=f"{dtype} {rule} {exactness} {name}", leave=False):
+        start = perf_counter()
+        for ids, mask in tracked(list(prompts(num_prompts)), f"{dtype} {rule} {exactness} {name}"):
             out: Any = speculator.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
                 return_dict_in_generate=True, output_logits=True, **RULES[rule],
@@ -128,8 +130,8 @@ def identity(dtype: torch.dtype, rule: str, exactness: str, num_prompts: int, to
             "differing_texts": sum(not torch.equal(a, b) for (a, _), (b, _) in pairs),
             "differing_logits": sum(not torch.equal(a, b) for (_, a), (_, b) in pairs),
             "tokens_per_step": round(emitted / steps, 3),
-            "seconds": round(time.perf_counter() - start, 1),
-        }  # fmt: skip
+            "seconds": round(perf_counter() - start, 1),
+        }
     return found
 
 
@@ -152,7 +154,7 @@ def alone(dtype: torch.dtype, num_prompts: int, tokens: int) -> int:
 def cost(dtype: str, batch: int, num_prompts: int, tokens: int) -> dict[str, Any]:
     """Tokens per second of the shipped pair, greedy, both modes alternating; medians over calls."""
     options = BenchOptions(dtype=dtype, batch=batch, num_prompts=num_prompts)
-    pair = Pair.load(options)
+    pair = options.load()
     drafts: dict[str, dict[str, Any]] = {
         "none": {},
         "chain k=4": dict(draft=pair.draft, k=4),
@@ -165,7 +167,7 @@ def cost(dtype: str, batch: int, num_prompts: int, tokens: int) -> dict[str, Any
     }
     speeds: dict[tuple[str, str], list[float]] = {key: [] for key in speculators}
     differing = 0
-    for ids in prompt_batches(pair, options):
+    for ids in options.prompts(pair):
         texts = []
         for (name, exactness), speculator in speculators.items():
             out: Any = speculator.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
@@ -180,46 +182,50 @@ def cost(dtype: str, batch: int, num_prompts: int, tokens: int) -> dict[str, Any
     return {"tokens_per_second": found, **passes, "strict_calls_differing": differing}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m specdec.experiments.strict", description=__doc__)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pair-prompts", type=int, default=12, help="prompts of the shipped pair to time, 0 for none")
-    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    result: dict[str, Any] = {"provenance": provenance(seed=0, threads=args.threads, prompts=args.prompts,
-                                                       tokens=args.tokens), "identity": {}, "cost": {}}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"strict-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    start = time.perf_counter()
+@dataclass(frozen=True, kw_only=True)
+class StrictOptions(RunOptions):
+    """How much is compared."""
 
-    def keep() -> None:  # after every part: a long run that is interrupted has still found something
-        result["seconds"] = round(time.perf_counter() - start)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    prompts: Annotated[int, option("Texts of each way.")] = 200
+    tokens: Annotated[int, option("New tokens of each text.")] = 200
+    pair_prompts: Annotated[int, option("Prompts of the shipped pair to time, 0 for none.")] = 12
+    rules: Annotated[tuple[str, ...], option(f"Some of {', '.join(RULES)}.")] = tuple(RULES)
 
+    def __post_init__(self) -> None:
+        self.one_of(RULES, "rules")
+
+
+def run(options: StrictOptions) -> None:
+    """Does strict mode keep its promise on this machine, and what does it cost?"""
+    count, tokens, start = options.prompts, options.tokens, perf_counter()
+    source = started(options, prompts=count, tokens=tokens)
+    result = ResultFile(options.out, "strict", source, identity={}, cost={})
+
+    def keep(part: str, name: str, found: Any) -> None:  # a long run that is interrupted has still found something
+        result.content[part][name] = found
+        result.content["seconds"] = round(perf_counter() - start)
+        result.write()
+
+    fewer = max(1, count // 4)  # the control needs to fail, not to fail often
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        for rule in args.rules:
-            for exactness in ("strict", "distribution"):
-                # The control needs to fail, not to fail often.
-                count = args.prompts if exactness == "strict" else max(1, args.prompts // 4)
-                found = identity(dtype, rule, exactness, count, args.tokens)
-                result["identity"][f"{name} {rule} {exactness}, {count} prompts"] = found
+        for rule in options.rules:
+            for exactness, some in (("strict", count), ("distribution", fewer)):
+                found = identity(dtype, rule, exactness, some, tokens)
+                keep("identity", f"{name} {rule} {exactness}, {some} prompts", found)
                 differing = {way: (own["differing_texts"], own["differing_logits"]) for way, own in found.items()}
                 print(name, rule, exactness, "texts, logits that differ:", differing, flush=True)
-                keep()
-        result["identity"][f"{name} alone against batches"] = alone(dtype, max(1, args.prompts // 4), args.tokens)
-        print(name, "alone against batches", result["identity"][f"{name} alone against batches"], flush=True)
-        for batch in (1, 4) if args.pair_prompts else ():
-            found = cost(name, batch, args.pair_prompts, 128)
-            result["cost"][f"{name} batch {batch}"] = found
-            print(name, "batch", batch, json.dumps(found), flush=True)
-        keep()
-    print(f"written: {path.name}")
+        differing_alone = alone(dtype, fewer, tokens)
+        keep("identity", f"{name} alone against batches", differing_alone)
+        print(name, "alone against batches", differing_alone, flush=True)
+        for batch in (1, 4) if options.pair_prompts else ():
+            spent = cost(name, batch, options.pair_prompts, 128)
+            keep("cost", f"{name} batch {batch}", spent)
+            print(name, "batch", batch, json.dumps(spent), flush=True)
+    result.finish()
 
+
+main = Command(StrictOptions, run)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,7 @@ from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size
 from specdec.kv.wrappers import unwrapped
 from specdec.pairing.loading import default_device, load_model, load_tokenizer
 from specdec.planner.options import longest_chain, make_options
-from specdec.verify.passes.strict_mode import DEFAULT_WIDTH, StrictMode
+from specdec.verify.strict_mode import DEFAULT_WIDTH, StrictMode
 
 OneDraft = PreTrainedModel | Drafter | str | Path
 Draft = OneDraft | Sequence[OneDraft] | None

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.support import text_config
 from specdec.request import Request
-from specdec.verify.passes.positions import length_dependent_positions, windows_of
+from specdec.verify.positions import length_dependent_positions, windows_of
 
 
 def refuse_unfit(target: PreTrainedModel, request: Request) -> None:

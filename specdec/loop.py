@@ -29,8 +29,8 @@ from specdec.stopping import StopRules
 from specdec.target import TargetModel, TargetPasses
 from specdec.trace import StepTrace
 from specdec.verify import DraftTree, Rows, SamplingLaw
-from specdec.verify.passes.strict_mode import StrictMode
 from specdec.verify.purity import in_plain_order
+from specdec.verify.strict_mode import StrictMode
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from specdec.kv.support import text_config
 from specdec.verify import DraftTree, Rows
 from specdec.verify.passes.base import Output, Text
 from specdec.verify.passes.forward import Forward, Reader
-from specdec.verify.passes.strict_mode import StrictMode
+from specdec.verify.strict_mode import StrictMode
 
 TARGET = "target"
 """The target's name in the shared cache."""

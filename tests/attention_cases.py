@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from oracle.tree_attention import reference_attention
 from torch import Tensor
 
 from specdec.verify.attention.fold import fold_attention
 from specdec.verify.attention.plan import TreePlan
-from specdec.verify.attention.reference import reference_attention
 
 EPS = {torch.float64: 1e-15, torch.float32: 2.4e-7, torch.bfloat16: 7.8e-3, torch.float16: 9.8e-4}
 """Twice the relative rounding error of each dtype (float64: an order above it)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from specdec.experiments.train_pair.tokenizer import train_tokenizer
+from specdec.experiments.train_pair.models import train_tokenizer
 
 TEXT = (
     "def parse_args(argv=None):\n    parser = ArgumentParser(description='naïve')\n\treturn parser.parse_args(argv)\n"

@@ -16,13 +16,13 @@ from test_bench import make_pair
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.experiments.accept import AcceptOptions, Setting, run_from_cli, runner
-from specdec.experiments.accept.cells import Cell, cells
+from specdec.experiments.accept import runner
 from specdec.experiments.accept.metrics import Runs, spec_bench
-from specdec.experiments.accept.options import KNOWN_RULES
-from specdec.experiments.accept.report import write_report
+from specdec.experiments.accept.options import KNOWN_RULES, AcceptOptions
+from specdec.experiments.accept.report.page import write_report
+from specdec.experiments.accept.runner import cells, run
 from specdec.experiments.accept.scores import Logs
-from specdec.experiments.accept.setting import COMPARED
+from specdec.experiments.accept.setting import COMPARED, Cell, Setting
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.errors import ExperimentError
 from specdec.verify.draft_kind import DraftKind
@@ -52,7 +52,7 @@ def options(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> AcceptOptio
 @pytest.fixture(scope="module")
 def finished(options: AcceptOptions, tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("run")
-    assert run_from_cli(replace(options, out=folder)) == 0
+    assert run(replace(options, out=folder)) == 0
     return Store(folder)
 
 
@@ -104,11 +104,11 @@ def test_a_killed_run_is_resumed_without_loss(
     with monkeypatch.context() as patch:
         patch.setattr(runner, "run_unit", dying)
         with pytest.raises(Killed):
-            run_from_cli(here)
+            run(here)
     path = tmp_path / "run" / "runs-0.jsonl"
     before = path.read_bytes() if path.exists() else b""
     path.write_bytes(before + b'{"kind": "run", "cell": "torn')  # the line it was writing
-    run_from_cli(here)
+    run(here)
     store = Store(here.out)
     assert path.read_bytes().startswith(before)
     assert len(list(store.entries("provenance"))) == 2
@@ -130,7 +130,7 @@ def test_a_resumed_run_multiplies_as_the_killed_one_did(
     def session(form: Any) -> dict[str, str]:
         table.__init__()  # type: ignore[misc] # as in a new process
         monkeypatch.setattr(linear, "_measure", lambda *arguments: form)
-        run_from_cli(here)
+        run(here)
         return table.names()
 
     path = tmp_path / "runs-0.jsonl"
@@ -155,11 +155,11 @@ def test_two_processes_share_the_work(options: AcceptOptions, finished: Store, t
             runner.Share, "of", staticmethod(lambda device, rank=rank: replace(alone, rank=rank, count=2))
         )
         Store(tmp_path).open(here.recorded())
-        run_from_cli(here)
+        run(here)
     monkeypatch.undo()
     counts = [len((tmp_path / f"runs-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
     assert min(counts) > 1
-    run_from_cli(here)  # alone again: what is left of the work, divided as it was while the other's share was missing
+    run(here)  # alone again: what is left of the work, divided as it was while the other's share was missing
     assert texts(Store(tmp_path)) == texts(finished)
 
 
@@ -181,7 +181,7 @@ def test_launched_processes_share_the_work(options: AcceptOptions, tmp_path: Pat
 
 def test_other_options_are_refused_in_a_used_folder(options: AcceptOptions, finished: Store) -> None:
     with pytest.raises(ResultsError, match="new_tokens: 8 -> 9"):
-        run_from_cli(replace(options, out=finished.folder, new_tokens=9))
+        run(replace(options, out=finished.folder, new_tokens=9))
 
 
 def copy(store: Store, folder: Path, **changed: bytes) -> Store:
@@ -258,7 +258,7 @@ def test_rules_of_settings_are_those_that_take_their_drafts() -> None:
     for kind, rules in COMPARED.items():
         assert len(set(rules)) == len(rules) >= 3
         assert all(make_rule(rule).refusal(DraftKind(*kind)) is None for rule in rules)  # type: ignore[arg-type]
-    assert {name for name, rule in RULES.items() if rule.lossless} - {"greedy"} == KNOWN_RULES
+    assert {name for name, rule in RULES.items() if rule.lossless} - {"greedy"} == set(KNOWN_RULES)
 
 
 @pytest.mark.parametrize("text", ["none", "model:k=4", "model:tree=3,2,1:children=sampled", "ngram:k=6:branches=2",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from oracle.instances import Instance, Spec
+from oracle.problems import race_accepted
 from oracle.production import draft_everything
 
 from specdec.experiments.accept.counterfactual import reach_law, refusal
@@ -16,7 +17,6 @@ from specdec.experiments.accept.lookup import lookup_law
 from specdec.experiments.accept.setting import COMPARED, Setting
 from specdec.experiments.accept.steps import expected_steps
 from specdec.experiments.accept.summary import Summary, summarise
-from specdec.experiments.rules.instances import race_accepted
 from specdec.verify.rules import make_rule
 
 VOCAB, WIDTH, DEPTH = 4, 2, 2

@@ -14,14 +14,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from specdec.experiments.bench import BenchOptions, run_from_cli
 from specdec.experiments.bench.equality import differences
 from specdec.experiments.bench.measure import ModelClock, Run, measure
 from specdec.experiments.bench.memory import _reset_peak, _status, measure_memory
-from specdec.experiments.bench.pair import Pair
-from specdec.experiments.bench.peers import HFAssisted, HFPlain, Output, SpecModel, all_peers, select
+from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.bench.runner import run
 from specdec.experiments.bench.stats import summarise
+from specdec.experiments.bench.ways import PLAIN, all_ways, hf_assisted, hf_plain, specdec_model
+from specdec.experiments.pair import Models
 from specdec.experiments.provenance import provenance
+from specdec.experiments.ways import Output, select
 
 VOCAB = 256
 OPTIONS = BenchOptions(
@@ -62,8 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pair(folder: Path) -> Pair:
-    return Pair.load(replace(OPTIONS, pair=folder))
+def pair(folder: Path) -> Models:
+    return replace(OPTIONS, pair=folder).load()
 
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -99,13 +101,13 @@ def test_unknown_pair_and_peer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not run eagle3 heads as drafters yet; use "):
         BenchOptions(pair="llama-3.1-8b-eagle3").chosen_pair()
     with pytest.raises(ValueError, match="unknown hf-asisted"):
-        select(all_peers(), ("hf-asisted",))
+        select(all_ways(), ("hf-asisted",))
 
 
 def test_selection_keeps_the_reference() -> None:
-    names = [peer.name for peer in select(all_peers(), ("specdec-model", "hf-assisted-k3"))]
+    names = [peer.name for peer in select(all_ways(), ("specdec-model", "hf-assisted-k3"), PLAIN)]
     assert names == ["hf-plain", "hf-assisted-k3", *(f"specdec-model-k{k}" for k in (2, 3, 4, 5, 8))]
-    names = [peer.name for peer in select(all_peers(), ("specdec-planned",))]
+    names = [peer.name for peer in select(all_ways(), ("specdec-planned",), PLAIN)]
     assert names == ["hf-plain", "specdec-planned-model", "specdec-planned-model+ngram"]
 
 
@@ -115,11 +117,11 @@ def test_help_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize("k", [2, 5])
-def test_assisted_drafts_exactly_k(folder: Path, pair: Pair, k: int) -> None:
+def test_assisted_drafts_exactly_k(folder: Path, pair: Models, k: int) -> None:
     """transformers takes k from the assistant's own config only; a benchmark of its default 20 would flatter us."""
     draft = ModelClock()
-    perfect = replace(pair, draft=Pair.load(replace(OPTIONS, pair=folder)).target)
-    generate = HFAssisted(k).bind(perfect, replace(OPTIONS, new_tokens=2 * (k + 1)))
+    perfect = replace(pair, draft=replace(OPTIONS, pair=folder).load().target)
+    generate = hf_assisted(k).ready(perfect, replace(OPTIONS, new_tokens=2 * (k + 1)))
     target = ModelClock()
     with draft.on(perfect.draft), target.on(perfect.target):
         generate(torch.randint(0, VOCAB, (1, 12)), 0)
@@ -127,10 +129,10 @@ def test_assisted_drafts_exactly_k(folder: Path, pair: Pair, k: int) -> None:
     assert draft.passes in (2 * k, 2 * k - 1)  # transformers drafts one fewer before the length limit
 
 
-def test_order_rotates_and_every_pair_of_sides_meets(pair: Pair) -> None:
+def test_order_rotates_and_every_pair_of_sides_meets(pair: Models) -> None:
     batches = [torch.randint(0, VOCAB, (1, 12)) for _ in range(3)]
     seen: list[str] = []
-    peers = [HFPlain(), HFAssisted(2), SpecModel(2)]
+    peers = [hf_plain(), hf_assisted(2), specdec_model(2)]
     runs, found = measure(pair, peers, batches, replace(OPTIONS, rounds=2), seen.append)
     assert found == []
     calls = [seen[i : i + 3] for i in range(0, len(seen), 3)]
@@ -156,7 +158,7 @@ def test_ratios_survive_a_machine_that_slows_down() -> None:
         for prompt in range(3)
         for peer, base in seconds.items()
     ]
-    peers = [HFPlain(), HFAssisted(2), HFAssisted(3), SpecModel(4)]
+    peers = [hf_plain(), hf_assisted(2), hf_assisted(3), specdec_model(4)]
     plain, k2, k3, ours = summarise(peers, runs, [], {})
     assert plain.speedup is not None
     assert tuple(plain.speedup) == (1, 1, 1)
@@ -170,13 +172,13 @@ def test_ratios_survive_a_machine_that_slows_down() -> None:
 
 def test_tokens_per_pass_counts_one_row() -> None:
     runs = [run_of("hf-plain", 0, 0, 1.0, rows=4)]
-    (plain,) = summarise([HFPlain()], runs, [], {})
+    (plain,) = summarise([hf_plain()], runs, [], {})
     assert plain.tokens_per_pass == 1.0
 
 
-def test_a_wrong_token_is_no_tie_and_a_tie_is_one(pair: Pair) -> None:
+def test_a_wrong_token_is_no_tie_and_a_tie_is_one(pair: Models) -> None:
     ids = torch.randint(0, VOCAB, (1, 12))
-    plain = HFPlain().bind(pair, OPTIONS)(ids, 0)
+    plain = hf_plain().ready(pair, OPTIONS)(ids, 0)
     wrong = plain.ids.clone()
     wrong[0, 12 + 4] = (wrong[0, 12 + 4] + 1) % VOCAB
     (found,) = differences(pair.target, {"hf-plain": plain, "specdec": Output(wrong, None)}, "hf-plain", 7, 12)
@@ -191,7 +193,7 @@ def test_a_wrong_token_is_no_tie_and_a_tie_is_one(pair: Pair) -> None:
 
 
 def test_run_writes_everything(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_from_cli(replace(OPTIONS, pair=folder, out=tmp_path, quick=True)) == 0
+    assert run(replace(OPTIONS, pair=folder, out=tmp_path, quick=True)) == 0
     printed = capsys.readouterr().out
     assert "Every greedy output is equal to HF plain's" in printed
     assert "specdec-model-k4" in printed
@@ -207,7 +209,7 @@ def test_run_writes_everything(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_batches_leave_out_what_transformers_refuses(folder: Path, tmp_path: Path) -> None:
-    assert run_from_cli(replace(OPTIONS, pair=folder, out=tmp_path, quick=True, batch=2)) == 0
+    assert run(replace(OPTIONS, pair=folder, out=tmp_path, quick=True, batch=2)) == 0
     summaries = {summary["peer"]: summary for summary in records(tmp_path, "summary")}
     assert "batch size 1" in summaries["hf-assisted-k4"]["skipped"]
     assert summaries["hf-assisted-k4"]["speedup"] is None
@@ -217,27 +219,28 @@ def test_batches_leave_out_what_transformers_refuses(folder: Path, tmp_path: Pat
 def test_sampling_runs_every_peer_to_the_same_length(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_from_cli(replace(OPTIONS, pair=folder, out=tmp_path, quick=True, temperature=1.0, json=True)) == 0
+    assert run(replace(OPTIONS, pair=folder, out=tmp_path, quick=True, temperature=1.0, json=True)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {summary["tokens_per_pass"] for summary in printed["summary"] if summary["peer"] == "hf-plain"} == {1.0}
     assert printed["difference"] == []  # not compared
 
 
 def test_a_wrong_output_fails_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = SpecModel.bind
+    honest = specdec_model(4)
 
-    def lying(self: SpecModel, pair: Pair, options: BenchOptions) -> Any:
-        generate = honest(self, pair, options)
+    def lying(models: Models, options: BenchOptions) -> Any:
+        generate = honest.ready(models, options)
 
         def wrong(ids: torch.Tensor, seed: int) -> Output:
-            output = generate(ids, seed)
+            output: Output = generate(ids, seed)
             output.ids[0, -1] = (output.ids[0, -1] + 1) % VOCAB
             return output
 
         return wrong
 
-    monkeypatch.setattr(SpecModel, "bind", lying)
-    assert run_from_cli(replace(OPTIONS, pair=folder, out=tmp_path, quick=True)) == 1
+    ways = [replace(way, ready=lying) if way.name == honest.name else way for way in all_ways(quick=True)]
+    monkeypatch.setattr("specdec.experiments.bench.runner.all_ways", lambda quick: ways)
+    assert run(replace(OPTIONS, pair=folder, out=tmp_path, quick=True)) == 1
     found = records(tmp_path, "difference")
     assert {(entry["peer"], entry["position"]) for entry in found} == {("specdec-model-k4", OPTIONS.new_tokens - 1)}
 

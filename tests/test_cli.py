@@ -227,7 +227,7 @@ def test_bench_passes_its_exit_code_on(tiny_pair: Path, monkeypatch: pytest.Monk
         seen.append(options)
         return 3
 
-    monkeypatch.setattr("specdec.experiments.bench.__main__.run_from_cli", run)
+    monkeypatch.setattr("specdec.experiments.bench.runner.run", run)
     assert invoke("bench", "--pair", tiny_pair, "--rounds", 2).exit_code == 3
     assert (seen[0].pair, seen[0].rounds) == (str(tiny_pair), 2)
     assert invoke("bench", "--pair", tiny_pair, "--rounds", 0).exit_code == 2

@@ -62,7 +62,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     names = {"specdec": specdec, **prepared(), "__name__": "docs"}
     for match in blocks(page, "python"):
         line = page.read_text()[: match.start("code")].count("\n")
-        exec(compile("\n" * line + match["code"], str(page), "exec"), names)
+        exec(compile("\n" * line + match["code"], str(page), "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

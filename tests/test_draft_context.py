@@ -18,7 +18,7 @@ from specdec.drafters import BestFirst, Budget, DrafterNoteWarning, DySpec
 from specdec.drafters.base import levels_within
 from specdec.drafters.reading import Context
 from specdec.experiments.laws.false_drafters import DropsUnlikelyTokens
-from specdec.verify.passes.positions import usable_positions
+from specdec.verify.positions import usable_positions
 
 SHAPES: dict[str, Any] = {
     "chain": {"k": 4},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec import Engine, Speculator, UnsupportedArgumentError
 from specdec.fitting import has_holes
-from specdec.verify.passes.positions import length_dependent_positions, usable_positions
+from specdec.verify.positions import length_dependent_positions, usable_positions
 
 ORIGINAL = 24
 
@@ -189,9 +189,9 @@ def test_other_masks_on_windowed_models(family: str) -> None:
 
 def test_such_holes_really_change_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without the refusal other tokens come out."""
-    from specdec import speculator
+    from specdec import preparation
 
-    monkeypatch.setattr(speculator, "refuse_unfit", lambda *call: None)
+    monkeypatch.setattr(preparation, "refuse_unfit", lambda *call: None)
     model: Any = models.target("mistral-window")
     different = 0
     for i, mask in enumerate(masks(3, 11, 1)):

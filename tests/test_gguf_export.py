@@ -15,9 +15,10 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from specdec.experiments.bench import gguf_export
-from specdec.experiments.bench.gguf_export import app, export_model, interleaved, refusal
+from specdec.experiments.bench.gguf_export import main
 from specdec.kv import UnsupportedArgumentError
+from specdec.pairing import gguf
+from specdec.pairing.gguf import export_model, interleaved, refusal
 from specdec.shipped import pair_folder
 
 TOKENIZER = merging_tokenizer()
@@ -87,7 +88,7 @@ def test_logits_are_the_models(shape: str, tmp_path: Path) -> None:
 
 
 def test_the_logits_notice_rows_in_transformers_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_export, "interleaved", lambda weight, num_heads: weight)
+    monkeypatch.setattr(gguf, "interleaved", lambda weight, num_heads: weight)
     model = tiny_llama()
     loaded = GgufLlama(export_model(model, TOKENIZER, tmp_path / "m.gguf"))
     ids = list(range(5, 60, 3))
@@ -160,8 +161,8 @@ def test_command(tmp_path: Path) -> None:
         tiny_llama(torch.float16, num_hidden_layers=layers).save_pretrained(tmp_path / "pair" / role)
     TOKENIZER.save_pretrained(tmp_path / "pair" / "target")  # the draft borrows it
     out = tmp_path / "out"
-    done = CliRunner().invoke(app, ["--pair", str(tmp_path / "pair"), "--out", str(out), "--dtype", "f16"])
+    done = CliRunner().invoke(main.app, ["--pair", str(tmp_path / "pair"), "--out", str(out), "--dtype", "f16"])
     assert done.exit_code == 0, done.output
     assert [GgufLlama(out / f"{role}-f16.gguf").fields["llama.block_count"] for role in ("target", "draft")] == [2, 1]
-    done = CliRunner().invoke(app, ["--pair", "no-such-pair", "--out", str(out)])
+    done = CliRunner().invoke(main.app, ["--pair", "no-such-pair", "--out", str(out)])
     assert done.exit_code == 2

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import specdec
+from specdec.experiments.clock import Deadline
+from specdec.experiments.display import table
 from specdec.experiments.gpu import __main__ as command
 from specdec.experiments.gpu.attention import equal_plan, ragged
-from specdec.experiments.gpu.clock import Deadline
 from specdec.experiments.gpu.models import Oracle, counting_llama, successor
 from specdec.experiments.gpu.options import SECTIONS, GpuOptions, Shape
-from specdec.experiments.gpu.show import page, roofline_ms, table
+from specdec.experiments.gpu.sections import RUNS, run
+from specdec.experiments.gpu.show import page, roofline_ms
 
 TINY = Shape(2, 64, 96, 4, 2, 512)
 
@@ -27,7 +29,7 @@ TINY = Shape(2, 64, 96, 4, 2, 512)
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     """One dry run of everything but the tests, which would collect this suite within itself."""
     out = tmp_path_factory.mktemp("gpu")
-    assert command.run(GpuOptions.dry_run(out), [name for name in SECTIONS if name != "tests"]) == 0
+    assert run(GpuOptions.dry_run(out), [name for name in SECTIONS if name != "tests"]) == 0
     return json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text(), out
 
 
@@ -63,8 +65,8 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypat
     def broken(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(command.RUNS, "attention", broken)
-    assert command.run(GpuOptions.dry_run(tmp_path), ["attention", "bandwidth"]) == 1
+    monkeypatch.setitem(RUNS, "attention", broken)
+    assert run(GpuOptions.dry_run(tmp_path), ["attention", "bandwidth"]) == 1
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert results["attention"] == [{"failed": "RuntimeError: no such kernel"}]
     assert results["bandwidth"][0]["tflops"] > 0
@@ -73,7 +75,7 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypat
 
 def test_no_measurement_is_begun_without_time(tmp_path: Path) -> None:
     options = dataclasses.replace(GpuOptions.dry_run(tmp_path), budget_seconds=0.0)
-    assert command.run(options, ["attention", "passes", "generate"]) == 0
+    assert run(options, ["attention", "passes", "generate"]) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert results["attention"] == results["passes"] == []
     assert all(entry["skipped"] == "no time left" for entry in results["generate"])
@@ -145,6 +147,6 @@ def test_the_roofline_is_the_longer_of_reading_and_computing() -> None:
 
 def test_tables() -> None:
     assert table(["a", "b"], [[1.23456, None], [True, 12345.6]]) == [
-        "| a | b |", "|---|---|", "| 1.23 | - |", "| yes | 12346 |",
+        "| a    | b     |", "|------|-------|", "| 1.23 | -     |", "| yes  | 12346 |",
     ]  # fmt: skip
     assert page({}, "nothing") == "# nothing\n"

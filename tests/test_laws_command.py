@@ -22,7 +22,7 @@ from specdec.experiments.laws import world
 from specdec.experiments.laws.bugs import AcceptsAlways
 from specdec.experiments.laws.controls import Control, controls
 from specdec.experiments.laws.judge import joint_law
-from specdec.experiments.laws.run import Budget as Amount
+from specdec.experiments.laws.options import Budget as Amount
 from specdec.experiments.laws.run import judge_pair, judge_pairs
 from specdec.kv import UnsupportedArgumentError
 from specdec.verify import DraftTree, Noise, Verdict

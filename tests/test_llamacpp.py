@@ -19,11 +19,13 @@ import pytest
 import torch
 from gguf_llama import TEXT, GgufLlama, merging_tokenizer, tiny_llama
 
-from specdec.experiments.bench import BenchOptions, run_from_cli
-from specdec.experiments.bench.gguf_export import export_model
-from specdec.experiments.bench.llamacpp import LlamaCpp, load
-from specdec.experiments.bench.pair import Pair
-from specdec.experiments.bench.peers import all_peers, select
+from specdec.experiments.bench.llamacpp import llama_cpp as llama_cpp_way
+from specdec.experiments.bench.llamacpp import load
+from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.bench.runner import run
+from specdec.experiments.bench.ways import PLAIN, all_ways
+from specdec.experiments.ways import select
+from specdec.pairing.gguf import export_model
 
 OPTIONS = BenchOptions(num_prompts=2, prompt_tokens=12, new_tokens=10, threads=1, rounds=1, memory=False)
 INSTALLED = importlib.util.find_spec("llama_cpp") is not None
@@ -98,13 +100,12 @@ def records(out: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_names_and_families() -> None:
-    peers = [peer for peer in all_peers() if isinstance(peer, LlamaCpp)]
-    assert {(peer.family, peer.name) for peer in peers} >= {
+    assert {(way.family, way.name) for way in all_ways()} >= {
         ("llama-cpp-f32", "llama-cpp-f32"),
         ("llama-cpp-f32-lookup", "llama-cpp-f32-lookup-k10"),
         ("llama-cpp-f16", "llama-cpp-f16"),
     }
-    lookups = [peer.name for peer in select(all_peers(), ("llama-cpp-f32-lookup",))]
+    lookups = [peer.name for peer in select(all_ways(), ("llama-cpp-f32-lookup",), PLAIN)]
     assert lookups == ["hf-plain", "llama-cpp-f32-lookup-k2", "llama-cpp-f32-lookup-k10"]
 
 
@@ -119,14 +120,14 @@ def test_names_and_families() -> None:
     ],
 )
 def test_refusals(options: BenchOptions, change: dict[str, Any], reason: str) -> None:
-    assert LlamaCpp("f32").refusal(options) is None
-    assert reason in str(LlamaCpp("f32").refusal(replace(options, **change)))
-    assert LlamaCpp("f16").refusal(replace(options, dtype="float16")) is None
+    assert llama_cpp_way("f32").refusal(options) is None
+    assert reason in str(llama_cpp_way("f32").refusal(replace(options, **change)))
+    assert llama_cpp_way("f16").refusal(replace(options, dtype="float16")) is None
 
 
 @pytest.mark.usefixtures("fake")
 def test_a_pair_that_gguf_cannot_hold_is_refused(options: BenchOptions, tiny_pair: Path) -> None:
-    assert "has merges" in str(LlamaCpp("f32").refusal(replace(options, pair=tiny_pair)))
+    assert "has merges" in str(llama_cpp_way("f32").refusal(replace(options, pair=tiny_pair)))
 
 
 def test_a_library_that_does_not_load_is_a_reason(options: BenchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,25 +138,25 @@ def test_a_library_that_does_not_load_is_a_reason(options: BenchOptions, monkeyp
 
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    assert "libllama.so: cannot open" in str(LlamaCpp("f32").refusal(options))
+    assert "libllama.so: cannot open" in str(llama_cpp_way("f32").refusal(options))
 
 
 @pytest.mark.usefixtures("missing")
 def test_without_it_a_run_goes_on_and_a_run_that_asked_says_why(
     options: BenchOptions, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_from_cli(replace(options, quick=True, peers=("hf-plain", "llama-cpp-f32"))) == 0
+    assert run(replace(options, quick=True, peers=("hf-plain", "llama-cpp-f32"))) == 0
     assert "llama-cpp-f32: n/a (llama-cpp-python cannot be imported" in capsys.readouterr().out
     (summary,) = [entry for entry in records(options.out, "summary") if entry["peer"] != "hf-plain"]
     assert "pip install 'specdec[llamacpp]'" in summary["skipped"]
-    assert run_from_cli(replace(options, quick=True, out=options.out / "all")) == 0
+    assert run(replace(options, quick=True, out=options.out / "all")) == 0
     assert "llama" not in capsys.readouterr().out
 
 
 def test_a_run_measures_it_beside_the_others(
     options: BenchOptions, fake: type[FakeLlama], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_from_cli(replace(options, peers=("llama-cpp-f32", "llama-cpp-f16-lookup-k2"))) == 0
+    assert run(replace(options, peers=("llama-cpp-f32", "llama-cpp-f16-lookup-k2"))) == 0
     printed = capsys.readouterr().out
     runs = [run for run in records(options.out, "run") if run["peer"] == "llama-cpp-f32"]
     assert len(runs) == 2
@@ -179,7 +180,7 @@ def test_a_run_measures_it_beside_the_others(
 def test_a_wrong_text_is_noticed(options: BenchOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = GgufLlama.logits
     monkeypatch.setattr(GgufLlama, "logits", lambda self, ids: -honest(self, ids))
-    assert run_from_cli(replace(options, peers=("llama-cpp-f32",))) == 0  # not specdec's fault, but told
+    assert run(replace(options, peers=("llama-cpp-f32",))) == 0  # not specdec's fault, but told
     found = records(options.out, "difference")
     assert [(entry["peer"], entry["position"], entry["near_tie"]) for entry in found] == [
         ("llama-cpp-f32", 0, False),
@@ -213,15 +214,15 @@ def test_llama_cpp_splits_texts_as_the_tokenizer(options: BenchOptions, tmp_path
 @real
 @pytest.mark.parametrize("lookup", [0, 2, 10])
 def test_llama_cpp_writes_plain_generations_text(lookup: int, options: BenchOptions) -> None:
-    peer = LlamaCpp("f32", lookup)
-    assert run_from_cli(replace(options, peers=(peer.name,))) == 0
+    peer = llama_cpp_way("f32", lookup)
+    assert run(replace(options, peers=(peer.name,))) == 0
     assert all(entry["near_tie"] for entry in records(options.out, "difference"))
 
 
 @real
 def test_llama_cpp_samples_by_the_seed(options: BenchOptions) -> None:
     sampling = replace(options, temperature=1.0)
-    generate = LlamaCpp("f32").bind(Pair.load(sampling), sampling)
+    generate = llama_cpp_way("f32").ready(sampling.load(), sampling)
     ids = torch.arange(5, 17)[None]
     texts = [generate(ids, seed).ids.tolist() for seed in (1, 2, 1)]
     assert texts[0] == texts[2] != texts[1]

@@ -12,18 +12,18 @@ import pytest
 from gguf_llama import GgufLlama, merging_tokenizer, tiny_llama
 from typer.testing import CliRunner
 
-from specdec.experiments.bench import BenchOptions
 from specdec.experiments.bench.llamacpp_tools import (
     BENCH,
     SPECULATIVE,
     ToolError,
     ToolRun,
-    app,
+    main,
     parse_bench,
     parse_speculative,
     run_bench,
     summary_line,
 )
+from specdec.experiments.bench.options import BenchOptions
 
 OPTIONS = BenchOptions(num_prompts=2, prompt_tokens=12, new_tokens=10, threads=1, rounds=2)
 TEST = {"n_prompt": 12, "n_gen": 10, "n_threads": 1, "avg_ns": 2500000, "samples_ns": [2000000, 3000000]}
@@ -115,7 +115,9 @@ def test_the_command_runs_both(path: Path, pair: Path, tmp_path: Path) -> None:
     install(path, BENCH, f"{copy}\nprint({json.dumps([TEST])!r})")
     install(path, SPECULATIVE, f"{copy}\nprint({SAID!r}, file=sys.stderr)")
     out = tmp_path / "out"
-    done = CliRunner().invoke(app, ["--pair", str(pair), "--out", str(out), "--k", "3", "--dtype", "f16", *COMMAND])
+    done = CliRunner().invoke(
+        main.app, ["--pair", str(pair), "--out", str(out), "--k", "3", "--dtype", "f16", *COMMAND]
+    )
     assert done.exit_code == 0, done.output
     assert f"{SPECULATIVE}: 11.0 tokens/s" in done.output
     layers = [GgufLlama(tmp_path / f"{role}-f16.gguf").fields["llama.block_count"] for role in ("target", "draft")]
@@ -137,7 +139,7 @@ def test_the_command_runs_both(path: Path, pair: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("path")
 def test_without_the_programs_the_command_says_which_are_missing(pair: Path) -> None:
-    done = CliRunner().invoke(app, ["--pair", str(pair)])
+    done = CliRunner().invoke(main.app, ["--pair", str(pair)])
     assert done.exit_code == 1
     assert f"{BENCH}: n/a (not on PATH" in done.output
     assert f"{SPECULATIVE}: n/a (not on PATH" in done.output
@@ -147,7 +149,7 @@ def test_without_the_programs_the_command_says_which_are_missing(pair: Path) -> 
     not (shutil.which(BENCH) and shutil.which(SPECULATIVE)), reason=f"needs {BENCH} and {SPECULATIVE} on PATH"
 )
 def test_the_real_programs(pair: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["--pair", str(pair), "--out", str(tmp_path), *COMMAND])
+    done = CliRunner().invoke(main.app, ["--pair", str(pair), "--out", str(tmp_path), *COMMAND])
     assert done.exit_code == 0, done.output
     (file,) = tmp_path.glob("llamacpp-*.jsonl")
     runs = [json.loads(line) for line in file.read_text().splitlines()][1:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdec.verify.passes.inputs import BAND_SLOTS, CausalBand, additive_masks
-from specdec.verify.passes.positions import windows_of
+from specdec.verify.positions import windows_of
 
 CPU = torch.device("cpu")
 HIDDEN = torch.finfo(torch.float32).min

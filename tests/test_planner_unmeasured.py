@@ -21,7 +21,7 @@ from specdec.planner import factory
 from specdec.planner.costs import Costs
 from specdec.planner.measuring_planner import MeasuringPlanner
 from specdec.verify import DraftTree, Topology
-from specdec.verify.passes.stock import callers_code
+from specdec.verify.purity import callers_code
 
 
 @pytest.fixture(name="measured", autouse=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from oracle.instances import Spec, context_free
+from oracle.problems import race_accepted
 from test_bench import make_pair
 
-from specdec.experiments.accept.models import Models
-from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.setting import Setting
+from specdec.experiments.pair import Models
 from specdec.experiments.rules import instances, overhead, pair
 from specdec.experiments.rules.__main__ import main
 from specdec.verify.draft_kind import DraftKind
@@ -43,8 +43,8 @@ def test_the_race_accepts_what_the_formula_says() -> None:
     p, q = np.array([0.1, 0.5, 0.4]), np.array([0.5, 0.4, 0.1])
     exact = sum(1 / sum(max(p[y] / p[x], q[y] / q[x]) for y in range(3)) for x in range(3))
     instance = context_free(tuple(p), tuple(q), Spec(draws=1), 1)
-    assert instances.race_accepted(instance, 1, 200_000, seed=0) == pytest.approx(exact, abs=5 * 0.5 / 200_000**0.5)
-    assert instances.race_accepted(instance, 3, 1000, seed=0) == 1.0
+    assert race_accepted(instance, 1, 200_000, seed=0) == pytest.approx(exact, abs=5 * 0.5 / 200_000**0.5)
+    assert race_accepted(instance, 3, 1000, seed=0) == 1.0
 
 
 @pytest.mark.parametrize("kind", overhead.DRAFTS)
@@ -69,8 +69,7 @@ def test_every_rule_is_timed(tmp_path: Path) -> None:
 
 def test_rules_on_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured and expected tokens per step agree for a chain and a tree on a pair of random models."""
-    options = AcceptOptions(pair=make_pair(tmp_path), dtype="float64")
-    models = Models.load(options, torch.device("cpu"))
+    models = Models.load(make_pair(tmp_path), "float64")
     few = [("model:k=3", "rejection"), ("model:tree=2,2:children=mixed", "budget_flow"), ("model:k=3", "coupled")]
     monkeypatch.setattr(pair, "rivals", lambda: [(Setting.parse(setting), rule) for setting, rule in few])
     entries = pair.table(models, 1.0, pair.Size(prompts=40, prompt_tokens=12, tokens=16, timed=1))

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 import specdec
 from specdec.drafters import NgramDrafter
 from specdec.kv import TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
+from specdec.verify import strict_mode
 from specdec.verify.attention.blocks import BlockPlan
 from specdec.verify.native.library import why_not
-from specdec.verify.passes import strict_mode
 from specdec.verify.passes.base import Output
 from specdec.verify.passes.native import NativePass
-from specdec.verify.passes.strict_mode import StrictMode
+from specdec.verify.strict_mode import StrictMode
 
 CPU = torch.device("cpu")
 

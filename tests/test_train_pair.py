@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec.experiments.corpus import held_out_prompts
+from specdec.experiments.pair import Models
 from specdec.experiments.train_pair import __main__ as command
 from specdec.experiments.train_pair import acceptance, state
-from specdec.experiments.train_pair.evaluate import load_pair
 from specdec.experiments.train_pair.export import export_pair
 from specdec.experiments.train_pair.joint import joint_step
+from specdec.experiments.train_pair.models import load_tokenizer
+from specdec.experiments.train_pair.on_policy import train_all as train
 from specdec.experiments.train_pair.recipe import Recipe, preset
-from specdec.experiments.train_pair.runner import train
 from specdec.experiments.train_pair.session import Interrupted, Session
 from specdec.experiments.train_pair.state import CHECKPOINT, TrainingState
-from specdec.experiments.train_pair.tokenizer import load_tokenizer
 
 TINY = replace(preset("tiny"), tokens=1024)
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def test_help_does_not_import_torch(arguments: list[str]):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
+    assert "Usage" in done.stdout
 
 
 def test_unknown_arguments_and_missing_pairs_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -144,7 +144,8 @@ def test_unknown_arguments_and_missing_pairs_are_errors(tmp_path: Path, capsys: 
 def test_export_writes_a_pair_that_loads(tmp_path: Path):
     run_state = run(tmp_path / "run")
     export_pair(run_state, tmp_path / "pair")
-    target, draft, tokenizer = load_pair(tmp_path / "pair")
+    pair = Models.load(tmp_path / "pair", ends=True)
+    target, draft, tokenizer = pair.target, pair.draft, pair.tokenizer
     for trained, loaded in ((run_state.target, target), (run_state.draft, draft)):
         assert loaded.dtype == torch.float32
         for name, weight in trained.state_dict().items():
@@ -199,7 +200,8 @@ def test_the_shipped_tokenizer_gives_back_any_text():
 
 
 def test_the_shipped_draft_is_accepted_on_held_out_prompts():
-    target, draft, tokenizer = load_pair(SHIPPED)
+    pair = Models.load(SHIPPED, ends=True)
+    target, draft, tokenizer = pair.target, pair.draft, pair.tokenizer
     prompts = torch.tensor(held_out_prompts(tokenizer, num=12, prompt_tokens=48))
     texts = acceptance.continue_text(target, prompts, 64)
     rows = acceptance.greedy_agreement(draft, texts, 48, tokenizer.eos_token_id)

@@ -1,18 +1,23 @@
-"""Which of the caller's processors and criteria may be asked about drafts, and which only in plain order."""
+"""Which of the caller's code may be asked about drafts: processors, criteria, and what hangs on the model."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from torch.nn.modules import module as torch_modules
+from transformers import PreTrainedModel
 from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as criteria
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.passes.stock import original
 
 T = TypeVar("T")
 
 _MARK = "_specdec_pure"
+_OFFLOADING = f"{os.sep}accelerate{os.sep}"
 
 
 def _named(home: Any, *names: str) -> frozenset[type]:
@@ -111,3 +116,27 @@ def in_plain_order(processors: Iterable[object], criteria: Iterable[object], row
     if rows > 1:
         found += [criterion for criterion in criteria if not decides_by_row(criterion)]
     return [type(one).__name__ for one in found]
+
+
+def callers_code(model: PreTrainedModel) -> str | None:
+    """What the caller has put on a model and every pass of it runs: a hook, or a forward in place of a module's own.
+
+    Those of torch, transformers and accelerate (offloading, sharding, compilation) are theirs.
+    """
+    everywhere = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
+    if any(not _known(hook) for hooks in everywhere for hook in hooks.values()):
+        return "a global forward hook"
+    for name, part in model.named_modules():
+        own, where = part.__dict__, f"on module {name!r}" if name else f"on {type(model).__name__}"
+        if any(
+            not _known(hook) for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]) for hook in hooks.values()
+        ):
+            return f"a forward hook {where}"
+        if "forward" in own and "_hf_hook" not in own and not _known(own["forward"]):
+            return f"another forward {where}"
+    return None
+
+
+def _known(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return original(function) or (code is not None and _OFFLOADING in code.co_filename)

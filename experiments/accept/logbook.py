@@ -8,14 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from specdec.experiments.accept.measure import seed_of
-from specdec.experiments.accept.models import Models
+from specdec.experiments.accept.measure import generating, seed_of, turn_ids
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.store import Store
 from specdec.experiments.accept.summary import summarise
+from specdec.experiments.pair import Models
+from specdec.experiments.ways import sampling
 from specdec.experiments.workloads import Prompt
+from specdec.lab.reference import processors_of
 from specdec.speculator import Speculator
 
 
@@ -26,14 +27,10 @@ def log_unit(
 
     The text is decoded with a seed of its own, so that it is not the text of any cell it will be compared with.
     """
-    ids = models.turn_ids(prompt, [], options)
-    given = torch.tensor([ids], device=models.device)
+    ids = turn_ids(models, prompt, [], options)
+    given = torch.tensor([ids], device=models.target.device)
     seed = seed_of(options, prompt, -1)
-    out = speculator.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=options.new_tokens, seed=seed,
-        **options.sampling(temperature),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    out = generating(speculator, temperature, options)(given, seed).ids
     p, q = laws(models, out, len(ids), temperature, options)
     summary = summarise(p, q, out[0, len(ids) :], given[0], seed & 0x7FFFFFFF)
     name = hashlib.sha256(f"{temperature:g}/{prompt.id}".encode()).hexdigest()[:16] + ".npz"
@@ -47,8 +44,10 @@ def laws(
 ) -> tuple[Tensor, Tensor]:
     """Both models' laws of every token of `text` (int64 `[1, tokens]`) from `prompt` on, float `[n, vocab]`."""
     found = []
-    processors: Any = _processors(temperature, options)  # its stubs insist on LongTensor
-    for model in (models.target, models.draft):
+    law = sampling(temperature, options.top_k, options.top_p)
+    processors: Any = processors_of(models.target, text[:, :prompt], **law)  # none of them looks at the text
+    pair: tuple[Any, Any] = models.target, models.draft
+    for model in pair:
         known = text.clamp(max=model.get_input_embeddings().num_embeddings - 1)
         logits = model(known, use_cache=False, logits_to_keep=text.shape[1] - prompt + 1).logits[0, :-1].float()
         found.append(F.softmax(processors(text[:, :-1], logits), dim=-1))
@@ -59,17 +58,3 @@ def laws(
         q = q[:, : p.shape[1]]
         q = q / q.sum(-1, keepdim=True)
     return p, q
-
-
-def _processors(temperature: float, options: AcceptOptions) -> LogitsProcessorList:
-    """What `generate` makes of the run's options, in its order. None of them looks at the text."""
-    found = LogitsProcessorList()
-    if temperature == 0:
-        return found
-    if temperature != 1:
-        found.append(TemperatureLogitsWarper(temperature))
-    if options.top_k:
-        found.append(TopKLogitsWarper(options.top_k))
-    if options.top_p < 1:
-        found.append(TopPLogitsWarper(options.top_p))
-    return found

@@ -6,32 +6,18 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from specdec.experiments.accept.cells import Cell
-from specdec.experiments.accept.models import Models
 from specdec.experiments.accept.options import AcceptOptions
+from specdec.experiments.accept.setting import Cell
 from specdec.experiments.accept.watch import Watch
+from specdec.experiments.errors import ExperimentError
+from specdec.experiments.pair import Models
+from specdec.experiments.ways import Generate, speculating
 from specdec.experiments.workloads import Prompt
 from specdec.speculator import Speculator
 from specdec.trace import StepTrace
 
 KIND_LETTERS = {"accepted": "a", "recovered": "r", "bonus": "b"}
-
-
-class Speculators:
-    """One Speculator per setting and rule, built when first needed."""
-
-    def __init__(self, models: Models):
-        self._models = models
-        self._built: dict[tuple[str, str], Speculator] = {}
-
-    def get(self, cell: Cell) -> Speculator:
-        key = (str(cell.setting), cell.rule)
-        if key not in self._built:
-            drafter = cell.setting.build(self._models.draft)
-            self._built[key] = Speculator(self._models.target, drafter, rule=cell.rule)
-        return self._built[key]
 
 
 def seed_of(options: AcceptOptions, prompt: Prompt, turn: int) -> int:
@@ -51,25 +37,45 @@ def run_unit(
     turns: list[dict[str, Any]] = []
     answers: list[str] = []
     for number in range(len(prompt.turns)):
-        ids = models.turn_ids(prompt, answers, options)
+        ids = turn_ids(models, prompt, answers, options)
         turns.append(_turn(models, speculator, cell, ids, seed_of(options, prompt, number), options))
         answers.append(models.tokenizer.decode(turns[-1]["token_ids"], skip_special_tokens=True))
     return {"cell": str(cell), "prompt": prompt.id, "domain": prompt.domain, "turns": turns}
+
+
+def turn_ids(models: Models, prompt: Prompt, answers: list[str], options: AcceptOptions) -> list[int]:
+    """The ids that turn `len(answers)` starts from, cut on the left to what fits."""
+    if prompt.ids is not None and not answers:
+        ids = list(prompt.ids)
+    elif prompt.chat and getattr(models.tokenizer, "chat_template", None):
+        messages = []
+        for asked, said in zip(prompt.turns, [*answers, None], strict=False):
+            messages.append({"role": "user", "content": asked})
+            if said is not None:
+                messages.append({"role": "assistant", "content": said})
+        ids = list(models.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    else:
+        pieces = [text for pair in zip(prompt.turns, [*answers, ""], strict=False) for text in pair]
+        ids = list(models.tokenizer("\n\n".join(piece for piece in pieces if piece)).input_ids)
+    context = int(getattr(models.target.config.get_text_config(), "max_position_embeddings", 1 << 20))
+    room = min(options.prompt_tokens, context - options.new_tokens)
+    if room < 1:
+        raise ExperimentError(f"new_tokens={options.new_tokens} leaves no room in a context of {context} tokens")
+    return ids[-room:]
+
+
+def generating(speculator: Speculator, temperature: float, options: AcceptOptions) -> Generate:
+    """The run's way to generate with a drafter and rule."""
+    return speculating(speculator, options.new_tokens, temperature, top_k=options.top_k, top_p=options.top_p)
 
 
 def _turn(
     models: Models, speculator: Speculator, cell: Cell, ids: list[int], seed: int, options: AcceptOptions
 ) -> dict[str, Any]:
     traces: list[StepTrace] = []
-    watch = Watch()
-    speculator.monitor = watch
-    given = torch.tensor([ids], device=models.device)
-    out = speculator.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=options.new_tokens, seed=seed,
-        on_step=traces.append, **options.sampling(cell.temperature),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    report = speculator.report
+    speculator.monitor = watch = Watch()
+    given = torch.tensor([ids], device=models.target.device)
+    out, report, _ = generating(speculator, cell.temperature, options)(given, seed, traces.append)
     assert report is not None
     return {
         "prompt_tokens": len(ids),
@@ -80,9 +86,7 @@ def _turn(
         "kept_per_position": report.num_accepted_tokens_per_pos,
         "reached_per_position": report.num_reached_per_pos,
         "seconds": round(report.ms_total / 1e3 - watch.seconds, 6),
-        "ms_prefill": round(report.ms_prefill, 3),
-        "ms_draft": round(report.ms_draft, 3),
-        "ms_verify": round(report.ms_verify, 3),
+        **{name: round(getattr(report, name), 3) for name in ("ms_prefill", "ms_draft", "ms_verify")},
         "ms_rest": round(report.ms_rest - 1e3 * watch.seconds, 3),
         "faults": report.num_drafter_faults,
         "watch": watch.to_dict(),

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from specdec.experiments.accept.cells import Cell
-from specdec.experiments.accept.interval import Mean, ratio
-from specdec.experiments.accept.options import PLAIN
+from specdec.experiments.accept.setting import PLAIN, Cell
 from specdec.experiments.accept.store import Store
+from specdec.experiments.intervals import Mean, Spread, ratio
 
 Entry = dict[str, Any]
 
@@ -46,7 +46,7 @@ class CellStats:
     alpha_star: float
     alpha_there: float
     tokens_per_second: float
-    speedup: tuple[float, float, float] | None
+    speedup: Spread | None
     ms: tuple[float, float, float]
     ms_prefill: float
     drafted_per_step: float
@@ -105,45 +105,33 @@ class Runs:
         seconds = sum(turn["seconds"] for turn in turns)
         ms = tuple(sum(turn[name] for turn in turns) / max(1, steps) for name in ("ms_draft", "ms_verify", "ms_rest"))
         return CellStats(
-            cell=cell,
-            num_prompts=len(entries),
-            num_tokens=tokens,
-            num_steps=steps,
+            cell=cell, num_prompts=len(entries), num_tokens=tokens, num_steps=steps,
             tokens_per_step=ratio([_tokens(e) for e in entries], [_steps(e) for e in entries]),
             mean_acceptance_length=1 + accepted / drafting if drafting else 1.0,
-            acceptance_rate=_share(accepted, drafted),
-            per_position=[_share(k, r) for k, r in zip(kept, reached, strict=False)],
-            reached=[int(count) for count in reached],
-            alpha=_share(first, drafting),
-            alpha_star=_share(watched["star"], watched["scanned"]),
+            acceptance_rate=_share(accepted, drafted), drafted_per_step=_share(drafted, drafting),
+            per_position=[_share(k, r) for k, r in zip(kept, reached, strict=False)], reached=reached,
+            alpha=_share(first, drafting), alpha_star=_share(watched["star"], watched["scanned"]),
             alpha_there=_share(watched["scanned_first"], watched["scanned"]),
             tokens_per_second=_share(tokens, seconds),
             speedup=None if cell.is_plain else self._speedup(cell, entries),
-            ms=(ms[0], ms[1], ms[2]),
-            ms_prefill=sum(turn["ms_prefill"] for turn in turns) / len(turns),
-            drafted_per_step=_share(drafted, drafting),
-        )
+            ms=(ms[0], ms[1], ms[2]), ms_prefill=sum(turn["ms_prefill"] for turn in turns) / len(turns),
+        )  # fmt: skip
 
     def plain(self, temperature: float) -> Cell:
         return Cell(PLAIN, PLAIN.rules(temperature)[0], temperature)
 
-    def _speedup(self, cell: Cell, entries: list[Entry]) -> tuple[float, float, float] | None:
+    def _speedup(self, cell: Cell, entries: list[Entry]) -> Spread | None:
         plain = {entry["prompt"]: _speed(entry) for entry in self.of(self.plain(cell.temperature))}
         ratios = [_speed(entry) / plain[entry["prompt"]] for entry in entries if plain.get(entry["prompt"])]
-        if not ratios:
-            return None
-        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        return float(middle), float(low), float(high)
+        return Spread.of(ratios) if ratios else None
 
     def by_output_position(self, cell: Cell, width: int = 16) -> list[tuple[int, float, int]]:
         """(first output position of a bin, emitted tokens per step that began in it, number of steps)."""
         bins: dict[int, list[int]] = {}
-        for entry in self.of(cell):
-            for turn in entry["turns"]:
-                at = 0
-                for accepted in turn["accepted"]:
-                    bins.setdefault(at // width, []).append(accepted + 1)
-                    at += accepted + 1
+        for turn in (turn for entry in self.of(cell) for turn in entry["turns"]):
+            emitted = [accepted + 1 for accepted in turn["accepted"]]
+            for at, count in zip(accumulate([0, *emitted]), emitted, strict=False):
+                bins.setdefault(at // width, []).append(count)
         return [(number * width, float(np.mean(runs)), len(runs)) for number, runs in sorted(bins.items())]
 
     def domains(self) -> list[str]:
@@ -164,23 +152,19 @@ class SpecBench(NamedTuple):
     baseline: float
     speedup: float
 
+    def __str__(self) -> str:
+        return f"{self.mean_accepted_tokens:.2f} / {self.speedup:.2f}x"
+
 
 def spec_bench(runs: Runs, cell: Cell, domain: str | None = None) -> SpecBench:
     """The figures of a cell for one task, or overall."""
 
-    def speeds(of: Cell) -> list[float]:
-        return [_speed(entry) for entry in runs.of(of) if domain in (None, entry["domain"])]
-
-    lengths = [
-        count + 1
-        for entry in runs.of(cell)
-        if domain in (None, entry["domain"])
-        for turn in entry["turns"]
-        for count in turn["accepted"]
-    ]
-    ours, base = (float(np.mean(found)) if found else math.nan
-                  for found in (speeds(cell), speeds(runs.plain(cell.temperature))))  # fmt: skip
-    return SpecBench(float(np.mean(lengths)) if lengths else math.nan, ours, base, ours / base)
+    plain = runs.plain(cell.temperature)
+    ours, base = ([one for one in runs.of(of) if domain in (None, one["domain"])] for of in (cell, plain))
+    lengths = [count + 1 for entry in ours for turn in entry["turns"] for count in turn["accepted"]]
+    figures = (lengths, list(map(_speed, ours)), list(map(_speed, base)))
+    length, speed, baseline = (float(np.mean(found)) if found else math.nan for found in figures)
+    return SpecBench(length, speed, baseline, speed / baseline)
 
 
 def _speed(entry: Entry) -> float:
@@ -196,12 +180,7 @@ def _steps(entry: Entry) -> int:
 
 
 def _added(lists: Iterable[Sequence[int]]) -> list[int]:
-    total: list[int] = []
-    for counts in lists:
-        total += [0] * (len(counts) - len(total))
-        for i, count in enumerate(counts):
-            total[i] += count
-    return total
+    return [sum(column) for column in zip_longest(*lists, fillvalue=0)]
 
 
 def _share(part: float, whole: float) -> float:

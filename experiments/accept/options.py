@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from specdec.experiments.accept.setting import Setting
+from specdec.experiments.accept.setting import EXAMPLES, PLAIN, Setting
 from specdec.experiments.errors import ExperimentError
-from specdec.experiments.workloads import Source
-from specdec.pairing import Pair
-from specdec.pairing.runnable import two_models
+from specdec.experiments.frame import Options, argument, option
+from specdec.experiments.pair import Dtype, PairOptions, Seed
+from specdec.experiments.workloads import SOURCES, Source
 
 DEFAULT_SETTINGS = (
     "model:k=2",
@@ -20,66 +20,52 @@ DEFAULT_SETTINGS = (
     "model:tree=2,1,1,1,1,1:children=sampled",
     "ngram:k=6",
 )
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-PLAIN = Setting("none")
+KNOWN_RULES = ("rejection", "block", "naive", "recursive_rejection", "traversal", "budget_flow", "coupled")
 UNRECORDED = ("out", "threads", "device", "report")
 """Options that may differ when a run is resumed: they change how fast it is, not what it measures."""
 
 
-@dataclass(frozen=True)
-class AcceptOptions:
-    """One acceptance experiment.
+@dataclass(frozen=True, kw_only=True)
+class AcceptOptions(PairOptions):
+    """One acceptance experiment."""
 
-    out: its folder; a run that was interrupted there is resumed. pair: its name, TOML file or folder. settings: see
-    Setting. rules: of each setting, by name; empty: up to `max_rules` that take its drafts. temperatures: 0 is greedy.
-    prompts: see workloads.Source. num_prompts: of each source. new_tokens: at most, per turn. prompt_tokens: longer
-    prompts lose their beginning. top_k, top_p: of the caller's law (0 and 1: none).
-    log: also keep p/q summaries of one text per prompt and temperature, for `specdec accept score`.
-    """
-
-    out: Path = Path("accept-results")
-    pair: str | Path = "stdlib-python"
-    settings: tuple[str, ...] = DEFAULT_SETTINGS
-    rules: tuple[str, ...] = ()
-    max_rules: int = 3
-    temperatures: tuple[float, ...] = (0.6, 1.0, 1.5)
-    prompts: tuple[str, ...] = ("shipped", "stdlib")
-    num_prompts: int = 4
-    prompt_tokens: int = 512
-    new_tokens: int = 48
-    top_k: int = 0
-    top_p: float = 1.0
-    ignore_eos: bool = True
-    log: bool = True
-    report: bool = True
-    seed: int = 0
-    threads: int = 2
-    dtype: str = "float32"
-    device: str = "auto"
+    out: Annotated[Path, option("Folder of the run; an interrupted one is resumed.")] = Path("accept-results")
+    settings: Annotated[tuple[str, ...], option(f"What drafts; repeat for more. {EXAMPLES}", "--setting", "-s")] = (
+        DEFAULT_SETTINGS
+    )
+    rules: Annotated[tuple[str, ...], option("Rules to compare (default: the best few per setting).", "--rule")] = ()
+    max_rules: Annotated[int, option("Rules per setting when none are named.")] = 3
+    temperatures: Annotated[
+        tuple[float, ...], option("0 is greedy; repeat.", "--temperature", "-t")
+    ] = (0.6, 1.0, 1.5)  # fmt: skip
+    prompts: Annotated[tuple[str, ...], option(f"Some of {', '.join(SOURCES)}; repeat.")] = ("shipped", "stdlib")
+    num_prompts: Annotated[int, option("Prompts of each source.")] = 4
+    prompt_tokens: Annotated[int, option("Longer prompts lose their beginning.")] = 512
+    new_tokens: Annotated[int, option("Tokens to generate per turn, at most.")] = 48
+    top_k: Annotated[int, option("Of the sampling law; 0 cuts nothing.")] = 0
+    top_p: Annotated[float, option("Of the sampling law; 1 cuts nothing.")] = 1.0
+    ignore_eos: Annotated[bool, option("Generate on after an end token (texts of one length).")] = True
+    log: Annotated[bool, option("Keep p/q summaries of a text per prompt, for `accept score`.")] = True
+    report: Annotated[bool, option("Write report.html and report.png.")] = True
+    dtype: Dtype = "float32"
+    device: Annotated[str, option("auto, cpu or cuda.")] = "auto"
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_rules", "num_prompts", "prompt_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise ExperimentError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.new_tokens < 2:
-            raise ExperimentError(f"new_tokens: expected at least 2, got {self.new_tokens}")
+        super().__post_init__()
+        self.at_least(1, "max_rules", "num_prompts", "prompt_tokens")
+        self.at_least(2, "new_tokens")
+        self.one_of(KNOWN_RULES, "rules")
         if not self.temperatures or min(self.temperatures) < 0:
             raise ExperimentError(f"temperatures: expected some, all >= 0, got {self.temperatures}")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ExperimentError(
                 f"expected top_k >= 0 and 0 < top_p <= 1 (0 and 1 cut nothing), got {self.top_k} and {self.top_p}"
             )
-        if self.dtype not in DTYPES:
-            raise ExperimentError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not self.settings or not self.prompts:
             raise ExperimentError("expected at least one setting and one source of prompts")
         self.parsed_settings()
         self.sources()
-        unknown = set(self.rules) - KNOWN_RULES
-        if unknown:
-            raise ExperimentError(
-                f"rules: expected some of {', '.join(sorted(KNOWN_RULES))}, got {', '.join(sorted(unknown))}"
-            )
 
     def parsed_settings(self) -> list[Setting]:
         """All settings, each once, without plain decoding (which always runs)."""
@@ -89,27 +75,28 @@ class AcceptOptions:
     def sources(self) -> list[Source]:
         return [Source.parse(text) for text in dict.fromkeys(self.prompts)]
 
-    def chosen_pair(self) -> Pair:
-        """Raises PairError: no such pair, or none with two models that run here."""
-        return two_models(self.pair)
-
-    def sampling(self, temperature: float) -> dict[str, Any]:
-        """The arguments of `generate` that decide the law."""
-        if temperature == 0:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": temperature, "top_k": self.top_k, "top_p": self.top_p}
-
-    def to_dict(self) -> dict[str, Any]:
-        out = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        return {**out, "pair": Path(self.pair).name}
+    def to_dict(self, *left_out: str) -> dict[str, Any]:
+        return {**super().to_dict(*left_out), "pair": Path(self.pair).name}
 
     def recorded(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in self.to_dict().items()
-            if name not in UNRECORDED
-        }
+        found = self.to_dict(*UNRECORDED)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-KNOWN_RULES = frozenset({"rejection", "block", "naive", "recursive_rejection", "traversal", "budget_flow", "coupled"})
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(Options):
+    """What is scored on the logged texts of a run."""
+
+    folder: Annotated[Path, argument("Folder of a run made with --log.")]
+    settings: Annotated[tuple[str, ...], option("What to score; repeat.", "--setting", "-s")] = ()
+    rules: Annotated[tuple[str, ...], option("Rules to score (default: all that take the drafts).", "--rule")] = ()
+    json: Annotated[Path | None, option("Also write the scores as JSON.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """Which report is written again."""
+
+    folder: Annotated[Path, argument("Folder of a run.")]
+    out: Annotated[Path | None, option("Where to write (default: report.html in the folder).")] = None

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers.utils import logging as hf_logging
 
-from specdec.experiments.accept.cells import Cell, cells
 from specdec.experiments.accept.logbook import log_unit
-from specdec.experiments.accept.measure import Speculators, run_unit
-from specdec.experiments.accept.models import Models
+from specdec.experiments.accept.measure import run_unit
 from specdec.experiments.accept.options import AcceptOptions
+from specdec.experiments.accept.setting import PLAIN, Cell, Setting
 from specdec.experiments.accept.show import show
 from specdec.experiments.accept.store import Store, unit_key
-from specdec.experiments.provenance import provenance
+from specdec.experiments.display import console, tracked
+from specdec.experiments.frame import started
+from specdec.experiments.pair import Models
 from specdec.experiments.workloads import Prompt
+from specdec.speculator import Speculator
 from specdec.verify.passes.linear import FORMS
 
 
@@ -55,9 +53,6 @@ def run(options: AcceptOptions) -> int:
     Raises:
         ExperimentError: prompts or the folder's files cannot be used; SpecdecError: models cannot.
     """
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    torch.set_num_threads(options.threads)
     share = Share.of(options.device)
     store = Store(options.out, share.rank)
     if share.rank == 0:
@@ -65,11 +60,11 @@ def run(options: AcceptOptions) -> int:
     share.wait()
     if share.rank:
         store.open(options.recorded())
-    source = provenance(
-        seed=options.seed, threads=options.threads, device=str(share.device), pair=options.chosen_pair().name,
-        options=options.to_dict(), rank=share.rank, num_processes=share.count,
+    source = started(
+        options, options.seed, str(share.device), pair=options.chosen_pair().name, options=options.to_dict(),
+        rank=share.rank, num_processes=share.count,
     )  # fmt: skip
-    models = Models.load(options, share.device)
+    models = Models.load(options.pair, options.dtype, share.device, ends=not options.ignore_eos)
     prompts = [p for wanted in options.sources() for p in wanted.load(models.tokenizer, options.num_prompts)]
     todo, skipped = plan(options, prompts, store.finished())
     share.wait()  # until all have read what is finished: nobody may add to it before the work is divided
@@ -102,6 +97,25 @@ def plan(options: AcceptOptions, prompts: list[Prompt], finished: set[str]) -> t
     return [unit for unit in units if _key(unit) not in finished], skipped
 
 
+def cells(options: AcceptOptions) -> tuple[list[Cell], list[str]]:
+    """The cells to run, plain decoding of each temperature first, and which combinations are left out and why."""
+    found: list[Cell] = []
+    skipped: list[str] = []
+    for temperature in dict.fromkeys(options.temperatures):
+        found.append(Cell(PLAIN, PLAIN.rules(temperature)[0], temperature))
+        for setting in options.parsed_settings():
+            takes = setting.rules(temperature)
+            rules = takes[: options.max_rules] if temperature == 0 or not options.rules else options.rules
+            for rule in rules:
+                if rule in takes:
+                    found.append(Cell(setting, rule, temperature))
+                elif temperature == max(options.temperatures):
+                    shape, nodes = setting.shape_kind
+                    skipped.append(f"{setting} with {rule}: it drafts {nodes} {shape}s; such drafts take "
+                                   f"{', '.join(takes)}")  # fmt: skip
+    return found, skipped
+
+
 def _key(unit: Unit) -> str:
     cell, temperature, prompt = unit
     return unit_key({"prompt": prompt.id, **({"temperature": temperature} if cell is None else {"cell": str(cell)})})
@@ -110,53 +124,48 @@ def _key(unit: Unit) -> str:
 def _work(options: AcceptOptions, models: Models, store: Store, units: list[Unit]) -> None:
     forms = store.forms()
     FORMS.adopt(forms)
-    speculators = Speculators(models)
+
+    @cache
+    def speculator(setting: Setting, rule: str) -> Speculator:
+        return Speculator(models.target, setting.build(models.draft), rule=rule)
+
     writer = Cell(options.parsed_settings()[0], "auto", 0.0) if options.parsed_settings() else None
     warm: set[str] = set()
-    with _progress() as progress:
-        task = progress.add_task("", total=len(units))
-        for cell, temperature, prompt in units:
-            progress.update(task, description=str(cell or f"log T={temperature:g}"))
-            if cell is None:
-                assert writer is not None
-                kind, entry = "log", log_unit(models, speculators.get(writer), temperature, prompt, options, store)
-            else:
-                speculator = speculators.get(cell)
-                if str(cell.setting) not in warm:  # the first call measures linear layers and fills tables
-                    run_unit(models, speculator, cell, prompt, options)
-                    warm.add(str(cell.setting))
-                kind, entry = "run", run_unit(models, speculator, cell, prompt, options)
-            new = {sizes: form for sizes, form in FORMS.names().items() if sizes not in forms}
-            if new:  # before the unit that they were measured for: whoever goes on from here multiplies the same way
-                store.append("forms", {"linear": new})
-                forms |= new
-            store.append(kind, entry)
-            progress.advance(task)
+    for cell, temperature, prompt in tracked(units, "", lambda unit: str(unit[0] or f"log T={unit[1]:g}")):
+        if cell is None:
+            assert writer is not None
+            kind, entry = (
+                "log",
+                log_unit(models, speculator(writer.setting, writer.rule), temperature, prompt, options, store),
+            )
+        else:
+            own = speculator(cell.setting, cell.rule)
+            if str(cell.setting) not in warm:  # the first call measures linear layers and fills tables
+                run_unit(models, own, cell, prompt, options)
+                warm.add(str(cell.setting))
+            kind, entry = "run", run_unit(models, own, cell, prompt, options)
+        new = {sizes: form for sizes, form in FORMS.names().items() if sizes not in forms}
+        if new:  # before the unit that they were measured for: whoever goes on from here multiplies the same way
+            store.append("forms", {"linear": new})
+            forms |= new
+        store.append(kind, entry)
 
 
 def _finish(options: AcceptOptions, store: Store, skipped: list[str], done: int) -> int:
     from specdec.experiments.accept.metrics import Runs
 
     runs = Runs.read(store)
-    console = Console(width=None if sys.stdout.isatty() else 180, markup=False, highlight=False)
-    show(console, runs)
+    page = console(180)
+    show(page, runs)
     for line in skipped:
-        console.print(f"not run: {line}")
+        page.print(f"not run: {line}")
     if options.report:
-        from specdec.experiments.accept.report import write_report
+        from specdec.experiments.accept.report.page import write_report
 
         for path in write_report(store):
-            console.print(f"wrote {path}")
+            page.print(f"wrote {path}")
     faults = sum(turn["faults"] for run in runs.entries for turn in run["turns"])
-    console.print(f"{done} units measured now, {len(runs.entries)} runs in {options.out}")
+    page.print(f"{done} units measured now, {len(runs.entries)} runs in {options.out}")
     if faults:
-        console.print(f"the drafter failed {faults} times: those steps decoded plainly")
+        page.print(f"the drafter failed {faults} times: those steps decoded plainly")
     return int(faults > 0)
-
-
-def _progress() -> Progress:
-    columns: tuple[Any, ...] = (TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(),
-                                TimeRemainingColumn())  # fmt: skip
-    return Progress(
-        *columns, console=Console(stderr=True), refresh_per_second=2, transient=True, disable=not sys.stderr.isatty()
-    )

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
-from specdec.experiments.accept.cells import Cell
 from specdec.experiments.accept.counterfactual import reach_law, refusal
-from specdec.experiments.accept.interval import Mean, ratio, ratio_difference
 from specdec.experiments.accept.lookup import lookup_law
 from specdec.experiments.accept.metrics import Runs
-from specdec.experiments.accept.setting import Setting
+from specdec.experiments.accept.options import ScoreOptions
+from specdec.experiments.accept.setting import Cell, Setting
 from specdec.experiments.accept.show import text
 from specdec.experiments.accept.steps import expected_steps
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.accept.summary import Summary
+from specdec.experiments.display import console
+from specdec.experiments.intervals import Mean, ratio, ratio_difference
 from specdec.experiments.provenance import placeless
 
 DEFAULT_SCORED = (
@@ -79,8 +79,8 @@ class Comparison:
         return Comparison(score, ratio(tokens, steps), ratio_difference((tokens, steps), (expected[0], expected[1])))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.score.to_dict(), "measured": None if self.measured is None else self.measured.to_dict(),
-                "difference": None if self.difference is None else self.difference.to_dict()}  # fmt: skip
+        means = {"measured": self.measured, "difference": self.difference}
+        return {**self.score.to_dict(), **{name: mean and mean.to_dict() for name, mean in means.items()}}
 
 
 class Logs:
@@ -124,25 +124,22 @@ class Logs:
         ]
 
 
-def score_folder(folder: Path, settings: list[str] | None, rules: list[str] | None, json_path: Path | None) -> None:
+def score_folder(options: ScoreOptions) -> None:
     """Print the scores of a run's logged texts, beside what its own runs measured.
 
     Raises:
         ExperimentError: no such run, no logs in it, damaged files, an unknown setting.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    store = Store(folder)
+    store = Store(options.folder)
     logs = Logs(store)
     if not logs.texts:
-        raise ResultsError(f"{folder.name}: no logged texts; run `specdec accept` with --log")
+        raise ResultsError(f"{options.folder.name}: no logged texts; run `specdec accept` with --log")
     runs = Runs.read(store)
-    wanted = [Setting.parse(text) for text in settings or DEFAULT_SCORED]
+    wanted = [Setting.parse(text) for text in options.settings or DEFAULT_SCORED]
     unable = {str(setting): why for setting in wanted
               if setting.kind != "ngram" and (why := refusal(setting)) is not None}  # fmt: skip
     able = [setting for setting in wanted if str(setting) not in unable]
-    found = [Comparison.of(score, runs) for score in logs.scores(able, rules or ())]
+    found = [Comparison.of(score, runs) for score in logs.scores(able, options.rules)]
     table = Table(title="Counterfactual: expected on the logged texts, no model run", title_justify="left")
     for name in ("setting", "rule", "T", "tokens/step", "measured", "difference", "by position"):
         table.add_column(name, no_wrap=name != "setting", overflow="fold")
@@ -154,22 +151,19 @@ def score_folder(folder: Path, settings: list[str] | None, rules: list[str] | No
             "" if difference is None else difference.text("+") + " *" * difference.excludes_zero,
             " ".join(text(rate).removeprefix("0") for rate in score.per_position[:8]),
         )  # fmt: skip
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    page = console(140)
+    page.print(table)
     differences = [one.difference for one in found if one.difference is not None]
-    console.print("±: 95 % interval over prompts (Student's law)")
+    page.print("±: 95 % interval over prompts (Student's law)")
     if differences:
-        console.print(
+        page.print(
             f"*: {sum(one.excludes_zero for one in differences)} of {len(differences)} measured figures differ by more "
             "than the interval of their difference, where\nprompts are paired; 1 in 20 would by chance, and several "
             "together rather than one by one: all rows of a temperature share the logged texts"
         )
     for name, why in unable.items():
-        console.print(f"not scored: {name}: {why}")
-    if json_path is not None:
-        result = {
-            "options": placeless(store.asked()),
-            "provenance": runs.sources,
-            "scores": [one.to_dict() for one in found],
-        }
-        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        page.print(f"not scored: {name}: {why}")
+    if options.json is not None:
+        result = {"options": placeless(store.asked()), "provenance": runs.sources,
+                  "scores": [one.to_dict() for one in found]}  # fmt: skip
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,10 @@
-"""One way to draft, as one word of a command line: `model:k=4`, `model:tree=3,2,1:children=sampled`, `ngram:k=6`."""
+"""One way to draft, and to decode, as a word: `model:k=4`, `model:tree=3,2,1:children=sampled`, `ngram:k=6`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any, Literal
 
 from specdec.experiments.errors import ExperimentError
@@ -64,10 +66,8 @@ class Setting:
         return Setting(kind, tuple(fields.items()))
 
     def __str__(self) -> str:
-        parts = [self.kind]
-        for name, value in self.fields:
-            parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
-        return ":".join(parts)
+        shown = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in self.fields}
+        return ":".join([self.kind, *(f"{name}={value}" for name, value in shown.items())])
 
     def get(self, name: str, default: Any = None) -> Any:
         return dict(self.fields).get(name, default)
@@ -75,10 +75,7 @@ class Setting:
     @property
     def widths(self) -> tuple[int, ...] | None:
         """Children per level of static shapes (a chain of k is k ones), None for others."""
-        if self.kind == "model":
-            tree: tuple[int, ...] | None = self.get("tree")
-            return (1,) * int(self.get("k", 4)) if tree is None else tree
-        return None
+        return self.get("tree", (1,) * self.get("k", 4)) if self.kind == "model" else None
 
     @property
     def mode(self) -> str:
@@ -112,11 +109,7 @@ class Setting:
             return int(self.get("k", 10)) * int(self.get("branches", 1))
         if self.kind == "best-first":
             return int(self.get("num_nodes", 60))
-        total, level = 0, 1
-        for width in self.widths or ():
-            level *= width
-            total += level
-        return total
+        return sum(accumulate(self.widths or (), mul))
 
     def build(self, draft: Any) -> Any:
         """The Drafter (None for "none"). Imports torch.
@@ -150,3 +143,28 @@ def _value(text: str, name: str, value: str) -> int | str | tuple[int, ...]:
         raise ExperimentError(f"setting {text!r}: {name}: expected numbers >= 1, got {value!r}")
     numbers = tuple(int(part) for part in parts)
     return numbers if name == "tree" else numbers[0]
+
+
+PLAIN = Setting("none")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to decode. Its text is its key in result files."""
+
+    setting: Setting
+    rule: str
+    temperature: float
+
+    def __str__(self) -> str:
+        return f"{self.setting} | {self.rule} | T={self.temperature:g}"
+
+    @property
+    def is_plain(self) -> bool:
+        return self.setting == PLAIN
+
+    @staticmethod
+    def parse(key: str) -> Cell:
+        """The inverse of `str`."""
+        setting, rule, temperature = key.split(" | ")
+        return Cell(Setting.parse(setting), rule, float(temperature.removeprefix("T=")))

@@ -52,7 +52,7 @@ def row(stats: CellStats) -> list[str]:
         text(stats.alpha_there if stats.alpha_star == stats.alpha_star else stats.alpha),
         text(stats.alpha_star),
         f"{stats.tokens_per_second:.0f}",
-        "-" if stats.speedup is None else f"{stats.speedup[0]:.2f} [{stats.speedup[1]:.2f}-{stats.speedup[2]:.2f}]",
+        "-" if stats.speedup is None else stats.speedup.text("{:.2f}"),
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.experiments.errors import ExperimentError
+from specdec.experiments.frame import append_lines
 
 SCHEMA = 1
 REQUIRED = {
@@ -80,8 +81,7 @@ class Store:
 
     def append(self, kind: str, entry: dict[str, Any]) -> None:
         """Add one line and hand it to the operating system."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **entry}) + "\n")
+        append_lines(self._path, kind, [entry])
 
     def entries(self, kind: str) -> Iterator[dict[str, Any]]:
         """All lines of a kind, of all processes; units that were run twice count once.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
-from specdec.lab.optimal import MAX_VOCAB, optimal_acceptance
+from specdec.lab.optimal import optimum, root_of
 from specdec.monitor import Monitor
 from specdec.verify import AcceptanceRule, DraftTree, Verdict
 
@@ -50,41 +49,12 @@ class Watch(Monitor):
                     self.nodes[node] += 1
         if races:  # its drafter knows the target's coins: no bound on coins of one's own applies
             return
-        best = alpha_star(tree, p, row, scan=self.drafts % SCAN_EVERY == 1)
+        root = root_of(tree, p, row)
+        best = optimum(root) if root.num_sampled < 2 or self.drafts % SCAN_EVERY == 1 else math.nan
         if not math.isnan(best):
             self.star += best
             self.scanned += 1
             self.scanned_first += kept
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            "nodes": self.nodes,
-            "drafts": self.drafts,
-            "first": self.first,
-            "star": self.star,
-            "scanned": self.scanned,
-            "scanned_first": self.scanned_first,
-        }
-
-
-def alpha_star(tree: DraftTree, p: Tensor, row: int, scan: bool = True) -> float:
-    """The most any lossless rule could accept at the root, for the law its children were drafted from.
-
-    One sampled child beside fixed ones: p(fixed) + sum off them of min(p, q). Several sampled children: the min-cut
-    of `lab.optimal`, only if `scan`. NaN where no formula covers the draft.
-    """
-    child = (tree.parents[row] == 0) & tree.valid[row]
-    drawn = child & tree.sampled[row]
-    fixed = tree.tokens[row][child & ~drawn].unique()
-    law = p[row, 0].double()
-    count = int(drawn.sum())
-    if tree.q is None or tree.q_row is None or count == 0:
-        return float(law[fixed].sum())
-    q = tree.q[row, tree.q_row[row, 0]].double()
-    if count == 1:
-        overlap = torch.minimum(law, q)
-        overlap[fixed] = 0.0
-        return float(law[fixed].sum() + overlap.sum())
-    if not scan or len(fixed) or len(q) > MAX_VOCAB or int((q > 0).sum()) < count:
-        return math.nan
-    return optimal_acceptance(law.cpu(), q.cpu(), count, tree.replacement)
+        return {name: value for name, value in vars(self).items() if name != "seconds"}

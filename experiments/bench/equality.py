@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.experiments.bench.peers import Output
+from specdec.experiments.ways import Output
 
 TIE_ULPS = {torch.float64: 4096, torch.float32: 256, torch.float16: 8, torch.bfloat16: 8}
 """Two logits closer than this many ulps of the largest logit are a tie: passes of different widths add up in

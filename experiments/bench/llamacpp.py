@@ -1,9 +1,9 @@
-"""llama.cpp as a peer: the pair's target as a GGUF file, through llama-cpp-python (extra `llamacpp`)."""
+"""llama.cpp as a way to generate: the pair's target as a GGUF file, through llama-cpp-python (extra `llamacpp`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,69 +13,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.experiments.bench.gguf_export import export_model, refusal
 from specdec.experiments.bench.options import BenchOptions
-from specdec.experiments.bench.pair import Pair
-from specdec.experiments.bench.peer import Generate, Output, Passes, Peer
+from specdec.experiments.pair import Models
+from specdec.experiments.ways import Generate, Output, Passes, Way
+from specdec.pairing.gguf import export_model, refusal
 
 COMPARABLE = {"f32": ("float32",), "f16": ("float32", "float16")}
-"""Dtypes of a run in which a peer with such weights says something about the same target."""
+"""Dtypes of a run in which a way with such weights says something about the same target."""
 MIN_BATCH = 512
 
 
-@dataclass(frozen=True)
-class LlamaCpp(Peer):
+def llama_cpp(dtype: str, lookup: int = 0) -> Way:
     """llama.cpp with weights and K/V in `dtype` ("f32" or "f16"), plain (`lookup` = 0) or with llama-cpp-python's
     prompt lookup of up to `lookup` tokens.
 
     It gets and returns token ids, so its tokenizer plays no part. Its products of f16 matrices round the activations to
-    f16, too: an f16 peer's greedy text may leave plain generation's by more than a near tie.
+    f16, too: an f16 way's greedy text may leave plain generation's by more than a near tie.
     """
 
-    dtype: str
-    lookup: int = 0
-    calls_modules = False
-    optional = True
-
-    @property
-    def family(self) -> str:  # type: ignore[override]
-        return f"llama-cpp-{self.dtype}" + ("-lookup" if self.lookup else "")
-
-    @property
-    def name(self) -> str:
-        return f"{self.family}-k{self.lookup}" if self.lookup else self.family
-
-    def refusal(self, options: BenchOptions) -> str | None:
-        if options.batch != 1:
-            return f"llama-cpp-python generates one text at a time; use batch 1, not {options.batch}"
-        if options.device != "cpu":
-            return f"compared on the CPU only, not on {options.device}"
-        if options.dtype not in COMPARABLE[self.dtype]:
-            return f"compared with {' and '.join(COMPARABLE[self.dtype])}, not with {options.dtype}"
-        try:
-            import llama_cpp  # noqa: F401
-        except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library does not load
-            return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec[llamacpp]'"
-        chosen = options.chosen_pair()
-        folder = Path(chosen.location(chosen.target))
-        return refusal(folder) if folder.is_dir() else f"{folder.as_posix()} is not a folder on this machine"
-
-    def bind(self, pair: Pair, options: BenchOptions) -> Generate:
+    def ready(models: Models, options: BenchOptions) -> Generate:
         with TemporaryDirectory() as folder:
-            path = export_model(pair.target, pair.tokenizer, Path(folder) / "target.gguf", self.dtype)
-            llama = load(path, self.dtype, self.lookup, options)
-        clock = _timed_passes(llama)
-        # 0, 1.0 and 0.0 switch each filter off: the unfiltered law, as for the other peers.
-        settings = {"temp": options.temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+            path = export_model(models.target, models.tokenizer, Path(folder) / "target.gguf", dtype)
+            return _generate(load(path, dtype, lookup, options), options)
 
-        def generate(ids: Tensor, seed: int) -> Output:
-            llama.reset()  # or the next call would take over whatever prompt it has in common with the last
-            llama.set_seed(seed)
-            clock.clear()
-            new = list(islice(llama.generate(ids[0].tolist(), **settings), options.new_tokens))
-            return Output(torch.cat((ids, torch.tensor([new])), dim=1), None, Passes(len(clock), sum(clock)))
+    family = f"llama-cpp-{dtype}" + ("-lookup" if lookup else "")
+    name = f"{family}-k{lookup}" if lookup else family
+    return Way(name, ready, family, partial(_refusal, dtype), calls_modules=False, optional=True)
 
-        return generate
+
+def _refusal(dtype: str, options: BenchOptions) -> str | None:
+    if options.batch != 1:
+        return f"llama-cpp-python generates one text at a time; use batch 1, not {options.batch}"
+    if options.device != "cpu":
+        return f"compared on the CPU only, not on {options.device}"
+    if options.dtype not in COMPARABLE[dtype]:
+        return f"compared with {' and '.join(COMPARABLE[dtype])}, not with {options.dtype}"
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library does not load
+        return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec[llamacpp]'"
+    chosen = options.chosen_pair()
+    folder = Path(chosen.location(chosen.target))
+    return refusal(folder) if folder.is_dir() else f"{folder.as_posix()} is not a folder on this machine"
+
+
+def _generate(llama: Any, options: BenchOptions) -> Generate:
+    clock = _timed_passes(llama)
+    # 0, 1.0 and 0.0 switch each filter off: the unfiltered law, as for the other ways.
+    settings = {"temp": options.temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+
+    def generate(ids: Tensor, seed: int, on_step: object = None) -> Output:
+        llama.reset()  # or the next call would take over whatever prompt it has in common with the last
+        llama.set_seed(seed)
+        clock.clear()
+        new = list(islice(llama.generate(ids[0].tolist(), **settings), options.new_tokens))
+        return Output(torch.cat((ids, torch.tensor([new])), dim=1), None, Passes(len(clock), sum(clock)))
+
+    return generate
 
 
 def load(path: Path, dtype: str, lookup: int, options: BenchOptions) -> Any:

@@ -11,26 +11,26 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from specdec.experiments.bench.options import BenchOptions
-from specdec.shipped import pair_folder
+from specdec.experiments.errors import ExperimentError
+from specdec.experiments.frame import Command, Options, append_lines, dated, option, started
+from specdec.shipped import DEFAULT_PAIR, pair_folder
 
 BENCH = "llama-bench"
 SPECULATIVE = "llama-speculative-simple"
 TIMEOUT = 600
 _CLOCK = re.compile(r"(encoded|decoded)\s+(\d+) tokens in\s+([\d.]+) seconds")
 _COUNT = re.compile(r"(n_drafted|n_accept)\s*=\s*(\d+)")
-
-DEFAULTS = BenchOptions()
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,8 @@ class ToolRun:
         return self.tokens / self.seconds
 
 
-class ToolError(RuntimeError):
+class ToolError(ExperimentError):
     """A program of llama.cpp failed or said something that is not understood."""
-
-
-def missing(tool: str) -> str | None:
-    """Why `tool` cannot run, or None."""
-    return None if shutil.which(tool) else "not on PATH; build it from llama.cpp's sources"
 
 
 def run_bench(model: Path, options: BenchOptions, kv: str = "f32") -> list[ToolRun]:
@@ -150,69 +145,62 @@ def summary_line(runs: Sequence[ToolRun]) -> str:
     return line + (f", {sum(run.accepted for run in runs) / drafted:.2f} of the drafts accepted" if drafted else "")
 
 
-app = typer.Typer(add_completion=False)
+@dataclass(frozen=True, kw_only=True)
+class ToolOptions(Options):
+    """What both programs are asked."""
+
+    pair: Annotated[str | Path, option("Folder with target/ and draft/, or a shipped pair's name.")] = DEFAULT_PAIR
+    num_prompts: Annotated[int, option("Held-out prompts.")] = BenchOptions.num_prompts
+    prompt_tokens: Annotated[int, option("Tokens of each prompt.")] = BenchOptions.prompt_tokens
+    new_tokens: Annotated[int, option("Tokens to generate.")] = BenchOptions.new_tokens
+    k: Annotated[int, option("Drafted tokens per step.")] = 5
+    dtype: Annotated[str, option("Of weights and K/V: f32 or f16.")] = "f32"
+    threads: Annotated[int, option("Threads of both programs.")] = BenchOptions.threads
+    rounds: Annotated[int, option("Times each prompt is run.")] = BenchOptions.rounds
+    out: Annotated[Path, option("Folder for the JSONL file.")] = BenchOptions.out
+
+    def check(self) -> None:
+        pair_folder(self.pair)
+        self.bench()
+
+    def bench(self) -> BenchOptions:
+        """The same as options of the benchmark."""
+        return BenchOptions(**self.to_dict("k", "dtype"))
 
 
-@app.command()
-def main(
-    pair: Annotated[str, typer.Option(help="Folder with target/ and draft/, or a shipped pair's name.")] = str(
-        DEFAULTS.pair
-    ),
-    num_prompts: Annotated[int, typer.Option(help="Held-out prompts.")] = DEFAULTS.num_prompts,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = DEFAULTS.prompt_tokens,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = DEFAULTS.new_tokens,
-    k: Annotated[int, typer.Option(help="Drafted tokens per step.")] = 5,
-    dtype: Annotated[str, typer.Option(help="Of weights and K/V: f32 or f16.")] = "f32",
-    threads: Annotated[int, typer.Option(help="Threads of both programs.")] = DEFAULTS.threads,
-    rounds: Annotated[int, typer.Option(help="Times each prompt is run.")] = DEFAULTS.rounds,
-    out: Annotated[Path, typer.Option(help="Folder for the JSONL file.")] = DEFAULTS.out,
-) -> None:
+def run(options: ToolOptions) -> int:
     """Time llama-bench and llama-speculative-simple on a pair, greedy, with the benchmark's prompts and lengths."""
     # Here, so that --help and a wrong option answer at once.
-    from specdec.experiments.bench.gguf_export import export_pair
-    from specdec.experiments.bench.pair import Pair, prompt_batches
-    from specdec.experiments.provenance import provenance
+    from specdec.pairing.gguf import export_pair
 
-    tools = {tool: reason for tool in (BENCH, SPECULATIVE) if (reason := missing(tool)) is not None}
-    for tool, reason in tools.items():
-        typer.echo(f"{tool}: n/a ({reason})")
-    if len(tools) == 2:
-        raise typer.Exit(1)
-    try:
-        options = BenchOptions(pair, num_prompts, prompt_tokens, new_tokens, threads=threads, rounds=rounds, out=out)
-        folder = pair_folder(pair)
-        source = provenance(
-            seed=options.seed,
-            threads=threads,
-            pair=folder.name,
-            options={**options.to_dict(), "k": k, "weights": dtype},
-        )
-        loaded = Pair.load(options)
-        prompts = [loaded.tokenizer.decode(ids[0]) for ids in prompt_batches(loaded, options)]
-        runs: list[ToolRun] = []
-        with TemporaryDirectory() as files:
-            target, draft = export_pair(folder, Path(files), dtype)
-            if BENCH not in tools:
-                runs += run_bench(target, options, dtype)
-            if SPECULATIVE not in tools:
-                runs += run_speculative(target, draft, prompts, options, k, dtype)
-    except ToolError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    _write(out / f"llamacpp-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl", source, runs)
-    for tool in (BENCH, SPECULATIVE):
-        if own := [run for run in runs if run.tool == tool]:
-            typer.echo(summary_line(own))
-
-
-def _write(path: Path, source: dict[str, Any], runs: Sequence[ToolRun]) -> None:
-    entries = [{"kind": "provenance", **source}, *({"kind": "run", **asdict(run)} for run in runs)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    asked, dtype = options.bench(), options.dtype
+    here = [tool for tool in (BENCH, SPECULATIVE) if shutil.which(tool)]
+    for tool in {BENCH, SPECULATIVE} - set(here):
+        typer.echo(f"{tool}: n/a (not on PATH; build it from llama.cpp's sources)")
+    if not here:
+        return 1
+    folder = pair_folder(options.pair)
+    details = {**asked.to_dict(), "k": options.k, "weights": dtype}
+    source = started(asked, asked.seed, pair=folder.name, options=details)
+    models = asked.load()
+    prompts = [models.tokenizer.decode(ids[0]) for ids in asked.prompts(models)]
+    runs: list[ToolRun] = []
+    with TemporaryDirectory() as files:
+        target, draft = export_pair(folder, Path(files), dtype)
+        if BENCH in here:
+            runs += run_bench(target, asked, dtype)
+        if SPECULATIVE in here:
+            runs += run_speculative(target, draft, prompts, asked, options.k, dtype)
+    path = dated(options.out, "llamacpp", "jsonl")
+    append_lines(path, "provenance", [source])
+    append_lines(path, "run", map(asdict, runs))
     typer.echo(f"wrote {path}")
+    for tool in here:
+        typer.echo(summary_line([one for one in runs if one.tool == tool]))
+    return 0
 
+
+main = Command(ToolOptions, run)
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The clock: every peer on the same prompts, alternating, in one process."""
+"""The measurement: every way on the same prompts, alternating, in one process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -13,19 +14,21 @@ from torch import Tensor
 
 from specdec.experiments.bench.equality import Difference, differences
 from specdec.experiments.bench.options import BenchOptions
-from specdec.experiments.bench.pair import Pair
-from specdec.experiments.bench.peers import PLAIN, Generate, Output, Peer
+from specdec.experiments.bench.ways import PLAIN
+from specdec.experiments.clock import rotated, timed
+from specdec.experiments.pair import Models
+from specdec.experiments.ways import Output, Way
 from specdec.verify.passes.forward import observing
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of one peer on one batch of prompts.
+    """One call of one way (`peer`) on one batch of prompts.
 
     rows: prompts in the batch. tokens: new tokens of all rows.
     passes: forward passes of the target, the prefill included.
     target_seconds, draft_seconds: time inside the two models' forward (meaningless on a GPU, which runs behind).
-    report: `SpecReport.to_dict()` of specdec peers.
+    report: `SpecReport.to_dict()` of specdec's ways.
     """
 
     peer: str
@@ -45,8 +48,8 @@ class Run:
 
 
 class ModelClock:
-    """Counts and times a model's forward passes, about a microsecond each: with hooks where the peer calls the model's
-    modules, else where specdec reports its passes (hooks would keep it from its fastest way)."""
+    """Counts and times a model's forward passes, about a microsecond each: with hooks where the model's modules are
+    called, else where specdec reports its passes (hooks would keep it from its fastest way)."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -67,9 +70,6 @@ class ModelClock:
             before.remove()
             after.remove()
 
-    def reset(self) -> None:
-        self.passes, self.seconds = 0, 0.0
-
     def _before(self, module: Any, inputs: Any) -> None:
         self._start = perf_counter()
 
@@ -82,26 +82,23 @@ class ModelClock:
 
 
 def measure(
-    pair: Pair,
-    peers: Sequence[Peer],
+    models: Models,
+    ways: Sequence[Way],
     batches: Sequence[Tensor],
     options: BenchOptions,
     advance: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[Run], list[Difference]]:
-    """Warm every peer up, then run all of them on each batch of prompts, `options.rounds` times.
+    """Warm every way up, then run all of them on each batch of prompts, `options.rounds` times.
 
-    The order rotates by one with every batch, so that no peer always follows the same one. In greedy decoding each
-    output is compared with plain generation's.
+    In greedy decoding each output is compared with plain generation's.
 
     Args:
-        advance: called with the peer's name before each of its calls (progress).
+        advance: called with the way's name before each of its calls (progress).
     """
-    bound = {peer.name: peer.bind(pair, options) for peer in peers}
-    target, draft = ModelClock(), ModelClock()
+    ready = {way.name: way.ready(models, options) for way in ways}
     runs: list[Run] = []
     found: list[Difference] = []
-    modules = {peer.name: peer.calls_modules for peer in peers}
-    for name, generate in bound.items():
+    for name, generate in ready.items():
         advance(name)
         generate(batches[0], options.seed)
     gc.collect()
@@ -109,57 +106,28 @@ def measure(
     for round_ in range(options.rounds):
         for prompt, ids in enumerate(batches):
             outputs: dict[str, Output] = {}
-            for name in _rotated(list(bound), round_ * len(batches) + prompt):
-                advance(name)
-                with target.on(pair.target, modules[name]), draft.on(pair.draft, modules[name]):
-                    run, outputs[name] = _timed(name, bound[name], ids, prompt, round_, options, target, draft)
-                runs.append(run)
-            if not options.sampling and round_ == 0:  # greedy outputs do not change between rounds
-                found += differences(pair.target, outputs, PLAIN, prompt, options.prompt_tokens)
+            for way in rotated(ways, round_ * len(batches) + prompt):
+                advance(way.name)
+                gc.collect()
+                target, draft = ModelClock(), ModelClock()
+                call = partial(ready[way.name], ids, options.seed + 1000 * round_ + prompt)
+                with target.on(models.target, way.calls_modules), draft.on(models.draft, way.calls_modules):
+                    output, spent = timed(call, options.device)
+                _check_shape(way.name, output.ids, ids, options.new_tokens)
+                outputs[way.name] = output
+                passes, target_seconds = output.passes or (target.passes, target.seconds)
+                report = None if output.report is None else output.report.to_dict()
+                runs.append(Run(
+                    way.name, prompt, round_, spent.wall, ids.shape[0], ids.shape[0] * options.new_tokens, passes,
+                    target_seconds, draft.seconds, report,
+                ))  # fmt: skip
+            if not options.temperature and round_ == 0:  # greedy outputs do not change between rounds
+                found += differences(models.target, outputs, PLAIN, prompt, options.prompt_tokens)
     gc.unfreeze()
     return runs, found
 
 
-def _timed(
-    name: str,
-    generate: Generate,
-    ids: Tensor,
-    prompt: int,
-    round_: int,
-    options: BenchOptions,
-    target: ModelClock,
-    draft: ModelClock,
-) -> tuple[Run, Output]:
-    target.reset()
-    draft.reset()
-    gc.collect()
-    seed = options.seed + 1000 * round_ + prompt
-    start = perf_counter()
-    output = generate(ids, seed)
-    last = output.ids.cpu()  # waits for a GPU
-    seconds = perf_counter() - start
-    expected = (ids.shape[0], ids.shape[1] + options.new_tokens)
-    if tuple(last.shape) != expected:
-        raise RuntimeError(
-            f"{name}: expected ids of shape {expected}, got {tuple(last.shape)}; times are not comparable"
-        )
-    report = None if output.report is None else output.report.to_dict()
-    passes, target_seconds = output.passes or (target.passes, target.seconds)
-    run = Run(
-        peer=name,
-        prompt=prompt,
-        round=round_,
-        seconds=seconds,
-        rows=ids.shape[0],
-        tokens=ids.shape[0] * options.new_tokens,
-        passes=passes,
-        target_seconds=target_seconds,
-        draft_seconds=draft.seconds,
-        report=report,
-    )
-    return run, output
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    by %= len(names)
-    return names[by:] + names[:by]
+def _check_shape(name: str, got: Tensor, ids: Tensor, new_tokens: int) -> None:
+    expected = (ids.shape[0], ids.shape[1] + new_tokens)
+    if tuple(got.shape) != expected:
+        raise RuntimeError(f"{name}: expected ids of shape {expected}, got {tuple(got.shape)}: no times to compare")

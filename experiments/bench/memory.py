@@ -1,17 +1,17 @@
-"""Peak memory of one peer, measured in a process of its own so that no peer inherits another's freed pages."""
+"""Peak memory of one way, measured in a process of its own so that none inherits another's freed pages."""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.processes import fresh_process
+from specdec.experiments.ways import select
 
 MIB = 2**20
 
@@ -34,28 +34,25 @@ class Memory:
 
 
 def measure_memory(names: Sequence[str], options: BenchOptions, advance: Callable[[str], None]) -> list[Memory]:
-    """Peak memory of the named peers, one fresh process each, one after the other."""
+    """Peak memory of the named ways, one fresh process each, one after the other."""
     found = []
     for name in names:
-        advance(f"memory of {name}")
-        # spawn, not fork: a forked child shares the parent's pages copy-on-write (its RSS then says nothing) and
-        # OpenMP's threads do not survive a fork.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found.append(pool.submit(_in_child, name, options).result())
+        advance(name)
+        with fresh_process() as process:
+            found.append(process.submit(_in_child, name, options).result())
     return found
 
 
 def _in_child(name: str, options: BenchOptions) -> Memory:
     import torch
 
-    from specdec.experiments.bench.pair import Pair, prompt_batches
-    from specdec.experiments.bench.peers import all_peers
+    from specdec.experiments.bench.ways import all_ways
 
     torch.set_num_threads(options.threads)
-    pair = Pair.load(options)
-    peer = next(peer for peer in all_peers(options.quick) if peer.name == name)
-    ids = prompt_batches(pair, options)[0]
-    generate = peer.bind(pair, options)
+    models = options.load()
+    (way,) = select(all_ways(options.quick), [name])
+    ids = options.prompts(models)[0]
+    generate = way.ready(models, options)
     # The warm-up makes one-time costs (thread pools, kernels' scratch, lazily read weights) part of `loaded`.
     generate(ids[:, :8], options.seed)
     gc.collect()

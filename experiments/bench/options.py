@@ -2,90 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from specdec.pairing import Pair
-from specdec.pairing.runnable import two_models
+from specdec.experiments.errors import ExperimentError
+from specdec.experiments.frame import option
+from specdec.experiments.pair import Device, Dtype, Models, PairOptions, Seed
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """One benchmark run.
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(PairOptions):
+    """One benchmark run. `batch` prompts share a call; end tokens do not stop a text; plain generation, the reference,
+    always runs."""
 
-    pair: a pair with two models: its name, TOML file, or folder with `target/` and `draft/`.
-    num_prompts: held-out prompts; `batch` of them share a call.
-    prompt_tokens, new_tokens: length of each prompt, and of what is generated (end tokens do not stop a run).
-    temperature: 0 = greedy, where outputs are compared token by token; else sampling from the unfiltered law.
-    threads: torch threads, fixed for the whole run.
-    peers: names or families to run (empty = all); plain generation always runs, it is the reference.
-    rounds: times every peer sees every prompt.
-    out: folder for the JSONL file and the plot.
-    memory: also measure peak memory, each peer in a process of its own.
-    quick: few settings, prompts and tokens, no memory pass: does it work, not how fast is it.
-    """
-
-    pair: str | Path = "stdlib-python"
-    num_prompts: int = 8
-    prompt_tokens: int = 128
-    new_tokens: int = 128
-    temperature: float = 0.0
-    batch: int = 1
-    threads: int = 2
-    dtype: str = "float32"
-    device: str = "cpu"
-    peers: tuple[str, ...] = ()
-    rounds: int = 3
-    seed: int = 0
-    out: Path = Path("bench-results")
-    memory: bool = True
-    json: bool = False
-    quick: bool = False
+    num_prompts: Annotated[int, option("Held-out prompts.")] = 8
+    prompt_tokens: Annotated[int, option("Tokens of each prompt.")] = 128
+    new_tokens: Annotated[int, option("Tokens to generate.")] = 128
+    temperature: Annotated[float, option("0 is greedy; outputs are then compared.")] = 0.0
+    batch: Annotated[int, option("Prompts per call.")] = 1
+    peers: Annotated[tuple[str, ...], option("Peer or family to run; repeat for more.")] = ()
+    rounds: Annotated[int, option("Times every peer sees every prompt.")] = 3
+    out: Annotated[Path, option("Folder for the JSONL file and the plot.")] = Path("bench-results")
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+    seed: Seed = 0
+    memory: Annotated[bool, option("Measure peak memory, one process per peer.")] = True
+    json: Annotated[bool, option("Print the summary as JSON.", "--json")] = False
+    quick: Annotated[bool, option("A short check that everything runs.", "--quick")] = False
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "prompt_tokens", "new_tokens", "batch", "threads", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        if self.new_tokens < 2:
-            raise ValueError(
-                f"expected new_tokens >= 2 (one token leaves nothing to speculate on), got {self.new_tokens}"
-            )
-        if self.temperature < 0:
-            raise ValueError(f"expected temperature >= 0 (0 = greedy), got {self.temperature}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        super().__post_init__()
+        self.at_least(1, "num_prompts", "prompt_tokens", "batch", "rounds")
+        self.at_least(2, "new_tokens")  # one token leaves nothing to speculate on
+        self.at_least(0, "temperature")
         if self.num_prompts % self.batch:
-            raise ValueError(
+            raise ExperimentError(
                 f"expected num_prompts to be a multiple of batch, got {self.num_prompts} and {self.batch}; "
                 f"use num_prompts={-(-self.num_prompts // self.batch) * self.batch}"
             )
 
+    def prompts(self, models: Models) -> list[Tensor]:
+        """What to generate from, one tensor per call."""
+        return models.prompts(self.num_prompts, self.prompt_tokens, self.seed, self.batch)
+
     @property
-    def sampling(self) -> bool:
-        return self.temperature > 0
+    def mode(self) -> str:
+        return f"temperature {self.temperature:g}" if self.temperature else "greedy"
 
     def effective(self) -> BenchOptions:
-        """The options with `quick` worked in."""
+        """The options with `quick` worked in: does it work, not how fast is it."""
         if not self.quick:
             return self
         return replace(
-            self,
-            num_prompts=min(self.num_prompts, 2 * self.batch),
-            new_tokens=min(self.new_tokens, 32),
-            rounds=1,
+            self, num_prompts=min(self.num_prompts, 2 * self.batch), new_tokens=min(self.new_tokens, 32), rounds=1,
             memory=False,
-        )
-
-    def chosen_pair(self) -> Pair:
-        """The pair that `pair` means.
-
-        Raises:
-            PairError: no such pair, or none with two models that run here.
-        """
-        return two_models(self.pair)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        )  # fmt: skip

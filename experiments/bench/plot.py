@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.experiments.bench.stats import Summary
+from specdec.experiments.display import new_figure
 
 COLOURS = {
     "hf-plain": "#8c8c8c",
@@ -25,35 +26,21 @@ FAINT = 0.4
 
 def plot(summaries: Sequence[Summary], title: str, path: Path) -> bool:
     """Write a PNG. Returns False, without an error, where matplotlib is not installed (extra `viz`)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     shown = [summary for summary in summaries if summary.speedup is not None]
-    figure = Figure(figsize=(8.5, 1.4 + 0.34 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.5, 1.4 + 0.34 * len(shown))
+    if figure is None:
+        return False
     axes = figure.add_subplot()
     for row, summary in enumerate(shown):
         assert summary.speedup is not None
         assert summary.tokens_per_second is not None
         middle, low, high = summary.speedup
         axes.barh(
-            row,
-            middle,
-            xerr=[[middle - low], [high - middle]],
-            color=COLOURS.get(summary.family, "#444444"),
-            alpha=1.0 if summary.best else FAINT,
-            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
-        )
-        axes.text(
-            high,
-            row,
-            f"  {middle:.2f}x  ({summary.tokens_per_second.median:.0f} tokens/s)",
-            va="center",
-            fontsize=8,
-            fontweight="bold" if summary.best else "normal",
-        )
+            row, middle, xerr=[[middle - low], [high - middle]], color=COLOURS.get(summary.family, "#444444"),
+            alpha=1.0 if summary.best else FAINT, error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
+        )  # fmt: skip
+        said = f"  {middle:.2f}x  ({summary.tokens_per_second.median:.0f} tokens/s)"
+        axes.text(high, row, said, va="center", fontsize=8, fontweight="bold" if summary.best else "normal")
     axes.set_yticks(range(len(shown)), [summary.peer for summary in shown], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle="--")

@@ -11,7 +11,7 @@ from rich.table import Table
 from specdec.experiments.bench.equality import Difference
 from specdec.experiments.bench.memory import Memory
 from specdec.experiments.bench.options import BenchOptions
-from specdec.experiments.bench.stats import Spread, Summary
+from specdec.experiments.bench.stats import Summary
 
 
 def show(
@@ -23,9 +23,8 @@ def show(
     source: Mapping[str, Any],
 ) -> None:
     """Print everything a reader needs to believe or doubt the numbers."""
-    mode = f"temperature {options.temperature:g}" if options.sampling else "greedy"
     console.print(
-        f"{mode}, batch {options.batch}, {options.num_prompts} prompts x {options.prompt_tokens} tokens, "
+        f"{options.mode}, batch {options.batch}, {options.num_prompts} prompts x {options.prompt_tokens} tokens, "
         f"{options.new_tokens} new tokens, {options.rounds} rounds, {options.dtype}, {options.threads} threads"
     )
     console.print(f"{source['gpu'] or source['cpu']}, torch {source['versions']['torch']}, "
@@ -37,54 +36,42 @@ def show(
 
 
 def _speed_table(summaries: Sequence[Summary], options: BenchOptions) -> Table:
-    table = Table(title="Speed (median [quartiles]; * = family's best setting)")
-    table.add_column("peer", no_wrap=True)
-    for name in ("tokens/s", "vs HF plain", "vs HF assisted", "tok/pass", "accepted", "by position", "equal"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("tokens/s", "vs HF plain", "vs HF assisted", "tok/pass", "accepted", "by position", "equal")
+    table = _table("Speed (median [quartiles]; * = family's best setting)", columns)
     for s in summaries:
         if s.skipped is not None:
             table.add_row(s.peer, "n/a", *[""] * 6)
             continue
-        equal = "-" if options.sampling else "yes" if not s.different else f"{s.different} differ, {s.ties} ties"
+        equal = "-" if options.temperature else "yes" if not s.different else f"{s.different} differ, {s.ties} ties"
+        spreads = ((s.tokens_per_second, "{:.1f}"), (s.speedup, "{:.2f}"), (s.speedup_assisted, "{:.2f}"))
         table.add_row(
-            s.peer + (" *" if s.best else ""),
-            _spread(s.tokens_per_second, "{:.1f}"),
-            _spread(s.speedup, "{:.2f}"),
-            _spread(s.speedup_assisted, "{:.2f}"),
-            f"{s.tokens_per_pass:.2f}",
-            "-" if s.acceptance is None else f"{s.acceptance:.2f}",
-            " ".join(f"{rate:.2f}" for rate in s.acceptance_by_position[:5]) or "-",
-            equal,
+            s.peer + (" *" if s.best else ""), *("-" if one is None else one.text(form) for one, form in spreads),
+            f"{s.tokens_per_pass:.2f}", "-" if s.acceptance is None else f"{s.acceptance:.2f}",
+            " ".join(f"{rate:.2f}" for rate in s.acceptance_by_position[:5]) or "-", equal,
             style="bold" if s.best else None,
-        )
+        )  # fmt: skip
     return table
 
 
 def _cost_table(summaries: Sequence[Summary], memory: Mapping[str, Memory]) -> Table:
-    table = Table(title="Where the time goes (ms per target pass), and memory (MiB)")
-    table.add_column("peer", no_wrap=True)
-    for name in ("in target", "in draft", "outside", "draft/verify/rest", "peak RSS", "of it in the call"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("in target", "in draft", "outside", "draft/verify/rest", "peak RSS", "of it in the call")
+    table = _table("Where the time goes (ms per target pass), and memory (MiB)", columns)
     for s in summaries:
         if not s.best:
             continue
         used = memory.get(s.peer)
         table.add_row(
-            s.peer,
-            f"{s.ms_target:.2f}",
-            f"{s.ms_draft:.2f}",
-            f"{s.ms_outside:.2f}",
+            s.peer, *(f"{ms:.2f}" for ms in (s.ms_target, s.ms_draft, s.ms_outside)),
             "-" if s.phases is None else " / ".join(f"{ms:.2f}" for ms in s.phases),
-            "-" if used is None else f"{used.peak:.0f}",
-            "-" if used is None else f"{used.added:.1f}",
-        )
+            *(("-", "-") if used is None else (f"{used.peak:.0f}", f"{used.added:.1f}")),
+        )  # fmt: skip
     return table
 
 
 def verdict_lines(summaries: Sequence[Summary], differences: Sequence[Difference], options: BenchOptions) -> list[str]:
     """The run in sentences: who could not run, whose outputs differ and why, how fast specdec is."""
     lines = [f"{s.peer}: n/a ({s.skipped})" for s in summaries if s.skipped is not None]
-    if not options.sampling and not differences:
+    if not options.temperature and not differences:
         lines.append("Every greedy output is equal to HF plain's, token for token.")
     for d in differences:
         kind = "a near tie" if d.near_tie else "NOT a tie"
@@ -103,7 +90,9 @@ def verdict_lines(summaries: Sequence[Summary], differences: Sequence[Difference
     return lines
 
 
-def _spread(spread: Spread | None, form: str) -> str:
-    if spread is None:
-        return "-"
-    return f"{form} [{form}-{form}]".format(*spread)
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title)
+    table.add_column("peer", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -1,36 +1,23 @@
-"""From runs to one line per peer. Ratios are formed per prompt and round, where both sides met the same machine."""
+"""From runs to one line per way. Ratios are formed per prompt and round, where both sides met the same machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median, quantiles
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from statistics import median
+from typing import Any
 
 from specdec.experiments.bench.equality import Difference
 from specdec.experiments.bench.measure import Run
-from specdec.experiments.bench.peers import ASSISTED, PLAIN, Peer
-
-
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: Iterable[float]) -> Spread:
-        values = sorted(values)
-        if len(values) < 2:
-            return Spread(values[0], values[0], values[0])
-        low, middle, high = quantiles(values, n=4, method="inclusive")
-        return Spread(middle, low, high)
+from specdec.experiments.bench.ways import ASSISTED, PLAIN
+from specdec.experiments.intervals import Spread
+from specdec.experiments.ways import Way
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One peer's results, or why it has none (`skipped`).
+    """One way's (`peer`) results, or why it has none (`skipped`).
 
     speedup: per-prompt ratios to plain generation. speedup_assisted: the same to HF assisted at its best k.
     tokens_per_pass: new tokens per row and forward pass of the target, the prefill included.
@@ -59,12 +46,8 @@ class Summary:
     best: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        spread = {
-            name: None if value is None else value._asdict()
-            for name in ("tokens_per_second", "speedup", "speedup_assisted")
-            for value in (getattr(self, name),)
-        }
-        return {**asdict(self), **spread}
+        spreads = {name: value._asdict() for name, value in vars(self).items() if isinstance(value, Spread)}
+        return {**asdict(self), **spreads}
 
 
 def ratios(runs: Sequence[Run], reference: Sequence[Run]) -> list[float]:
@@ -77,33 +60,32 @@ def ratios(runs: Sequence[Run], reference: Sequence[Run]) -> list[float]:
 
 
 def summarise(
-    peers: Sequence[Peer], runs: Sequence[Run], differences: Sequence[Difference], skipped: Mapping[str, str]
+    ways: Sequence[Way], runs: Sequence[Run], differences: Sequence[Difference], skipped: Mapping[str, str]
 ) -> list[Summary]:
-    """One Summary per peer, in the order of `peers`.
+    """One Summary per way, in the order of `ways`.
 
     Args:
-        skipped: reason by name of peers that did not run.
+        skipped: reason by name of ways that did not run.
     """
-    by_peer: dict[str, list[Run]] = {peer.name: [] for peer in peers}
+    by_way: dict[str, list[Run]] = {way.name: [] for way in ways}
     for run in runs:
-        by_peer[run.peer].append(run)
+        by_way[run.peer].append(run)
     out = []
-    for peer in peers:
-        if peer.name in skipped:
-            out.append(Summary(peer.name, peer.family, skipped=skipped[peer.name]))
+    for way in ways:
+        if way.name in skipped:
+            out.append(Summary(way.name, way.family, skipped=skipped[way.name]))
             continue
-        own = [difference for difference in differences if difference.peer == peer.name]
-        out.append(_one(peer, by_peer[peer.name], by_peer[PLAIN], own))
-    best = {family: max((s for s in out if s.family == family and s.speedup), key=_speed, default=None)
-            for family in {peer.family for peer in peers}}  # fmt: skip
-    assisted = best.get(ASSISTED)
+        own = [difference for difference in differences if difference.peer == way.name]
+        out.append(_one(way, by_way[way.name], by_way[PLAIN], own))
+    best: dict[str, Summary] = {}
+    for summary in sorted((one for one in out if one.speedup), key=_speed, reverse=True):
+        best.setdefault(summary.family, summary)
     for i, summary in enumerate(out):
-        if summary.speedup is None:
-            continue
-        against = None
-        if assisted is not None:
-            against = Spread.of(ratios(by_peer[summary.peer], by_peer[assisted.peer]))
-        out[i] = replace(summary, best=best[summary.family] is summary, speedup_assisted=against)
+        if summary.speedup is not None:
+            against = None
+            if ASSISTED in best:
+                against = Spread.of(ratios(by_way[summary.peer], by_way[best[ASSISTED].peer]))
+            out[i] = replace(summary, best=best[summary.family] is summary, speedup_assisted=against)
     return out
 
 
@@ -112,14 +94,14 @@ def _speed(summary: Summary) -> float:
     return summary.speedup.median
 
 
-def _one(peer: Peer, runs: Sequence[Run], plain: Sequence[Run], differences: Sequence[Difference]) -> Summary:
+def _one(way: Way, runs: Sequence[Run], plain: Sequence[Run], differences: Sequence[Difference]) -> Summary:
     def per_pass(seconds: Iterable[float]) -> float:
         return median(1e3 * value / run.passes for value, run in zip(seconds, runs, strict=True))
 
     reports = [run.report for run in runs if run.report is not None]
     summary = Summary(
-        peer=peer.name,
-        family=peer.family,
+        peer=way.name,
+        family=way.family,
         tokens_per_second=Spread.of(run.tokens_per_second for run in runs),
         speedup=Spread.of(ratios(runs, plain)),
         tokens_per_pass=sum(run.tokens / run.rows for run in runs) / sum(run.passes for run in runs),
@@ -147,11 +129,8 @@ PHASES = ("ms_draft", "ms_verify", "ms_rest")
 
 
 def _by_position(reports: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
-    depth = max(len(report["num_reached_per_pos"]) for report in reports)
-
-    def column(name: str, d: int) -> int:
-        return sum(report[name][d] for report in reports if d < len(report[name]))
-
-    return tuple(
-        column("num_accepted_tokens_per_pos", d) / max(1, column("num_reached_per_pos", d)) for d in range(depth)
+    names = ("num_accepted_tokens_per_pos", "num_reached_per_pos")
+    kept, reached = (
+        [sum(column) for column in zip_longest(*(report[name] for report in reports), fillvalue=0)] for name in names
     )
+    return tuple(k / max(1, r) for k, r in zip_longest(kept, reached, fillvalue=0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specdec.experiments.gpu.clock import Deadline, device_ms, wall_ms
+from specdec.experiments.clock import Deadline, device_ms, median_ms
 from specdec.experiments.gpu.options import GpuOptions
 from specdec.verify import Topology
 from specdec.verify.attention.choose import BACKENDS, CANDIDATES
@@ -19,7 +19,7 @@ def attention(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:
     shape = options.target
     size = shape.hidden // shape.heads
     found: list[dict[str, Any]] = []
-    device, dtype = options.device, options.dtype
+    device, dtype = options.device, options.torch_dtype
     for context in options.contexts:
         for rows in options.rows:
             if deadline.left < 5:
@@ -79,7 +79,7 @@ def _backends(
             out = call().float()
             judge = out if judge is None else judge
             entry["error"] = float((out - judge).abs().max())
-            entry["ms_wall"] = wall_ms(call, options.device, options.repeats)
+            entry["ms_wall"] = median_ms(call, options.device, options.repeats)
             entry["ms_device"] = device_ms(call, options.device, options.repeats)
             entry["gb_s"] = read / (entry["ms_device"] or entry["ms_wall"]) / 1e6
         except RuntimeError as fault:

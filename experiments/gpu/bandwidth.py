@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specdec.experiments.gpu.clock import Deadline, wall_ms
+from specdec.experiments.clock import Deadline, median_ms
 from specdec.experiments.gpu.options import GpuOptions
 
 
@@ -17,11 +17,11 @@ def bandwidth(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:
     device, repeats = options.device, options.repeats
     source = torch.ones(options.copy_bytes // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copy = wall_ms(partial(target.copy_, source), device, repeats)
-    read = wall_ms(partial(torch.sum, source.view(-1, 1024), 1), device, repeats)
+    copy = median_ms(partial(target.copy_, source), device, repeats)
+    read = median_ms(partial(torch.sum, source.view(-1, 1024), 1), device, repeats)
     side = options.product
-    left, right = (torch.randn(side, side, device=device, dtype=options.dtype) for _ in range(2))
-    product = wall_ms(partial(torch.matmul, left, right), device, repeats)
+    left, right = (torch.randn(side, side, device=device, dtype=options.torch_dtype) for _ in range(2))
+    product = median_ms(partial(torch.matmul, left, right), device, repeats)
     return [
         {
             "copy_gb_s": 2 * options.copy_bytes / copy / 1e6,

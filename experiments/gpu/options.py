@@ -1,12 +1,18 @@
-"""What a GPU run does: one frozen object, with one preset for the real thing and one for a dry run on any CPU."""
+"""What a GPU run does: one frozen object, with one preset for the real thing and one for a dry run on any CPU.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import torch
+from specdec.experiments.frame import Options, argument, option
+
+if TYPE_CHECKING:
+    import torch
 
 SECTIONS = ("tests", "bandwidth", "attention", "passes", "generate")
 """In the order of `all`."""
@@ -27,6 +33,19 @@ LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128256)
 LLAMA_1B = Shape(16, 2048, 8192, 32, 8, 128256)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GpuCommand(Options):
+    """What the command line says."""
+
+    section: Annotated[str, argument(f"all, or one of {', '.join(SECTIONS)}.")]
+    out: Annotated[Path, option("Folder for gpu.json, gpu.md and the pictures.")]
+    dry_run: Annotated[bool, option("Tiny shapes on a CPU: does everything run?", "--dry-run")] = False
+    budget: Annotated[float | None, option("Seconds after which no measurement is begun.")] = None
+
+    def __post_init__(self) -> None:
+        self.one_of(("all", *SECTIONS), "section")
+
+
 @dataclass(frozen=True)
 class GpuOptions:
     """
@@ -41,7 +60,7 @@ class GpuOptions:
 
     out: Path
     device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bfloat16"
     dry: bool = False
     target: Shape = LLAMA_8B
     draft: Shape = LLAMA_1B
@@ -59,12 +78,19 @@ class GpuOptions:
     budget_seconds: float = 520.0
     seed: int = 0
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
     @staticmethod
     def dry_run(out: Path) -> GpuOptions:
         """The same code on a CPU in seconds; its figures mean nothing."""
         tiny = Shape(2, 64, 96, 4, 2, 512)
         return GpuOptions(
-            out, device="cpu", dtype=torch.float32, dry=True, target=tiny, draft=tiny._replace(layers=1),
+            out, device="cpu", dtype="float32", dry=True, target=tiny, draft=tiny._replace(layers=1),
             contexts=(24, 70), rows=(1, 2), nodes=(1, 4), attention_nodes=(1, 5), alphas=(0.8,), k=(3,),
             prompt_tokens=8, new_tokens=12, copy_bytes=1 << 20, product=64, repeats=2, budget_seconds=150.0,
         )  # fmt: skip

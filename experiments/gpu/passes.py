@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from specdec.experiments.gpu.clock import Deadline, wall_ms
+from specdec.experiments.clock import Deadline, median_ms
 from specdec.experiments.gpu.models import counting_llama
 from specdec.experiments.gpu.options import GpuOptions, Shape
 from specdec.kv import SharedKVCache
@@ -19,7 +19,7 @@ def passes(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:
     """One entry per model, mode, context and nodes; `bytes` is what the pass must read (weights and K/V)."""
     found: list[dict[str, Any]] = []
     for kind, shape, nodes in (("target", options.target, options.nodes), ("draft", options.draft, (1, 4))):
-        model = counting_llama(shape, options.device, options.dtype, options.seed)
+        model = counting_llama(shape, options.device, options.torch_dtype, options.seed)
         with torch.inference_mode():
             for context in options.contexts:
                 found += _at_context(options, deadline, kind, shape, model, context, nodes)
@@ -34,12 +34,7 @@ def _at_context(
 ) -> list[dict[str, Any]]:
     most = context + 2 * max(*counts, *options.nodes)
     cache = SharedKVCache({"model": shape.layers}, 1, most, most)
-    capture = cuda_capture if options.device.startswith("cuda") else None
-    ways = every_way(model, capture)
-    modes = {
-        mode: Forward(model, "model", ways[way])
-        for mode, way in (("masked", "modules"), ("planned", "planned"), ("graph", "graphed"))
-    }
+    modes = ways(model, options)
     text = torch.randint(shape.vocab, (1, context), device=options.device)
     with modes["masked"].prepared():
         modes["masked"].prefill(cache, text, [0], [context])
@@ -56,15 +51,22 @@ def _at_context(
                 return forward.tree(cache, tree).logits
 
             with forward.prepared():
-                ms = wall_ms(one_pass, options.device, options.repeats)
+                ms = median_ms(one_pass, options.device, options.repeats)
             found.append(
                 {
                     "model": kind, "mode": mode, "context": context, "nodes": count, "ms": ms,
-                    "bytes": weight_bytes(model) + kv_bytes(shape, context + count, options.dtype),
-                    "flops": 2 * count * weight_bytes(model) / options.dtype.itemsize,
+                    "bytes": weight_bytes(model) + kv_bytes(shape, context + count, options.torch_dtype),
+                    "flops": 2 * count * weight_bytes(model) / options.torch_dtype.itemsize,
                 }
             )  # fmt: skip
     return found
+
+
+def ways(model: Any, options: GpuOptions) -> dict[str, Forward]:
+    """Ways to run a pass: with a mask, with a plan, recorded as a graph."""
+    runners = every_way(model, cuda_capture if options.device.startswith("cuda") else None)
+    names = {"masked": "modules", "planned": "planned", "graph": "graphed"}
+    return {name: Forward(model, "model", runners[runner]) for name, runner in names.items()}
 
 
 def binary_tree(nodes: int, vocab: int, options: GpuOptions) -> DraftTree:

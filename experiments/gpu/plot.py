@@ -6,21 +6,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from specdec.experiments.display import new_figure
 from specdec.experiments.gpu.show import Results, roofline_ms
 
 
 def draw(results: Results, out: Path) -> list[Path]:
     """Write what can be drawn as PNG files; nothing, without an error, where matplotlib is missing (extra `viz`)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
     drawn = []
     for name, fill in (("passes", _passes), ("attention", _attention), ("generate", _generate)):
-        if any(_measured(entry) for entry in results.get(name, [])):
-            figure = Figure(figsize=(8.5, 5), layout="constrained")
-            FigureCanvasAgg(figure)
+        figure = new_figure(8.5, 5)
+        if figure is not None and any(_measured(entry) for entry in results.get(name, [])):
             fill(figure.add_subplot(), results)
             path = out / f"gpu-{name}.png"
             figure.savefig(path, dpi=120)

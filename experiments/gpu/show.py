@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from specdec.experiments.display import table
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -28,22 +30,6 @@ def roofline_ms(entry: dict[str, Any], results: Results) -> float | None:
     reading = entry["bytes"] / measured["copy_gb_s"] / 1e6
     computing = entry["flops"] / measured["tflops"] / 1e9
     return float(max(reading, computing))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table; floats with three significant digits, None as a dash."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "NO"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _tests(entries: list[dict[str, Any]], results: Results) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import specdec
-from specdec.experiments.gpu.clock import Deadline
+from specdec.experiments.clock import Deadline
 from specdec.experiments.gpu.options import GpuOptions
 
 
@@ -18,20 +18,8 @@ def tests(options: GpuOptions, deadline: Deadline) -> list[dict[str, Any]]:
     root = Path(specdec.__file__).resolve().parent.parent
     if not (root / "tests" / "gpu").is_dir():
         return [{"skipped": "the tests are in a checkout of the repository, not in the installed library"}]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "tests/gpu",
-        "-p",
-        "no:cacheprovider",
-        "--durations=5",
-    ]
-    if options.dry:
-        command += ["--collect-only"]
+    command = [sys.executable, *"-m pytest -q -m gpu tests/gpu -p no:cacheprovider --durations=5".split()]
+    command += ["--collect-only"] if options.dry else []
     try:
         done = subprocess.run(
             command, cwd=root, capture_output=True, text=True, timeout=max(1.0, deadline.left - 20), check=False

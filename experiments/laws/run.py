@@ -5,42 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec.experiments.laws.controls import controls
 from specdec.experiments.laws.judge import ALPHA, Counts
+from specdec.experiments.laws.options import Budget
 from specdec.experiments.laws.texts import Texts, uncollected, write
 from specdec.experiments.laws.world import DRAFTERS, SETTINGS, Pair, target
 from specdec.speculator import Speculator
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is drawn. Nothing that was drawn decides when to stop.
-
-    samples: texts of one pair in wide batches of `chunk` rows; seconds: after which a wide cell ends early.
-    batches: small batch sizes. Each draws at least `small_samples` texts, and more while `small_seconds` last.
-    small_limit: seconds after which a small batch size ends early.
-    control_samples: texts in which a planted bug must be seen; 0 leaves the bugs out.
-    """
-
-    samples: int = 216_000
-    seconds: float = 90.0
-    chunk: int = 4000
-    batches: tuple[int, ...] = (1, 3, 17)
-    small_samples: int = 700
-    small_seconds: float = 3.0
-    small_limit: float = math.inf
-    control_samples: int = 100_000
-
-    def within(self, seconds: float) -> Budget:
-        """What one pair can have in so many seconds, most of it in wide batches."""
-        small = max(0.0, 0.3 * seconds / max(1, len(self.batches)))
-        return replace(
-            self, seconds=min(self.seconds, 0.7 * seconds), small_seconds=min(self.small_seconds, small),
-            small_limit=small,
-        )  # fmt: skip
 
 
 def judge_pairs(chosen: Sequence[Pair], budget: Budget, deadline: float = math.inf) -> Iterator[dict[str, Any]]:
@@ -137,6 +109,7 @@ def summary(cells: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], bu
     """The run in a few numbers: how many cells, the best and the least power of any, the worst p."""
     wide = [cell for cell in cells if cell["batch"] == budget.chunk]
     small = [cell for cell in cells if cell["batch"] != budget.chunk]
+    silent = [cell for cell in cells if cell["step 2"]["passed"] is None]
     bounds = [cell["same texts as the wide batch"]["tv_to_wide_batch"] for cell in small]
     tests = [cell[name] for cell in cells for name in ("joint", "step 2") if cell[name]["passed"] is not None]
     return {
@@ -146,15 +119,11 @@ def summary(cells: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], bu
         "samples": sum(cell["samples"] for cell in cells),
         "wide_samples": _ends([cell["samples"] for cell in wide]),
         "detectable_tv_joint_wide": _ends([cell["joint"]["detectable_tv"] for cell in wide]),
-        "detectable_tv_step2_wide": _ends(
-            [c["step 2"]["detectable_tv"] for c in wide if c["step 2"]["passed"] is not None]
-        ),
+        "detectable_tv_step2_wide": _ends([c["step 2"]["detectable_tv"] for c in wide if c not in silent]),
         "tv_small_to_wide": _ends([1.0 if bound is None else bound for bound in bounds]),
         "tests": len(tests),
         "smallest_p": min((test["p"] for test in tests), default=1.0),
-        "not_promised": sorted(
-            {f"{c['rule']}, {c['drafter']}: step 2" for c in cells if c["step 2"]["passed"] is None}
-        ),
+        "not_promised": sorted({f"{c['rule']}, {c['drafter']}: step 2" for c in silent}),
         "controls": len(found),
         "controls_missed": [[c["control"], c["rule"]] for c in found if not passed(c)],
     }

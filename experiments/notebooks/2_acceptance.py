@@ -32,11 +32,12 @@ import torch
 from IPython.display import HTML, display
 
 import specdec
-from specdec.experiments.accept import AcceptOptions, run_from_cli
 from specdec.experiments.accept.measure import KIND_LETTERS
 from specdec.experiments.accept.metrics import Runs
+from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.report.panels import panels
 from specdec.experiments.accept.report.texts import marked
+from specdec.experiments.accept.runner import run
 from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.store import Store
 from specdec.pairing import find_pair
@@ -146,7 +147,7 @@ options = AcceptOptions(
     report=False,
     threads=torch.get_num_threads(),
 )
-assert run_from_cli(options) == 0
+assert run(options) == 0
 
 # %% [markdown]
 # Its plots, chosen by name. A picture of three short prompts is a sketch; `specdec accept` itself takes more of them

@@ -27,9 +27,10 @@ import matplotlib.pyplot as plt
 import torch
 
 import specdec
-from specdec.experiments.accept import AcceptOptions, run_from_cli
 from specdec.experiments.accept.metrics import Runs
+from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.report.panels import panels
+from specdec.experiments.accept.runner import run
 from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.store import Store
 from specdec.pairing import find_pair, pair_names
@@ -88,7 +89,7 @@ options = AcceptOptions(
     report=False,
     threads=torch.get_num_threads(),
 )
-assert run_from_cli(options) == 0
+assert run(options) == 0
 
 # %% [markdown]
 # Up and left is better in the second picture: more tokens per step, less time per step. The lines of the first are a

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
-from specdec.experiments.planner.clock import Call, ratio, ratio_by_steps, ratio_to_others_best
+from specdec.experiments.planner.calls import Call, ratio, ratio_by_steps, ratio_to_others_best
 
 CLOSE = 0.15
 """A forecast is right when the realised speed is within this share of it."""
@@ -17,7 +18,9 @@ def sweep(calls: Sequence[Call]) -> dict[str, Any]:
     names = [name for name in ways if not name.startswith("planned")]
     found: dict[str, Any] = {
         "speed_up_over_none": {name: ratio(calls, name, "none") for name in ways},
-        "tokens_per_step": {name: _mean([one.tokens_per_step for one in calls if one.way == name]) for name in ways},
+        "tokens_per_step": {
+            name: round(mean(one.tokens_per_step for one in calls if one.way == name), 3) for name in ways
+        },
     }
     for way in sorted(set(ways) - set(names)):
         drafters = way.removeprefix("planned ").split("+")
@@ -62,7 +65,3 @@ def right_forecasts(found: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """How many forecasts of some findings were right, and how many there are."""
     every = [times for one in found for times in one.get("forecast_over_realised", [])]
     return sum(map(close, every)), len(every)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 3)

@@ -2,87 +2,66 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import torch
 
-from specdec.experiments.planner.cases import WORKLOADS, Generate, Models, fixed, planned, prompts
-from specdec.experiments.planner.clock import Call, time_calls
-
-SWEEP = "sweep"
-"""The only part of a sweep; those of never-slower are its workloads."""
+from specdec.experiments.pair import Models
+from specdec.experiments.planner.calls import Call, time_calls
+from specdec.experiments.planner.options import SWEEP, WORKLOADS, PlannerOptions
+from specdec.experiments.planner.ways import Ways, prompts
+from specdec.experiments.processes import yielded
+from specdec.experiments.ways import Generate
 
 
 class Batch(NamedTuple):
-    """What was measured together: the calls of one part at one temperature and batch size, on one prompt."""
+    """What was measured together: the calls of one part at one temperature and batch size, on one prompt.
+
+    part: of a sweep there is only one; those of never-slower are its workloads.
+    """
 
     run: str
     part: str
     calls: list[Call]
 
 
-def measured(args: Namespace) -> Iterator[Batch]:
-    """All batches of `args.processes` processes, as they come; nothing is measured until the next one is asked for.
+def measured(options: PlannerOptions) -> Iterator[Batch]:
+    """All batches of all processes, as they come; nothing is measured until the next one is asked for.
 
     Later processes find the cost tables of earlier ones, as those of a user do.
 
     Raises:
-        RuntimeError: a process failed; what it was is on standard error.
+        RuntimeError: a process failed.
     """
-    context = get_context("spawn")
-    for number in range(args.processes):
-        here, there = context.Pipe()
-        child = context.Process(target=_send, args=(args, number, there))
-        child.start()
-        there.close()
+    for number in range(options.processes):
         try:
-            while True:
-                yield here.recv()
-                here.send(None)
-        except (EOFError, OSError):  # it is done, or it died
-            child.join()
-        finally:
-            child.kill()
-            child.join()
-        if child.exitcode:
-            raise RuntimeError(f"measuring process {number + 1} of {args.processes} ended with {child.exitcode}")
+            yield from yielded(_batches, options, number)
+        except Exception as error:
+            which = f"measuring process {number + 1} of {options.processes}"
+            raise RuntimeError(f"{which} ended with {type(error).__name__}: {error}") from error
 
 
-def _send(args: Namespace, number: int, parent: Connection) -> None:
-    torch.set_num_threads(args.threads)
-    for batch in _batches(args, number):
-        parent.send(batch)
-        parent.recv()  # the parent computes meanwhile
-    parent.close()
-
-
-def _batches(args: Namespace, number: int) -> Iterator[Batch]:
+def _batches(options: PlannerOptions, number: int) -> Iterator[Batch]:
+    torch.set_num_threads(options.threads)
     models = Models.load()
-    for rows in args.batches:
-        for temperature in args.temperatures:
+    for rows in options.batches:
+        for temperature in options.temperatures:
             run = f"T={temperature} batch {rows}"
-            for part, tokens_of, ways in _parts(models, temperature, args):
-                texts = prompts(models, tokens_of, rows, args.prompts, args.prompt_tokens)
-                title = f"{number + 1}/{args.processes} {part} {run}"
-                for calls in time_calls(ways, texts, title, args.repeats, number):
+            for part, kind, ways in _parts(Ways(models, temperature, options.seeded), temperature, options):
+                texts = prompts(models, kind, rows, options.prompts, options.prompt_tokens)
+                title = f"{number + 1}/{options.processes} {part} {run}"
+                for calls in time_calls(ways, texts, title, options.repeats, number):
                     yield Batch(run, part, calls)
 
 
-def _parts(models: Models, temperature: float, args: Namespace) -> Iterator[tuple[str, str, dict[str, Generate]]]:
+def _parts(ways: Ways, temperature: float, options: PlannerOptions) -> Iterator[tuple[str, str, dict[str, Generate]]]:
     """Name, kind of prompts, and ways."""
-    if args.what == SWEEP:
-        rule = args.rule if temperature > 0 else "auto"
-        yield SWEEP, "held-out", {
-            **fixed(models, temperature, args.tokens, rule),
-            **planned(models, temperature, args.tokens, rule, args.seeded),
-        }  # fmt: skip
+    if options.what == SWEEP:
+        yield SWEEP, "held-out", ways.sweep(options.tokens, options.rule if temperature > 0 else "auto")
         return
-    for workload in (one for one in WORKLOADS if one.name in args.workloads):
-        ways = workload.ways(models, temperature, args.seeded)
-        if args.no_hf:
-            del ways["hf plain"]
-        yield workload.name, workload.prompts, ways
+    for workload in (one for one in WORKLOADS if one.name in options.workloads):
+        found = ways.never_slower(workload)
+        if options.no_hf:
+            del found["hf plain"]
+        yield workload.name, workload.prompts, found

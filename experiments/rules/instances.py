@@ -1,6 +1,6 @@
 """Every rule on the same random problems, small enough to enumerate all drafts and to know the optimum.
 
-Needs the repository: the enumeration and the linear program live with the tests, in `tests/oracle`.
+Needs the repository: problems, enumeration and linear program live with the tests, in `tests/oracle`.
 """
 
 from __future__ import annotations
@@ -8,16 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
 from specdec.experiments.errors import ExperimentError
 from specdec.verify.rules import make_rule
-
-if TYPE_CHECKING:
-    from oracle.instances import Instance, Spec
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 SIZES = ((3, 2, 2), (4, 2, 2))
@@ -51,6 +47,7 @@ def table(
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     from oracle.lp import optimum
+    from oracle.problems import dirichlet_instance, race_accepted
     from oracle.production import draft_everything
 
     found = []
@@ -58,7 +55,7 @@ def table(
         for draft, rules in TAKES.items():
             advance(f"vocabulary {vocab}, {width} children, depth {depth}: {draft}")
             rng = np.random.default_rng(seed)
-            instances = [_instance(rng, draft, vocab, width, depth) for _ in range(num)]
+            instances = [dirichlet_instance(rng, draft, vocab, width, depth) for _ in range(num)]
             children = 1 if "chain" in draft else width
             size = {"vocab": vocab, "children": children, "depth": depth, "draft": draft}
             if draft.startswith("race"):
@@ -84,55 +81,3 @@ def _figures(tau: list[float], best: list[float] | None = None) -> dict[str, Any
         return {**found, "optimum": None, "worst_share": None}
     shares = [mine / most for mine, most in zip(tau, best, strict=True)]
     return {**found, "optimum": float(np.mean(best)), "worst_share": float(min(shares))}
-
-
-def _instance(rng: np.random.Generator, draft: str, vocab: int, width: int, depth: int) -> Instance:
-    """p and q after every prefix, and what is drafted there. The same numbers are drawn for every kind of draft."""
-    from oracle.instances import Instance, Spec, prefixes
-
-    p: dict[tuple[int, ...], tuple[float, ...]] = {}
-    q: dict[tuple[int, ...], tuple[float, ...]] = {}
-    specs: dict[tuple[int, ...], Spec] = {}
-    for prefix in prefixes(vocab, depth):
-        p[prefix] = tuple(rng.dirichlet(np.ones(vocab)).tolist())
-        law = rng.dirichlet(np.ones(vocab))
-        order = np.argsort(-law, kind="stable").tolist()
-        specs[prefix] = Spec() if len(prefix) == depth else _spec(draft, order, width)
-        if draft == "mixed" and len(prefix) < depth:
-            law[order[: width - 1]] = 0.0
-        q[prefix] = tuple((law / law.sum()).tolist())
-    return Instance(vocab, depth, p, q, specs)
-
-
-def _spec(draft: str, order: list[int], width: int) -> Spec:
-    from oracle.instances import Spec
-
-    if "chain" in draft:
-        return Spec(draws=1)
-    if draft == "sampled":
-        return Spec(draws=width)
-    if draft == "fixed":
-        return Spec(fixed=tuple(order[:width]))
-    return Spec(fixed=tuple(order[: width - 1]), draws=1)
-
-
-def race_accepted(instance: Instance, width: int, races: int, seed: int) -> float:
-    """E[accepted] of rule coupled by sampling: the target's winner is followed while it is among the drafter's first
-    `width` to arrive in the same race."""
-    generator = torch.Generator().manual_seed(seed)
-    states: dict[tuple[int, ...], int] = {(): races}
-    total = 0.0
-    for _ in range(instance.depth):
-        following: dict[tuple[int, ...], int] = {}
-        for prefix, count in states.items():
-            noise = torch.empty(count, instance.vocab, dtype=torch.float64).exponential_(generator=generator)
-            p, q = (torch.tensor([float(x) for x in laws[prefix]]) for laws in (instance.p, instance.q))
-            winner = (noise / p).argmin(-1)
-            first = (noise / q).topk(width, largest=False).indices
-            kept = winner[(first == winner[:, None]).any(-1)]
-            total += len(kept)
-            for token, hits in enumerate(torch.bincount(kept, minlength=instance.vocab).tolist()):
-                if hits:
-                    following[(*prefix, token)] = hits
-        states = following
-    return total / races

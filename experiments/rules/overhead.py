@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from time import perf_counter, process_time
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec.experiments.clock import timed
+from specdec.experiments.intervals import Spread
 from specdec.verify import DraftTree, Noise, Topology
 from specdec.verify.race import RaceStream
 from specdec.verify.rules import RULES, make_rule
@@ -39,19 +41,15 @@ def table(vocab: int = 128_000, repeats: int = 15, seed: int = 0) -> list[dict[s
         race = RaceStream([seed], [0], vocab, p.device)([0], [0], tree.max_depth + 1)
         for rule in rules:
             decide = make_rule(rule)
-            times, cpu = [], []
-            for turn in range(repeats + 2):
+            spent = []
+            for _ in range(repeats + 2):
                 uniforms = torch.rand(1, nodes + 1, dtype=torch.float64, generator=generator)
                 noise = Noise(uniforms[:, :-1], uniforms[:, -1], race if RULES[rule].uses_race else None)
-                fresh = tree_again(tree)
-                start, used = perf_counter(), process_time()
-                decide(fresh, p, noise)
-                if turn >= 2:
-                    times.append(1e3 * (perf_counter() - start))
-                    cpu.append(1e3 * (process_time() - used))
-            low, middle, high = statistics.quantiles(cpu, n=4)
-            found.append({"draft": kind, "rule": rule, "vocab": vocab, "nodes": nodes, "cpu_ms": middle,
-                          "quartiles": [low, high], "ms": statistics.median(times), "repeats": repeats})  # fmt: skip
+                spent.append(timed(partial(decide, tree_again(tree), p, noise))[1])
+            cpu = Spread.of(1e3 * one.cpu for one in spent[2:])
+            ms = statistics.median(one.ms for one in spent[2:])
+            found.append({"draft": kind, "rule": rule, "vocab": vocab, "nodes": nodes, "cpu_ms": cpu.median,
+                          "quartiles": [cpu.low, cpu.high], "ms": ms, "repeats": repeats})  # fmt: skip
     return found
 
 

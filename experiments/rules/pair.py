@@ -6,21 +6,21 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import process_time
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdec.experiments.accept.counterfactual import reach_law
-from specdec.experiments.accept.interval import Mean, ratio
 from specdec.experiments.accept.logbook import laws
-from specdec.experiments.accept.models import Models
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.setting import Setting
 from specdec.experiments.accept.steps import expected_steps
 from specdec.experiments.accept.summary import Summary, summarise
-from specdec.experiments.corpus import held_out_prompts
+from specdec.experiments.clock import timed
+from specdec.experiments.intervals import Mean, ratio
+from specdec.experiments.pair import Models
+from specdec.experiments.ways import Generate, speculating
 from specdec.speculator import Speculator
 from specdec.trace import StepTrace
 
@@ -68,21 +68,18 @@ def table(
     Every setting runs on the same prompts with seeds of its own, so that what is measured is independent of the logged
     texts and of one another; what is expected comes from the same texts for all, so that differences are sharp.
     """
-    options = AcceptOptions(new_tokens=size.tokens, seed=size.seed)
-    prompts = torch.tensor(
-        held_out_prompts(models.tokenizer, size.prompts, size.prompt_tokens, seed=size.seed), device=models.device
-    )
-    sampling = {**options.sampling(temperature), "max_new_tokens": size.tokens}
+    (prompts,) = models.prompts(size.prompts, size.prompt_tokens, size.seed, rows=size.prompts)
     advance("logged texts")
-    texts = logged(models, prompts, temperature, options)
-    plain = _speeds(Speculator(models.target), prompts[: size.timed], sampling)
+    texts = logged(models, prompts, temperature, AcceptOptions(new_tokens=size.tokens, seed=size.seed))
+    plain = _speeds(Speculator(models.target), prompts[: size.timed], temperature, size.tokens)
     found = []
     for number, (setting, rule) in enumerate(rivals()):
         advance(f"{setting} {rule}")
         spec = Speculator(models.target, setting.build(models.draft), rule=rule)
-        measured = run_batch(spec, prompts, sampling, seed=1_000_003 * (number + 1) + size.seed)
+        generate = speculating(spec, size.tokens, temperature)
+        measured = run_batch(generate, prompts, seed=1_000_003 * (number + 1) + size.seed)
         expected, accepted = score(texts, setting, rule, temperature, size.tokens)
-        speeds = _speeds(spec, prompts[: size.timed], sampling)
+        speeds = _speeds(spec, prompts[: size.timed], temperature, size.tokens)
         ratios = [ours / base for ours, base in zip(speeds, plain, strict=True)]
         z = (measured.value - expected.value) / math.hypot(measured.error, expected.error)
         found.append({
@@ -96,15 +93,10 @@ def table(
 
 def logged(models: Models, prompts: Tensor, temperature: float, options: AcceptOptions) -> list[Summary]:
     """One text of the target per prompt, summarised."""
-    writer = Speculator(models.target, models.draft, k=4)
-    out = writer.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=options.new_tokens, seed=options.seed,
-        **options.sampling(temperature),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    writer = speculating(Speculator(models.target, models.draft, k=4), options.new_tokens, temperature)
     columns = prompts.shape[1]
     found = []
-    for row, text in enumerate(out):
+    for row, text in enumerate(writer(prompts, options.seed).ids):
         p, q = laws(models, text[None], columns, temperature, options)
         found.append(summarise(p, q, text[columns:], text[:columns], options.seed + row))
     return found
@@ -123,7 +115,7 @@ def score(
     return ratio([one.tokens for one in found], [one.steps for one in found]), [float(x) for x in kept]
 
 
-def run_batch(spec: Speculator, prompts: Tensor, sampling: dict[str, Any], seed: int) -> Mean:
+def run_batch(generate: Generate, prompts: Tensor, seed: int) -> Mean:
     """Tokens per step of one batch, with the standard error over rows. No row ends early (no end token)."""
     steps = [0] * len(prompts)
     tokens = [0] * len(prompts)
@@ -133,22 +125,18 @@ def run_batch(spec: Speculator, prompts: Tensor, sampling: dict[str, Any], seed:
             steps[row] += 1
             tokens[row] += len(emitted)
 
-    spec.generate(prompts, attention_mask=torch.ones_like(prompts), seed=seed, on_step=count, **sampling)
-    assert spec.report is not None
-    assert spec.report.num_drafter_faults == 0, spec.report.last_drafter_fault
+    report = generate(prompts, seed, count).report
+    assert report is not None
+    assert report.num_drafter_faults == 0, report.last_drafter_fault
     return ratio(tokens, steps)
 
 
-def _speeds(spec: Speculator, prompts: Tensor, sampling: dict[str, Any]) -> list[float]:
-    """Tokens per second of processor time of each prompt alone, after one call that is not counted.
-
-    Processor time, not the clock's: on one thread both agree when nothing else runs, and other processes change it
-    little.
-    """
+def _speeds(spec: Speculator, prompts: Tensor, temperature: float, tokens: int) -> list[float]:
+    """Tokens per second of processor time of each prompt alone, after one call that is not counted."""
+    generate = speculating(spec, tokens, temperature)
     found = []
     for number, ids in enumerate([prompts[:1], *prompts.split(1)] if len(prompts) else []):
-        start = process_time()
-        spec.generate(ids, attention_mask=torch.ones_like(ids), seed=number, **sampling)
-        assert spec.report is not None
-        found.append(spec.report.num_emitted_tokens / (process_time() - start))
+        output, spent = timed(partial(generate, ids, number))
+        assert output.report is not None
+        found.append(output.report.num_emitted_tokens / spent.cpu)
     return found[1:]

@@ -1,131 +1,160 @@
-"""Command line of the recipe. Imports nothing heavy until the arguments are understood."""
+"""`python -m specdec.experiments.train_pair [train|export|evaluate]`; imports nothing heavy until it runs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+from specdec.experiments.errors import ExperimentError
+from specdec.experiments.frame import Command, Options, option
 from specdec.experiments.train_pair.recipe import Recipe, preset
 
-COMMANDS = ("train", "export", "evaluate")
+if TYPE_CHECKING:
+    from specdec.experiments.train_pair.state import TrainingState
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m specdec.experiments.train_pair", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="{train,export,evaluate}")
-
-    train = commands.add_parser(
-        "train",
-        help="train tokenizer, target and draft, then export and evaluate them (the default command)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_run_arguments(train)
-    train.add_argument("--resume", action="store_true", help="go on with the checkpoint in --out")
-    train.add_argument("--save-seconds", type=float, default=180.0, help="time between checkpoints")
-    train.add_argument("--compile", action="store_true", help="compile the layers (1.25x on a CPU; needs a compiler)")
-
-    export = commands.add_parser("export", help="write the pair of the checkpoint in --out, finished or not")
-    add_run_arguments(export)
-    export.add_argument("--pair", type=Path, required=True, help="folder to write target/ and draft/ into")
-
-    evaluate = commands.add_parser("evaluate", help="print loss, acceptance and step cost of a pair")
-    evaluate.add_argument("--pair", type=Path, required=True, help="folder with target/ and draft/")
-    evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
-    evaluate.add_argument("--card", action="store_true", help="also write evaluation.json and model cards into --pair")
-    evaluate.add_argument("--prompts", type=int, default=40)
-    evaluate.add_argument("--new-tokens", type=int, default=192)
-    evaluate.add_argument("-k", type=int, default=4, help="length of the draft chain")
-    evaluate.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    return parser
+Threads = Annotated[int | None, option("Torch threads (default: torch's own choice).")]
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=("tiny", "cpu", "gpu"), default="cpu", help="size of the run")
-    parser.add_argument("--tokens", type=int, help="tokens of the joint phase (default: the preset's)")
-    parser.add_argument(
-        "--scheduled-tokens", type=int, help="shorten a run: the --tokens it was started with (with --cooldown-step)"
-    )
-    parser.add_argument(
-        "--cooldown-step", type=int, help="shorten a run: step from which the rate falls to 0 at the new --tokens"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/stdlib-python"), help="folder of the run")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Options):
+    """Which run is meant."""
+
+    preset: Annotated[str, option("Size of the run: tiny, cpu or gpu.")] = "cpu"
+    tokens: Annotated[int | None, option("Tokens of the joint phase (default: the preset's).")] = None
+    scheduled_tokens: Annotated[
+        int | None, option("Shorten a run: the --tokens it was started with (with --cooldown-step).")
+    ] = None
+    cooldown_step: Annotated[
+        int | None, option("Shorten a run: step from which the rate falls to 0 at the new --tokens.")
+    ] = None
+    seed: Annotated[int, option("Seed of weights and data.")] = 0
+    out: Annotated[Path, option("Folder of the run.")] = Path("runs/stdlib-python")
+    device: Annotated[str, option("auto, cpu or cuda.")] = "auto"
+    threads: Threads = None
+
+    def __post_init__(self) -> None:
+        self.one_of(("auto", "cpu", "cuda"), "device")
+
+    def check(self) -> None:
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """Raises ExperimentError: no such preset, or a recipe that cannot be trained."""
+        chosen = preset(self.preset)
+        return replace(
+            chosen, seed=self.seed, tokens=chosen.tokens if self.tokens is None else self.tokens,
+            scheduled_tokens=self.scheduled_tokens, cooldown_step=self.cooldown_step,
+        )  # fmt: skip
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    recipe = preset(args.preset)
-    return replace(
-        recipe,
-        seed=args.seed,
-        tokens=args.tokens if args.tokens is not None else recipe.tokens,
-        scheduled_tokens=args.scheduled_tokens,
-        cooldown_step=args.cooldown_step,
-    )
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(RecipeOptions):
+    """How it is trained."""
+
+    resume: Annotated[bool, option("Go on with the checkpoint in --out.", "--resume")] = False
+    save_seconds: Annotated[float, option("Time between checkpoints.")] = 180.0
+    compile: Annotated[bool, option("Compile the layers (1.25x on a CPU; needs a compiler).", "--compile")] = False
 
 
-def run_train(args: argparse.Namespace) -> int:
-    from specdec.experiments.train_pair.runner import open_state, train
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(RecipeOptions):
+    """Which run's pair is written, and where to."""
+
+    pair: Annotated[Path, option("Folder to write target/ and draft/ into.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """Which pair is measured, on how much."""
+
+    pair: Annotated[Path, option("Folder with target/ and draft/.")]
+    json: Annotated[Path | None, option("Also write the numbers to this file.")] = None
+    card: Annotated[bool, option("Also write evaluation.json and model cards into --pair.", "--card")] = False
+    prompts: Annotated[int, option("Held-out prompts.")] = 40
+    new_tokens: Annotated[int, option("Tokens to generate.")] = 192
+    k: Annotated[int, option("Length of the draft chain.", "-k")] = 4
+    threads: Threads = None
+
+
+def train(options: TrainOptions) -> int:
+    """Train tokenizer, target and draft, then export and evaluate them (the default command)."""
+    from specdec.experiments.train_pair.on_policy import train_all
     from specdec.experiments.train_pair.session import Interrupted, Session
 
-    state = open_state(recipe_of(args), args.out, args.device, args.threads, resume=args.resume)
-    session = Session(args.save_seconds)
+    state = _state(options, options.resume)
+    session = Session(options.save_seconds)
     try:
         with session.listening():
-            train(state, session, compile_layers=args.compile)
+            train_all(state, session, compile_layers=options.compile)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
-    args.pair = args.out / "pair"
-    run_export(args)
-    return run_evaluate(build_parser().parse_args(["evaluate", "--pair", str(args.pair), "--card"]))
-
-
-def run_export(args: argparse.Namespace) -> int:
-    from specdec.experiments.train_pair.export import export_pair
-    from specdec.experiments.train_pair.runner import open_state
-
-    if not (args.out / "checkpoint.safetensors").exists():
-        raise FileNotFoundError(f"expected a checkpoint in {args.out}, found none; train first, or name another --out")
-    state = open_state(recipe_of(args), args.out, args.device, args.threads, resume=True)
-    export_pair(state, args.pair)
-    print(f"wrote {args.pair} ({state.phase}, step {state.step})")
+    pair = options.out / "pair"
+    _export(options, pair)
+    evaluate(EvaluateOptions(pair=pair, card=True))
     return 0
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def export(options: ExportOptions) -> None:
+    """Write the pair of the checkpoint in --out, finished or not."""
+    _export(options, options.pair)
+
+
+def _export(options: RecipeOptions, pair: Path) -> None:
+    from specdec.experiments.train_pair.export import export_pair
+
+    if not (options.out / "checkpoint.safetensors").exists():
+        raise FileNotFoundError(
+            f"expected a checkpoint in {options.out}, found none; train first, or name another --out"
+        )
+    state = _state(options, resume=True)
+    export_pair(state, pair)
+    print(f"wrote {pair} ({state.phase}, step {state.step})")
+
+
+def _state(options: RecipeOptions, resume: bool) -> TrainingState:
+    import torch
+
+    from specdec.experiments.train_pair.state import TrainingState
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" != found:
+        raise ExperimentError("expected a CUDA device for --device cuda, found none; use --device cpu")
+    device = found if options.device == "auto" else options.device
+    return TrainingState.create(options.recipe(), options.out, device, resume=resume)
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Print loss, acceptance and step cost of a pair."""
     import torch
 
     from specdec.experiments.train_pair.card import format_report, write_cards
     from specdec.experiments.train_pair.evaluate import evaluate_pair
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    report = evaluate_pair(args.pair, num_prompts=args.prompts, new_tokens=args.new_tokens, k=args.k)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    report = evaluate_pair(options.pair, num_prompts=options.prompts, new_tokens=options.new_tokens, k=options.k)
     print(format_report(report))
-    if args.json is not None:
-        args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    if args.card:
-        (args.pair / "evaluation.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        write_cards(args.pair)
-    return 0
+    for path in (options.json, options.pair / "evaluation.json" if options.card else None):
+        if path is not None:
+            path.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    if options.card:
+        write_cards(options.pair)
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
-        argv.insert(0, "train")
-    args = build_parser().parse_args(argv)
-    try:
-        return {"train": run_train, "export": run_export, "evaluate": run_evaluate}[args.command](args)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
+main = Command(
+    TrainOptions,
+    train,
+    train=Command(TrainOptions, train),
+    export=Command(ExportOptions, export),
+    evaluate=Command(EvaluateOptions, evaluate),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from specdec.kv.versions import cached
 
 
 @torch.inference_mode()
-def continue_text(
-    model: LlamaForCausalLM, prompts: Tensor, num_new: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """ids[rows, prompt + num_new]: greedy continuations, or sampled at temperature 1 when a generator is given."""
+def write_on(
+    model: Any, prompts: Tensor, num_new: int, choose: Callable[[Tensor], Tensor],
+    see: Callable[[Tensor], None] = lambda logits: None,
+) -> Tensor:  # fmt: skip
+    """ids[rows, prompt + num_new]: each next token is what `choose` makes of logits[rows, vocab]. `see` is shown the
+    logits[rows, length, vocab] of every pass."""
     ids, cache, fed = prompts, DynamicCache(config=model.config), prompts
     for _ in range(num_new):
-        logits = model(fed, **cached(model, cache)).logits[:, -1].float()
-        if generator is None:
-            fed = logits.argmax(-1, keepdim=True)
-        else:
-            fed = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        logits = model(fed, **cached(model, cache)).logits
+        see(logits)
+        fed = choose(logits[:, -1].float())[:, None]
         ids = torch.cat([ids, fed], dim=1)
     return ids
+
+
+def continue_text(model: Any, prompts: Tensor, num_new: int, generator: torch.Generator | None = None) -> Tensor:
+    """Greedy continuations, or sampled at temperature 1 when a generator is given."""
+    if generator is None:
+        return write_on(model, prompts, num_new, lambda logits: logits.argmax(-1))
+    return write_on(model, prompts, num_new, lambda x: torch.multinomial(x.softmax(-1), 1, generator=generator)[:, 0])
 
 
 def num_before_end(generated: Sequence[int], eos_token_id: int) -> int:
@@ -34,7 +42,7 @@ def num_before_end(generated: Sequence[int], eos_token_id: int) -> int:
 
 
 @torch.inference_mode()
-def greedy_agreement(draft: LlamaForCausalLM, ids: Tensor, prompt_tokens: int, eos_token_id: int) -> list[list[bool]]:
+def greedy_agreement(draft: Any, ids: Tensor, prompt_tokens: int, eos_token_id: int) -> list[list[bool]]:
     """Per row of ids[rows, length], for each generated token: is it the draft's greedy choice after what precedes it?
 
     While all draft tokens of a chain were accepted, the draft's context is exactly the target's text, so one forward
@@ -73,9 +81,9 @@ def walk_chains(agreement: Sequence[bool], k: int) -> tuple[list[int], list[int]
 
 
 @torch.inference_mode()
-def sampled_acceptance(target: LlamaForCausalLM, draft: LlamaForCausalLM, ids: Tensor, prompt_tokens: int) -> float:
+def sampled_acceptance(target: Any, draft: Any, ids: Tensor, prompt_tokens: int) -> float:
     """Mean over generated positions of sum(min(p, q)): the chance that a token drawn from q is accepted."""
     window = slice(prompt_tokens - 1, ids.shape[1] - 1)
     p = target(ids, use_cache=False).logits[:, window].float().softmax(-1)
     q = draft(ids, use_cache=False).logits[:, window].float().softmax(-1)
-    return torch.minimum(p, q).sum(-1).mean().item()
+    return float(torch.minimum(p, q).sum(-1).mean())

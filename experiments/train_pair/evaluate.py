@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import platform
 import statistics
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
-from specdec.experiments.corpus import held_out_prompts, held_out_texts
-from specdec.experiments.train_pair.acceptance import (
-    continue_text,
-    greedy_agreement,
-    sampled_acceptance,
-    walk_chains,
-)
-from specdec.experiments.train_pair.tokenizer import load_tokenizer
+from specdec.experiments.clock import timed
+from specdec.experiments.corpus import held_out_texts
+from specdec.experiments.pair import Models
+from specdec.experiments.train_pair.acceptance import continue_text, greedy_agreement, sampled_acceptance, walk_chains
 from specdec.kv.versions import cached
 
 WINDOWS_PER_FILE = 8  # long files count no more than this, so that no single one decides the number
@@ -48,32 +44,9 @@ class PairReport:
     threads: int
     cpu: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def load_pair(pair: Path) -> tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Target, draft (both fp32, eval mode) and tokenizer of a pair folder.
-
-    Raises:
-        FileNotFoundError: if `pair` has no `target/` and `draft/` with weights.
-    """
-    models = []
-    for role in ("target", "draft"):
-        if not (pair / role / "model.safetensors").exists():
-            raise FileNotFoundError(
-                f"expected {pair / role / 'model.safetensors'}; give a folder with target/ and draft/, "
-                "as `train_pair export` writes it"
-            )
-        model = LlamaForCausalLM.from_pretrained(
-            pair / role, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-        models.append(model.eval())
-    return models[0], models[1], load_tokenizer(pair / "target")
-
 
 @torch.inference_mode()
-def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, length: int = 512) -> float:
+def held_out_loss(model: Any, tokenizer: Any, length: int = 512) -> float:
     """Mean cross-entropy per token over the first windows of every held-out file."""
     total, count = 0.0, 0
     for text in held_out_texts():
@@ -87,9 +60,7 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, l
 
 
 @torch.inference_mode()
-def step_costs(
-    models: list[LlamaForCausalLM], context: int = 128, rounds: int = 200, warmup: int = 10
-) -> list[list[float]]:
+def step_costs(models: list[Any], context: int = 128, rounds: int = 200, warmup: int = 10) -> list[list[float]]:
     """Sorted milliseconds of cached single-token forwards of each model, measured in turn in one process."""
     ids = torch.full((1, context), 1)
     caches = []
@@ -100,9 +71,7 @@ def step_costs(
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds + warmup):
         for model, cache, spent in zip(models, caches, times, strict=True):
-            start = time.perf_counter()
-            model(ids[:, :1], **cached(model, cache))
-            spent.append((time.perf_counter() - start) * 1e3)
+            spent.append(timed(partial(model, ids[:, :1], **cached(model, cache)))[1].ms)
     return [sorted(spent[warmup:]) for spent in times]
 
 
@@ -123,13 +92,13 @@ def evaluate_pair(
     pair: Path, *, num_prompts: int = 40, prompt_tokens: int = 64, new_tokens: int = 192, k: int = 4, rows: int = 20
 ) -> PairReport:
     """Measure the pair on held-out prompts; `rows` prompts run together."""
-    target, draft, tokenizer = load_pair(pair)
-    prompts = torch.tensor(held_out_prompts(tokenizer, num_prompts, prompt_tokens))
+    models = Models.load(pair, ends=True)
+    target, draft, tokenizer = models.target, models.draft, models.tokenizer
     generator = torch.Generator().manual_seed(0)
     agreements: list[list[bool]] = []
     texts: list[list[int]] = []
     overlaps: list[float] = []
-    for batch in prompts.split(rows):
+    for batch in models.prompts(num_prompts, prompt_tokens, rows=rows):
         greedy: Tensor = continue_text(target, batch, new_tokens)
         agreements += greedy_agreement(draft, greedy, prompt_tokens, tokenizer.eos_token_id)
         texts += greedy[:, prompt_tokens:].tolist()
@@ -143,21 +112,13 @@ def evaluate_pair(
     times = step_costs([target, draft])
     target_ms, draft_ms = map(statistics.median, times)
     return PairReport(
-        held_out_loss_target=held_out_loss(target, tokenizer),
-        held_out_loss_draft=held_out_loss(draft, tokenizer),
-        num_prompts=num_prompts,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        k=k,
+        held_out_loss_target=held_out_loss(target, tokenizer), held_out_loss_draft=held_out_loss(draft, tokenizer),
+        num_prompts=num_prompts, prompt_tokens=prompt_tokens, new_tokens=new_tokens, k=k,
         greedy_agreement=sum(map(sum, agreements)) / num_tokens,
         acceptance_per_position=tuple(a / max(1, r) for a, r in zip(accepted, reached, strict=True)),
-        mean_acceptance_length=num_tokens / num_steps,
-        sampled_acceptance=statistics.mean(overlaps),
-        repeated_share=repeated_share(texts),
-        target_step_ms=target_ms,
-        draft_step_ms=draft_ms,
+        mean_acceptance_length=num_tokens / num_steps, sampled_acceptance=statistics.mean(overlaps),
+        repeated_share=repeated_share(texts), target_step_ms=target_ms, draft_step_ms=draft_ms,
         cost_ratio=target_ms / draft_ms,
         cost_ratio_fastest=times[0][0] / times[1][0],  # what other work on the machine disturbs least
-        threads=torch.get_num_threads(),
-        cpu=platform.processor() or platform.machine(),
-    )
+        threads=torch.get_num_threads(), cpu=platform.processor() or platform.machine(),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.experiments.corpus import corpus_record
+from specdec.experiments.errors import ExperimentError
 from specdec.experiments.train_pair.state import TrainingState
 
 
@@ -42,17 +44,17 @@ def export_pair(state: TrainingState, pair: Path) -> None:
     """Write `target/`, `draft/` and `training.json` (what was done, on what) below `pair`."""
     record = corpus_record()
     if record.sha256 != state.corpus_sha256:
-        raise ValueError(f"expected the corpus {state.corpus_sha256} of the run, got {record.sha256}")
+        raise ExperimentError(f"expected the corpus {state.corpus_sha256} of the run, got {record.sha256}")
     dtypes = {
         role: str(export_model(model, state.tokenizer, pair / role)).removeprefix("torch.")
         for role, model in (("target", state.target), ("draft", state.draft))
     }
     training = {
-        "recipe": state.recipe.to_dict(),
+        "recipe": asdict(state.recipe),
         "phase": state.phase,
         "step": state.step,
         "tokens_per_epoch": state.stream.num_tokens,
-        "corpus": record.to_dict(),
+        "corpus": asdict(record),
         "dtypes": dtypes,
         "num_parameters": {
             role: sum(p.numel() for p in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,17 +65,7 @@ def run_joint_phase(state: TrainingState, session: Session, *, compile_layers: b
     """Take the steps that are left, saving now and then; ends in phase 2 unless interrupted."""
     state.target.train()
     state.draft.train()
-    recipe = state.recipe
-    with (
-        session.progress("joint", recipe.num_steps, state.step, recipe.tokens_per_step) as bar,
-        compiled(state, compile_layers) as loss_function,
-    ):
-        while state.step < recipe.num_steps:
-            losses = joint_step(state, loss_function)
-            state.step += 1
-            if state.step % 10 == 0 or state.step == recipe.num_steps:
-                state.log(**losses)
-            bar.advance(losses)
-            session.after_step(state)
+    with compiled(state, compile_layers) as loss_function:
+        session.steps("joint", state, state.recipe.num_steps, partial(joint_step, state, loss_function))
     state.phase, state.step = ON_POLICY, 0
     state.save()

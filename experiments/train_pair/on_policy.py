@@ -8,25 +8,26 @@ top probabilities are kept on disk, so each text costs one target pass however o
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from specdec.experiments.train_pair.acceptance import write_on
 from specdec.experiments.train_pair.data import WindowStream
+from specdec.experiments.train_pair.joint import run_joint_phase
 from specdec.experiments.train_pair.losses import top_law, top_law_loss
 from specdec.experiments.train_pair.session import Session
-from specdec.experiments.train_pair.state import DONE, TrainingState
-from specdec.kv.versions import cached
+from specdec.experiments.train_pair.state import DONE, JOINT, ON_POLICY, TrainingState
 
 
 def batch_path(state: TrainingState, index: int) -> Path:
     return state.out / f"on_policy-{index:04d}.safetensors"
 
 
-@torch.inference_mode()
 def continue_prompts(
     model: LlamaForCausalLM, prompts: Tensor, length: int, num_top: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
@@ -39,17 +40,15 @@ def continue_prompts(
         `ids` int16 [rows, length], and for each position but the last the law of the next token, as `top_ids` int16 and
         `top_log_p` float16 [rows, length - 1, num_top].
     """
-    ids, cache, laws = prompts, DynamicCache(config=model.config), []
+    laws: list[tuple[Tensor, Tensor]] = []
     greedy_row = torch.arange(len(prompts), device=prompts.device) % 2 == 0
-    fed = prompts
-    while True:
-        logits = model(fed, **cached(model, cache)).logits
-        laws.append(top_law(logits, num_top))
-        sampled = torch.multinomial(logits[:, -1].float().softmax(-1), 1, generator=generator)[:, 0]
-        fed = torch.where(greedy_row, logits[:, -1].argmax(-1), sampled)[:, None]
-        ids = torch.cat([ids, fed], dim=1)
-        if ids.shape[1] == length:
-            break
+
+    def choose(logits: Tensor) -> Tensor:
+        sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        return torch.where(greedy_row, logits.argmax(-1), sampled)
+
+    num_new = length - prompts.shape[1]
+    ids = write_on(model, prompts, num_new, choose, lambda logits: laws.append(top_law(logits, num_top)))
     top_ids, top_log_p = (torch.cat(parts, dim=1) for parts in zip(*laws, strict=True))
     return {"ids": ids.to(torch.int16), "top_ids": top_ids, "top_log_p": top_log_p}
 
@@ -98,22 +97,22 @@ def run_on_policy_phase(state: TrainingState, session: Session) -> None:
     missing = [i for i in range(recipe.on_policy_batches) if not batch_path(state, i).exists()]
     tokens_per_batch = recipe.on_policy_rows * recipe.on_policy_length
     done = recipe.on_policy_batches - len(missing)
-    with session.progress("texts", recipe.on_policy_batches, done, tokens_per_batch) as bar:
+    with session.progress("texts", recipe.on_policy_batches, done, tokens_per_batch) as advance:
         for index in missing:
             write_batch(state, index)
-            bar.advance({})
+            advance({})
             session.after_step(state)
     batches = [load_file(batch_path(state, i)) for i in range(recipe.on_policy_batches)]
     texts = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     state.draft.train()
-    total = num_draft_steps(state)
-    with session.progress("draft", total, state.step, recipe.tokens_per_step) as bar:
-        while state.step < total:
-            values = draft_step(state, texts)
-            state.step += 1
-            if state.step % 10 == 0 or state.step == total:
-                state.log(**values)
-            bar.advance(values)
-            session.after_step(state)
+    session.steps("draft", state, num_draft_steps(state), partial(draft_step, state, texts))
     state.phase, state.step = DONE, 0
     state.save()
+
+
+def train_all(state: TrainingState, session: Session, *, compile_layers: bool = False) -> None:
+    """Take all steps that are left, of both phases."""
+    if state.phase == JOINT:
+        run_joint_phase(state, session, compile_layers=compile_layers)
+    if state.phase == ON_POLICY:
+        run_on_policy_phase(state, session)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from specdec.experiments.errors import ExperimentError
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -64,37 +66,34 @@ class Recipe:
     cooldown_step: int | None = None
 
     def __post_init__(self) -> None:
-        if self.vocab_size > 2**15:
-            raise ValueError(f"expected vocab_size <= {2**15} (ids are stored as int16), got {self.vocab_size}")
-        if self.optimizer not in ("muon", "adamw"):
-            raise ValueError(f"expected optimizer 'muon' or 'adamw', got {self.optimizer!r}")
-        if self.long_length % self.short_length or self.tokens_per_step % self.long_length:
-            raise ValueError(
-                "expected short_length to divide long_length and long_length to divide tokens_per_step, got "
-                f"{self.short_length}, {self.long_length}, {self.tokens_per_step}"
-            )
-        if self.micro_batch_tokens % self.long_length or self.tokens_per_step % self.micro_batch_tokens:
-            raise ValueError(
-                "expected micro_batch_tokens to be a multiple of long_length that divides tokens_per_step, got "
-                f"{self.micro_batch_tokens}, {self.long_length}, {self.tokens_per_step}"
-            )
-        if self.tokens < self.tokens_per_step:
-            raise ValueError(f"expected tokens >= {self.tokens_per_step} (one step), got {self.tokens}")
-        if (self.scheduled_tokens is None) != (self.cooldown_step is None):
-            raise ValueError(
-                "expected scheduled_tokens and cooldown_step together or neither, got "
-                f"{self.scheduled_tokens}, {self.cooldown_step}"
-            )
-        if self.cooldown_step is not None and not 0 <= self.cooldown_step < self.num_steps <= self.scheduled_steps:
-            raise ValueError(
-                f"expected 0 <= cooldown_step < {self.num_steps} steps <= {self.scheduled_steps} scheduled steps, "
-                f"got cooldown_step={self.cooldown_step}"
-            )
-        if not 0 < self.on_policy_prompt < self.on_policy_length <= self.max_positions:
-            raise ValueError(
-                f"expected 0 < on_policy_prompt < on_policy_length <= {self.max_positions}, got "
-                f"{self.on_policy_prompt}, {self.on_policy_length}"
-            )
+        def check(right: bool, expected: str, *got: object) -> None:
+            if not right:
+                raise ExperimentError(f"expected {expected}, got {', '.join(map(str, got))}")
+
+        short, long, micro, step = self.short_length, self.long_length, self.micro_batch_tokens, self.tokens_per_step
+        both = self.scheduled_tokens, self.cooldown_step
+        check(self.vocab_size <= 2**15, f"vocab_size <= {2**15} (ids are stored as int16)", self.vocab_size)
+        check(self.optimizer in ("muon", "adamw"), "optimizer 'muon' or 'adamw'", repr(self.optimizer))
+        check(
+            long % short == step % long == 0,
+            "short_length to divide long_length and long_length to divide tokens_per_step", short, long, step,
+        )  # fmt: skip
+        check(
+            micro % long == step % micro == 0,
+            "micro_batch_tokens to be a multiple of long_length that divides tokens_per_step", micro, long, step,
+        )  # fmt: skip
+        check(self.tokens >= step, f"tokens >= {step} (one step)", self.tokens)
+        check((both[0] is None) == (both[1] is None), "scheduled_tokens and cooldown_step together or neither", *both)
+        check(
+            self.cooldown_step is None or 0 <= self.cooldown_step < self.num_steps <= self.scheduled_steps,
+            f"0 <= cooldown_step < {self.num_steps} steps <= {self.scheduled_steps} scheduled steps",
+            self.cooldown_step,
+        )  # fmt: skip
+        check(
+            0 < self.on_policy_prompt < self.on_policy_length <= self.max_positions,
+            f"0 < on_policy_prompt < on_policy_length <= {self.max_positions}",
+            self.on_policy_prompt, self.on_policy_length,
+        )  # fmt: skip
 
     @property
     def num_steps(self) -> int:
@@ -127,9 +126,6 @@ class Recipe:
         decay = (self.scheduled_steps - step) / max(1, self.scheduled_steps - self.first_decay_step)
         return min(warmup, decay, 1.0)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         values = dict(values)
@@ -159,27 +155,15 @@ def preset(name: str) -> Recipe:
     if name == "tiny":
         small = Shape(num_layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=48)
         return Recipe(
-            tokens=2048,
-            target=small,
-            draft=replace(small, num_layers=1),
-            vocab_size=300,
-            max_positions=256,
-            tokens_per_step=128,
-            micro_batch_tokens=64,
-            short_length=16,
-            long_length=32,
-            warmup_steps=2,
-            on_policy_batches=2,
-            on_policy_rows=4,
-            on_policy_prompt=8,
-            on_policy_length=32,
-            on_policy_epochs=2,
+            tokens=2048, target=small, draft=replace(small, num_layers=1), vocab_size=300, max_positions=256,
+            tokens_per_step=128, micro_batch_tokens=64, short_length=16, long_length=32, warmup_steps=2,
+            on_policy_batches=2, on_policy_rows=4, on_policy_prompt=8, on_policy_length=32, on_policy_epochs=2,
             on_policy_top=8,
-        )
+        )  # fmt: skip
     if name == "cpu":
         return Recipe(tokens=1_300_000)
     if name == "gpu":
         return Recipe(
             tokens=16_000_000, tokens_per_step=8192, micro_batch_tokens=8192, on_policy_batches=96, on_policy_epochs=6
         )
-    raise ValueError(f"expected preset 'tiny', 'cpu' or 'gpu', got {name!r}")
+    raise ExperimentError(f"expected preset 'tiny', 'cpu' or 'gpu', got {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
@@ -15,18 +15,6 @@ from specdec.experiments.train_pair.state import TrainingState
 
 class Interrupted(Exception):
     """The run was asked to stop; its checkpoint is written."""
-
-
-class Bar:
-    """A tqdm bar that counts tokens and shows the latest losses."""
-
-    def __init__(self, bar: tqdm, tokens_per_step: int):
-        self.bar, self.tokens_per_step = bar, tokens_per_step
-
-    def advance(self, values: dict[str, float]) -> None:
-        """One step is done."""
-        self.bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-        self.bar.update(self.tokens_per_step)
 
 
 class Session:
@@ -53,20 +41,33 @@ class Session:
                 signal.signal(number, handler)
 
     @contextmanager
-    def progress(self, name: str, num_steps: int, done: int, tokens_per_step: int) -> Iterator[Bar]:
-        """A progress bar with ETA; one line per half minute where there is no terminal, so that logs stay short."""
+    def progress(self, name: str, total: int, done: int, tokens: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """A bar that counts the tokens of steps, with what is left; what it yields shows the losses of one more.
+
+        One line per half minute where there is no terminal, so that logs stay short.
+        """
         interval = 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(
-            total=num_steps * tokens_per_step,
-            initial=done * tokens_per_step,
-            desc=name,
-            unit="tok",
-            unit_scale=True,
-            mininterval=interval,
-            maxinterval=interval,
-            disable=self.quiet,
-        ) as bar:
-            yield Bar(bar, tokens_per_step)
+            total=total * tokens, initial=done * tokens, desc=name, unit="tok", unit_scale=True, mininterval=interval,
+            maxinterval=interval, disable=self.quiet,
+        ) as bar:  # fmt: skip
+
+            def advance(values: dict[str, float]) -> None:
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+                bar.update(tokens)
+
+            yield advance
+
+    def steps(self, name: str, state: TrainingState, total: int, step: Callable[[], dict[str, float]]) -> None:
+        """Take the steps of a phase that are left; each returns its losses, which are logged and shown."""
+        with self.progress(name, total, state.step, state.recipe.tokens_per_step) as advance:
+            while state.step < total:
+                values = step()
+                state.step += 1
+                if state.step % 10 == 0 or state.step == total:
+                    state.log(**values)
+                advance(values)
+                self.after_step(state)
 
     def after_step(self, state: TrainingState) -> None:
         """Save if it is time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.experiments.corpus import corpus_record, training_texts
+from specdec.experiments.errors import ExperimentError
 from specdec.experiments.train_pair.data import WindowStream, encode_files
-from specdec.experiments.train_pair.models import build_models
+from specdec.experiments.train_pair.models import build_models, load_tokenizer, train_tokenizer
 from specdec.experiments.train_pair.optim import PairOptimizer
 from specdec.experiments.train_pair.recipe import Recipe
-from specdec.experiments.train_pair.tokenizer import load_tokenizer, train_tokenizer
 
 CHECKPOINT = "checkpoint.safetensors"
 JOINT, ON_POLICY, DONE = "joint", "on_policy", "done"
@@ -46,14 +46,14 @@ class TrainingState:
     step: int = 0
 
     @classmethod
-    def create(cls, recipe: Recipe, out: Path, device: torch.device, *, resume: bool) -> TrainingState:
+    def create(cls, recipe: Recipe, out: Path, device: torch.device | str, *, resume: bool) -> TrainingState:
         """A fresh run in `out`, or the one whose checkpoint is there.
 
         Raises:
             FileExistsError: if there is a checkpoint and `resume` is False.
             ValueError: if the checkpoint is of another recipe or another corpus.
         """
-        checkpoint = out / CHECKPOINT
+        device, checkpoint = torch.device(device), out / CHECKPOINT
         if checkpoint.exists() and not resume:
             raise FileExistsError(f"{checkpoint} exists: pass --resume to go on with it, or another --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -67,18 +67,8 @@ class TrainingState:
         target, draft = build_models(recipe, tokenizer.eos_token_id)
         torch.nn.Module.to(target, device)
         torch.nn.Module.to(draft, device)
-        state = cls(
-            recipe,
-            out,
-            device,
-            tokenizer,
-            stream,
-            target,
-            draft,
-            target_optimizer=pair_optimizer(target, recipe),
-            draft_optimizer=pair_optimizer(draft, recipe),
-            corpus_sha256=corpus_record().sha256,
-        )
+        optimizers = pair_optimizer(target, recipe), pair_optimizer(draft, recipe)
+        state = cls(recipe, out, device, tokenizer, stream, target, draft, *optimizers, corpus_record().sha256)
         if checkpoint.exists():
             state._load(checkpoint)
         return state
@@ -96,7 +86,7 @@ class TrainingState:
     def save(self) -> None:
         """Write the checkpoint beside the old one, then put it in its place: a crash leaves one of the two."""
         metadata = {
-            "recipe": json.dumps(self.recipe.to_dict()),
+            "recipe": json.dumps(asdict(self.recipe)),
             "phase": self.phase,
             "step": str(self.step),
             "corpus_sha256": self.corpus_sha256,
@@ -111,13 +101,13 @@ class TrainingState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         saved, phase, step = Recipe.from_dict(json.loads(metadata["recipe"])), metadata["phase"], int(metadata["step"])
         if not (saved == self.recipe or (phase == JOINT and saved.same_until(self.recipe, step))):
-            raise ValueError(
+            raise ExperimentError(
                 f"expected the recipe of {path} ({saved}), got {self.recipe}, which differs before step {step}; use "
                 "the flags the run was started with (--tokens may change as long as the steps taken stay the same, see "
                 "--cooldown-step), or name another --out"
             )
         if metadata["corpus_sha256"] != self.corpus_sha256:
-            raise ValueError(
+            raise ExperimentError(
                 f"expected the corpus with sha256 {metadata['corpus_sha256']}, got {self.corpus_sha256}; "
                 "resume with the Python release that started the run, or use another --out"
             )

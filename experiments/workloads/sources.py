@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.workloads.prompt import Prompt, WorkloadError, read_json_lines, turns_of, unique
-from specdec.experiments.workloads.spec_bench import question_id, read_spec_bench
-from specdec.experiments.workloads.speed_bench import read_speed_bench
+from specdec.experiments.workloads.files import Prompt, WorkloadError, read
 
 SHIPPED = Path(__file__).with_name("prompts.jsonl")
 SOURCES = ("shipped", "stdlib", "spec-bench:FILE", "speed-bench:FILE", "jsonl:FILE")
@@ -43,7 +41,7 @@ class Source:
             tokenizer: needed by `stdlib`, whose prompts are cut by tokens.
 
         Raises:
-            WorkloadError: see the readers.
+            WorkloadError: see `read`.
         """
         if self.name == "stdlib":
             from specdec.experiments.corpus import held_out_prompts
@@ -53,39 +51,18 @@ class Source:
                 Prompt(f"stdlib-{seed}-{i}", "stdlib", (tokenizer.decode(ids),), ids=tuple(ids))
                 for i, ids in enumerate(found)
             ]
-        if self.name == "spec-bench":
-            prompts = read_spec_bench(self._file())
-        elif self.name == "speed-bench":
-            prompts = read_speed_bench(self._file())
-        else:
-            prompts = _own(SHIPPED if self.path is None else self.path)
+        prompts = read(SHIPPED, "jsonl") if self.path is None else read(self.path, self.name)
         return prompts if num is None else _spread(prompts, num)
-
-    def _file(self) -> Path:
-        assert self.path is not None
-        return self.path
 
     def __str__(self) -> str:
         return self.name if self.path is None else f"{self.name}:{self.path.name}"
 
 
-def _own(path: Path) -> list[Prompt]:
-    """Files in the form of the prompts that ship: `question_id`, `category`, `turns`, continued without a template."""
-    prompts = []
-    for number, entry in read_json_lines(path, "prompts"):
-        where = f"prompts: {path.name} line {number}"
-        category = entry.get("category")
-        if not isinstance(category, str) or not category:
-            raise WorkloadError(f"{where}: expected 'category', a name, got {category!r}")
-        prompts.append(Prompt(question_id(entry, where), category, turns_of(entry, where)))
-    return unique(prompts, f"prompts: {path.name}")
-
-
 def _spread(prompts: list[Prompt], num: int) -> list[Prompt]:
     """`num` prompts: the first of every domain, then the second of every domain, and so on."""
-    by_domain: dict[str, list[Prompt]] = {}
+    seen: dict[str, int] = {}
+    turns = []
     for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(prompt)
-    rounds = max(len(group) for group in by_domain.values())
-    taken = [group[i] for i in range(rounds) for group in by_domain.values() if i < len(group)]
-    return taken[:num]
+        seen[prompt.domain] = seen.get(prompt.domain, -1) + 1
+        turns.append(seen[prompt.domain])
+    return [prompt for _, prompt in sorted(zip(turns, prompts, strict=True), key=lambda pair: pair[0])][:num]

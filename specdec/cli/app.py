@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import Annotated, Any
@@ -17,8 +16,9 @@ from specdec.cli.check import check
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.pairs import pairs
-from specdec.experiments.accept.__main__ import app as accept
-from specdec.experiments.bench.__main__ import bench
+from specdec.experiments.accept.__main__ import main as accept
+from specdec.experiments.bench.__main__ import main as bench
+from specdec.experiments.errors import meant_for_the_user
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT). Usage errors exit with 2, everything else with 1."""
@@ -40,22 +40,10 @@ class _Commands(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            if ctx.params.get("traceback") or not _is_for_the_user(error):
+            if ctx.params.get("traceback") or not meant_for_the_user(error):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Library errors, missing files and memory. Looked up without importing torch, so that errors stay fast."""
-    if isinstance(error, OSError):
-        return error.errno != errno.EPIPE  # a closed pipe (`| head`) ends the program quietly: click sees to it
-    known: list[type[Exception]] = []
-    if "specdec.kv.errors" in sys.modules:
-        known.append(sys.modules["specdec.kv.errors"].SpecdecError)
-    if "torch" in sys.modules:
-        known.append(sys.modules["torch"].OutOfMemoryError)
-    return isinstance(error, tuple(known))
 
 
 app = typer.Typer(
@@ -69,9 +57,9 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
-app.command()(bench)
+app.command("bench")(bench.function)
 app.command()(check)
-app.add_typer(accept, name="accept")
+app.add_typer(accept.app, name="accept")
 app.command()(doctor)
 app.add_typer(pairs, name="pairs")
 app.add_typer(cache, name="cache")

@@ -6,13 +6,12 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec.lab.findings import Finding, Status
-from specdec.lab.optimal import MAX_VOCAB, optimal_acceptance
+from specdec.lab.optimal import Root, optimal_acceptance, optimum, root_of, scannable
 from specdec.lab.stats import SumTest, sum_test
 from specdec.monitor import AcceptanceMonitor
 from specdec.verify import AcceptanceRule, DraftTree, Verdict
@@ -116,7 +115,7 @@ class AcceptanceRecorder(AcceptanceMonitor):
             self._seen += 1
             slot = len(self.roots) if len(self.roots) < keep else self._random.randrange(self._seen)
             if slot < keep:
-                self.roots[slot : slot + 1] = [_root(tree, p, i)]
+                self.roots[slot : slot + 1] = [root_of(tree, p, i)]
 
     def findings(self, alpha: float, seconds: float = math.inf) -> list[Finding]:
         """The acceptance tests, each judged at `alpha`, and how close to the best possible acceptance is: over as many
@@ -156,14 +155,14 @@ class AcceptanceRecorder(AcceptanceMonitor):
     def _best_at_root(self, seconds: float) -> Finding:
         """Acceptance of the first drafted level against alpha* of its draft law (see `optimal_acceptance`)."""
         start = perf_counter()
-        costly = any(root.sampled > 1 for root in self.roots)
-        optima = _while_time_lasts(start + (seconds / 2 if costly else math.inf), map(_optimum, self.roots))
-        optimum = _mean(optima)
+        costly = any(root.num_sampled > 1 for root in self.roots)
+        optima = _while_time_lasts(start + (seconds / 2 if costly else math.inf), map(optimum, self.roots))
+        best = _mean(optima)
         measured = self.first_kept / self.steps
-        figures = {"measured": measured, "alpha_star": optimum}
-        detail = f"first level kept in {measured:.3f} of drafts; optimum of its draft law {optimum:.3f}"
-        fit = [root for root in self.roots if root.sampled == 1 and not len(root.fixed)]
-        pairs = [(root.p, root.q) for root in fit if root.q is not None and _scannable(root.q, 2)][:MOST_SCANS]
+        figures = {"measured": measured, "alpha_star": best}
+        detail = f"first level kept in {measured:.3f} of drafts; optimum of its draft law {best:.3f}"
+        fit = [root for root in self.roots if root.num_sampled == 1 and not len(root.fixed)]
+        pairs = [(root.p, root.q) for root in fit if root.q is not None and scannable(root.q, 2)][:MOST_SCANS]
         if pairs:  # of the very same roots, or their difference would be that of the texts
             gains = (optimal_acceptance(p, q, 2) - optimal_acceptance(p, q, 1) for p, q in pairs)
             figures["gain_of_two_children"] = gain = _mean(_while_time_lasts(start + seconds, gains))
@@ -183,45 +182,6 @@ def _while_time_lasts(deadline: float, values: Iterable[float]) -> list[float]:
 
 NUM_SUMS = 3
 """Statistical tests among `AcceptanceRecorder.findings`."""
-
-
-class Root(NamedTuple):
-    """What was known at one root. p, q: float64 `[vocab]`, q None if no child was sampled; fixed: int64, tokens of the
-    deterministic children; sampled: how many were drawn; replacement: independently of each other."""
-
-    p: Tensor
-    q: Tensor | None
-    fixed: Tensor
-    sampled: int
-    replacement: bool
-
-
-def _root(tree: DraftTree, p: Tensor, i: int) -> Root:
-    child = (tree.parents[i] == 0) & tree.valid[i]
-    drawn = child & tree.sampled[i]
-    q = None
-    if tree.q is not None and tree.q_row is not None and bool(drawn.any()):
-        q = tree.q[i, tree.q_row[i, 0]].double().cpu()
-    fixed = tree.tokens[i][child & ~tree.sampled[i]].unique().cpu()
-    return Root(p[i, 0].double().cpu(), q, fixed, int(drawn.sum()), tree.replacement)
-
-
-def _optimum(root: Root) -> float:
-    """alpha* of the draft law at this root; NaN where no formula covers it."""
-    fixed = float(root.p[root.fixed].sum())
-    if root.q is None:
-        return fixed
-    if root.sampled == 1:  # a fixed token that is drawn as well adds nothing
-        overlap = torch.minimum(root.p, root.q)
-        overlap[root.fixed] = 0.0
-        return fixed + float(overlap.sum())
-    if len(root.fixed) or not _scannable(root.q, root.sampled):
-        return math.nan
-    return optimal_acceptance(root.p, root.q, root.sampled, root.replacement)
-
-
-def _scannable(q: Tensor, count: int) -> bool:
-    return count == 1 or (len(q) <= MAX_VOCAB and int((q > 0).sum()) >= count)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,10 +1,15 @@
-"""How much any rule could accept at one node: the min-cut of Hu et al. (arXiv 2502.18779), by a prefix scan."""
+"""The most any rule could accept at one node: the min-cut of Hu et al. (arXiv 2502.18779), by a prefix scan."""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from specdec.verify import DraftTree
 
 LOG_TIME, STEP = 36.0, 0.1
 """The time grid of the exponential race, in ln t: symmetric range and spacing."""
@@ -66,3 +71,48 @@ def _first_arrivals_inside(q: Tensor, count: int) -> Tensor:
             scaled = s * times
             found[h] = STEP * (scaled * np.exp(-scaled) * (1 - fewer.sum(0))).sum()
     return torch.from_numpy(found)
+
+
+class Root(NamedTuple):
+    """What was drafted at one root. p, q: float64 `[vocab]`, q None if no child was sampled; fixed: int64, tokens of
+    the deterministic children; num_sampled: how many were drawn; replacement: independently of each other."""
+
+    p: Tensor
+    q: Tensor | None
+    fixed: Tensor
+    num_sampled: int
+    replacement: bool
+
+
+def root_of(tree: DraftTree, p: Tensor, row: int) -> Root:
+    """The root of a row's draft. p: float `[rows, nodes, vocab]`, the law after each node."""
+    child = (tree.parents[row] == 0) & tree.valid[row]
+    drawn = child & tree.sampled[row]
+    q = None
+    if tree.q is not None and tree.q_row is not None and bool(drawn.any()):
+        q = tree.q[row, tree.q_row[row, 0]].double().cpu()
+    fixed = tree.tokens[row][child & ~tree.sampled[row]].unique().cpu()
+    return Root(p[row, 0].double().cpu(), q, fixed, int(drawn.sum()), tree.replacement)
+
+
+def optimum(root: Root) -> float:
+    """alpha*: the most any lossless rule could accept at this root, for the law its children were drafted from.
+
+    One sampled child beside fixed ones: p(fixed) + sum off them of min(p, q). Several sampled children: the min-cut.
+    NaN where no formula covers the draft.
+    """
+    fixed = float(root.p[root.fixed].sum())
+    if root.q is None:
+        return fixed
+    if root.num_sampled == 1:  # a fixed token that is drawn as well adds nothing
+        overlap = torch.minimum(root.p, root.q)
+        overlap[root.fixed] = 0.0
+        return fixed + float(overlap.sum())
+    if len(root.fixed) or not scannable(root.q, root.num_sampled):
+        return math.nan
+    return optimal_acceptance(root.p, root.q, root.num_sampled, root.replacement)
+
+
+def scannable(q: Tensor, count: int) -> bool:
+    """Is the optimum of `count` drafts from q worked out in a time that can be waited for?"""
+    return count == 1 or (len(q) <= MAX_VOCAB and int((q > 0).sum()) >= count)

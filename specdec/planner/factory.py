@@ -24,8 +24,8 @@ from specdec.planner.store import STORE, describe, fingerprint, machine
 from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.trace import StepTrace
-from specdec.verify.passes.stock import callers_code
-from specdec.verify.passes.strict_mode import StrictMode
+from specdec.verify.purity import callers_code
+from specdec.verify.strict_mode import StrictMode
 
 _EXACT_ROWS = 4
 """Up to so many rows have tables of their own; larger batches share one per size below."""

@@ -23,9 +23,9 @@ from specdec.planner.costs import Costs
 from specdec.planner.measuring_planner import PLAIN, EnoughMeasured, FillingDrafter, MeasuringPlanner
 from specdec.planner.options import Option, Options
 from specdec.request import Request
-from specdec.verify.passes.positions import usable_positions
-from specdec.verify.passes.strict_mode import StrictMode
+from specdec.verify.positions import usable_positions
 from specdec.verify.purity import PREFIX_FREE
+from specdec.verify.strict_mode import StrictMode
 
 SECONDS = 0.7
 """Time to spend; models whose few necessary steps take longer get just those."""

@@ -71,4 +71,5 @@ def test_the_wheel_says_what_it_needs_and_carries_its_files() -> None:
     home = Path(specdec.__file__).parent
     carried = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
     assert {"py.typed", "kv/versions.py", "verify/native/llama.c", "verify/native/model.h"} <= carried
+    assert {"experiments/accept/report/report.html", "experiments/train_pair/pair_card.md"} <= carried
     assert {"experiments/workloads/prompts.jsonl", "pairs/stdlib-python/target/config.json"} <= carried

@@ -16,7 +16,7 @@ from specdec.kv.support import text_config
 from specdec.verify.passes.base import FIRST_CHUNK, PREFILL_CHUNK, Nodes, Output, Part, Runner, Text
 from specdec.verify.passes.choose import runners_for
 from specdec.verify.passes.linear import is_dense
-from specdec.verify.passes.positions import usable_positions
+from specdec.verify.positions import usable_positions
 from specdec.verify.tree import DraftTree
 
 Reader = Callable[[Sequence[int], Sequence[int], Output], None]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specdec.kv.support import text_config
 from specdec.verify.passes.base import Nodes, Part
-from specdec.verify.passes.positions import usable_positions, windows_of
+from specdec.verify.positions import usable_positions, windows_of
 from specdec.verify.topology import indices
 
 BAND_SLOTS = 4096

@@ -157,7 +157,7 @@ class NativePass:
         run, shape = self._pass, self._shape
         run.threads = min(torch.get_num_threads(), usable_cores())
         layouts = [part.write.layout(self._like) for part in parts]
-        rows, masks, tokens, read = self._rows(parts, layouts)
+        rows, masks, kept, tokens, read = self._rows(parts, layouts)
         ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
         if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
             if len(self._angles) < read:
@@ -171,8 +171,7 @@ class NativePass:
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
-        targets = None if first.targets is None else joined([_given(layout.targets) for layout in layouts])
-        kept = _kept(parts[0].tokens.shape, parts[0].kept[1]) if len(parts) == 1 else _all_kept(parts)
+        targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
         logits = self._like.new_empty(len(kept), shape.vocab)
         features = [self._like.new_empty(tokens, shape.hidden) for _ in parts[0].features]
         for layer, states in zip(parts[0].features, features, strict=True):
@@ -190,13 +189,15 @@ class NativePass:
 
     def _rows(
         self, parts: Sequence[Part], layouts: Sequence[Layout]
-    ) -> tuple[ctypes.Array[structures.Row], list[Tensor], int, int]:
-        """All rows of all parts, the masks whose addresses they hold, and how many tokens and slots there are."""
+    ) -> tuple[ctypes.Array[structures.Row], list[Tensor], Tensor, int, int]:
+        """All rows of all parts, the masks whose addresses they hold, the tokens whose logits are wanted, and how many
+        tokens and slots there are."""
         rows = (structures.Row * sum([len(part.tokens) for part in parts]))()
-        masks: list[Tensor] = []
+        masks, kept = list[Tensor](), list[Tensor]()
         index = first = lists = most = 0
         for part, layout in zip(parts, layouts, strict=True):
             (count, width), read, table, mask = part.tokens.shape, part.write.read, layout.table, None
+            kept.append(_kept(part.tokens.shape, part.kept[1], first))
             if part.nodes is not None:
                 mask = self._inputs.of(part)[1]
                 masks.append(mask)
@@ -214,7 +215,7 @@ class NativePass:
             most = max(most, read)
         self._reserve(first, lists, most, self._pass.threads)
         self._pass.tokens = first
-        return rows, masks, first, most
+        return rows, masks, joined(kept), first, most
 
     def _reserve(self, tokens: int, lists: int, read: int, threads: int) -> None:
         """Working memory for such a pass, kept for the next one."""
@@ -239,22 +240,9 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "the parts of a pass lie in one store"
-    return tensor
-
-
 @lru_cache(maxsize=256)
-def _kept(shape: tuple[int, int], columns: int) -> Tensor:
-    """Tokens of `[rows, width]` in the last `columns`, whose logits are wanted."""
+def _kept(shape: tuple[int, int], columns: int, first: int) -> Tensor:
+    """The last `columns` of `[rows, width]` tokens, of which the first is number `first` of the pass."""
     rows, width = shape
-    index = torch.arange(rows * width).view(rows, width)
+    index = torch.arange(first, first + rows * width).view(rows, width)
     return index[:, width - columns :].flatten().contiguous()
-
-
-def _all_kept(parts: Sequence[Part]) -> Tensor:
-    first, pieces = 0, []
-    for part in parts:
-        pieces.append(_kept(part.tokens.shape, part.kept[1]) + first)
-        first += part.tokens.numel()
-    return torch.cat(pieces)

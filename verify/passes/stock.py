@@ -1,9 +1,7 @@
-"""Is a model one that `transformers` wrote and nobody changed? Only then may a pass go past its modules. And does code
-of the caller's run in its passes?"""
+"""Is a model one that `transformers` wrote and nobody changed? Only then may a pass go past its modules."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 _FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
 _LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList)
 _HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
-_OFFLOADING = f"{os.sep}accelerate{os.sep}"
 
 
 def is_stock(model: PreTrainedModel) -> bool:
@@ -48,7 +45,7 @@ def is_stock(model: PreTrainedModel) -> bool:
     home = sys.modules[kind.__module__]
     stock = {getattr(home, family + part) for part in _PARTS}
     used = (*(part.forward for part in (*stock, *_LEAVES[:-1])), *(getattr(home, name) for name in _FUNCTIONS))
-    if not all(_original(function) for function in used):  # patched for all models of the family
+    if not all(original(function) for function in used):  # patched for all models of the family
         return False
     if any(type(part) not in (*_LEAVES, *stock) or _changed(part) for part in model.modules()):
         return False
@@ -58,7 +55,7 @@ def is_stock(model: PreTrainedModel) -> bool:
     return len(places) == 1 and places.pop()[0] == "cpu"
 
 
-def _original(function: Any) -> bool:
+def original(function: Any) -> bool:
     """Whether a function and whatever it wraps was written in transformers or torch."""
     while function is not None:
         code = getattr(function, "__code__", None)
@@ -83,28 +80,4 @@ def _changed(part: nn.Module) -> bool:
 def _only_collects(hook: Any) -> bool:
     """Whether a hook is one that `transformers` leaves on a model once it was asked for hidden states: it does nothing
     in a pass that was not."""
-    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and _original(hook)
-
-
-def callers_code(model: PreTrainedModel) -> str | None:
-    """What the caller has put on a model and every pass of it runs: a hook, or a forward in place of a module's own.
-
-    Those of torch, transformers and accelerate (offloading, sharding, compilation) are theirs.
-    """
-    everywhere = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
-    if any(not _known(hook) for hooks in everywhere for hook in hooks.values()):
-        return "a global forward hook"
-    for name, part in model.named_modules():
-        own, where = part.__dict__, f"on module {name!r}" if name else f"on {type(model).__name__}"
-        if any(
-            not _known(hook) for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]) for hook in hooks.values()
-        ):
-            return f"a forward hook {where}"
-        if "forward" in own and "_hf_hook" not in own and not _known(own["forward"]):
-            return f"another forward {where}"
-    return None
-
-
-def _known(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
-    return _original(function) or (code is not None and _OFFLOADING in code.co_filename)
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing" and original(hook)

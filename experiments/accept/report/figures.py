@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from specdec.experiments.accept.metrics import CellStats, Runs
-from specdec.experiments.accept.report.model import Curve
+from specdec.experiments.intervals import Spread
 
 COLOURS = ("#1f6fb4", "#d98032", "#3a923a", "#b5352f", "#7a5bb5", "#8c6d4f", "#c65ba8", "#6e6e6e", "#a3a832", "#2aa6b8")
 MARKERS = "osD^vPX*"
 GREY = "#555555"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Speed by k at one temperature. measured: speed-up (median, quartiles) at `measured_ks`; predicted: at `ks`."""
+
+    temperature: float
+    measured_ks: list[int]
+    measured: list[Spread]
+    ks: list[int]
+    predicted: list[float]
 
 
 def colour(number: int) -> str:

@@ -10,9 +10,12 @@ import numpy as np
 
 from specdec.experiments.accept.metrics import CellStats, Runs
 from specdec.experiments.accept.report import figures
-from specdec.experiments.accept.report.model import Curve, curve, is_model_chain, tokens_by_k
+from specdec.experiments.accept.report.figures import Curve
 from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.setting import Setting
+
+LARGEST_K = 8
+"""Drawn at least that far."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def _first_rules(every: list[CellStats], temperature: float) -> list[CellStats]:
 
 
 def _curve(runs: Runs, logs: Logs, every: list[CellStats], temperature: float) -> Curve | None:
-    chains = [s for s in _first_rules(every, temperature) if is_model_chain(s.cell.setting)]
+    usual = _first_rules(every, temperature)
+    chains = [stats for stats in usual if (stats.cell.setting.kind, stats.cell.setting.mode) == ("model", "chain")]
     if not chains:
         return None
     longest = max(chains, key=lambda stats: int(stats.cell.setting.get("k", 4)))
@@ -104,6 +108,43 @@ def _curve(runs: Runs, logs: Logs, every: list[CellStats], temperature: float) -
         return logs.score(Setting.parse(f"model:k={k}"), rule, temperature).tokens_per_step.value
 
     return curve(runs, chains, temperature, tokens)
+
+
+def curve(runs: Runs, chains: list[CellStats], temperature: float, tokens: Callable[[int], float]) -> Curve | None:
+    """Speed(k) = tokens(k) t_plain / t_step(k), with t_step a straight line through the measured chains' step times.
+
+    Args:
+        chains: figures of chains of different k, one per k, at this temperature.
+        tokens: tokens per step by k.
+
+    Returns:
+        None where fewer than two ks were measured.
+    """
+    plain = runs.stats(runs.plain(temperature))
+    found = [(int(stats.cell.setting.get("k", 4)), stats) for stats in chains if stats.speedup is not None]
+    if plain is None or len(found) < 2:
+        return None
+    found.sort(key=lambda pair: pair[0])
+    ks = [k for k, _ in found]
+    slope, intercept = np.polyfit(ks, [sum(stats.ms) for _, stats in found], 1)
+    wanted = list(range(1, max(LARGEST_K, *ks) + 1))
+    alone = sum(plain.ms)
+    predicted = [tokens(k) * alone / float(intercept + slope * k) for k in wanted]
+    return Curve(temperature, ks, [stats.speedup for _, stats in found if stats.speedup], wanted, predicted)
+
+
+def tokens_by_k(longest: CellStats) -> Callable[[int], float]:
+    """Tokens per step by k from the per-position acceptance of the longest measured chain, whose last rate goes on."""
+    rates = longest.per_position
+
+    def tokens(k: int) -> float:
+        total, reached = 1.0, 1.0
+        for depth in range(k):
+            reached *= rates[min(depth, len(rates) - 1)] if rates else 0.0
+            total += reached
+        return total
+
+    return tokens
 
 
 def _stacked(figure: Any, temperatures: list[float], every: list[CellStats]) -> None:

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from typing import Any
 
 from specdec.experiments.accept.metrics import Runs
-from specdec.experiments.accept.options import UNRECORDED
+from specdec.kv.errors import SpecdecError
+from specdec.pairing.loading import load_tokenizer
+from specdec.pairing.runnable import two_models
 
 MOST = 8
 """Texts shown."""
 
 
-def texts(runs: Runs) -> str:
-    """HTML of a few texts: of each temperature's fastest drafting cells, one text per domain by turns."""
+def texts(runs: Runs) -> Iterator[tuple[str, str]]:
+    """A title and a marked text (see `marked`) each: of each temperature's fastest drafting cells, one text per domain
+    by turns."""
     tokenizer = _tokenizer(runs)
-    legend = (
-        '<p class="note"><span style="background:#d4efd4">accepted</span>: drafted and kept; '
-        '<b style="background:#ffd9b3">recovered</b>: the target\'s own, after a rejected draft; '
-        '<u style="background:#d6e4fa">bonus</u>: the target\'s own, after everything was accepted. '
-        "A bar ends each step.</p>"
-    )
-    parts = [legend]
     domains = runs.domains()
     for number, cell in enumerate(_chosen(runs)):
         entries = runs.of(cell)
         domain = domains[number % len(domains)]
         entry = next((one for one in entries if one["domain"] == domain), entries[0])
         for turn in entry["turns"][:1]:
-            title = html.escape(f"{cell} on {entry['prompt']}")
             rate = len(turn["token_ids"]) / max(1, len(turn["accepted"]))
-            parts.append(f"<h3>{title}: {rate:.2f} tokens per step</h3><pre>{marked(turn, tokenizer)}</pre>")
-    return "\n".join(parts)
+            yield f"{cell} on {entry['prompt']}: {rate:.2f} tokens per step", marked(turn, tokenizer)
 
 
 def marked(turn: dict[str, Any], tokenizer: Any) -> str:
-    """One turn's tokens as HTML spans of class a, r or b."""
+    """One turn's tokens as HTML spans of class a, r or b (where each came from); a bar ends each step."""
     pieces, known = [], ""
     ids = turn["token_ids"]
     for at, kind in zip(range(len(ids)), turn["kinds"], strict=False):
@@ -44,8 +39,8 @@ def marked(turn: dict[str, Any], tokenizer: Any) -> str:
             piece = ""  # half a character: it shows with the token that completes it
         else:
             piece, known = text[len(known) :], text
-        shown = html.escape(piece).replace("\n", "↵\n") if piece.strip(" ") else html.escape(piece)
         bar = "" if kind == "a" else '<span class="p">|</span>'
+        shown = html.escape(piece).replace("\n", "↵\n")
         pieces.append(f'<span class="{kind}">{shown}</span>{bar}')
     return "".join(pieces)
 
@@ -71,15 +66,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 def _tokenizer(runs: Runs) -> Any:
     """The pair's tokenizer; None (ids are shown) where the pair is not on this machine."""
-    from specdec.experiments.accept.options import AcceptOptions
-    from specdec.kv.errors import SpecdecError
-    from specdec.pairing.loading import load_tokenizer
-
-    known: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in runs.options.items()
-    }
     try:
-        pair = AcceptOptions(**{name: known[name] for name in known if name not in UNRECORDED}).chosen_pair()
+        pair = two_models(runs.options["pair"])
         return load_tokenizer(pair.location(pair.target), pair.target.revision)
-    except (ValueError, TypeError, SpecdecError):
+    except (KeyError, ValueError, SpecdecError):
         return None

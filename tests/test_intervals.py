@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from specdec.experiments.accept.interval import LEVEL, Mean, ratio, ratio_difference, student_quantile
+from specdec.experiments.intervals import LEVEL, Mean, ratio, ratio_difference, student_quantile
 
 TRIALS = 6000
 HONEST = (0.935, 0.965)

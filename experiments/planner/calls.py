@@ -7,16 +7,18 @@ import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from specdec.experiments.planner.cases import Generate
-from specdec.trace import StepTrace
+from specdec.experiments.clock import timed
+from specdec.experiments.display import tracked
+from specdec.experiments.intervals import bootstrap_median
+from specdec.experiments.ways import Generate
 
 
 @dataclass(frozen=True)
@@ -57,44 +59,29 @@ def time_calls(
         the calls on each prompt.
     """
     for number, ids in enumerate([prompts[0], *prompts]):
-        calls: list[Call] = []
         order = list(ways) * (repeats if number else 1)
         random.Random(len(prompts) * process + number).shuffle(order)
-        for way in tqdm(order, desc=f"{title} {number}/{len(prompts)}", leave=False):
-            gc.collect()
-            stamps: list[tuple[float, bool]] = []
-
-            def stamp(trace: StepTrace, stamps: list[tuple[float, bool]] = stamps) -> None:
-                stamps.append((perf_counter(), any(trace.drafted)))
-
-            wall, cpu = perf_counter(), process_time()
-            report = ways[way](ids, number, stamp)
-            cpu, wall = process_time() - cpu, perf_counter() - wall
-            plan = None
-            if report is not None and report.plan is not None:
-                plan = asdict(report.plan) | {
-                    "predicted_tokens_per_second": report.plan.predicted_tokens_per_second,
-                    "realised_tokens_per_second": report.plan.realised_tokens_per_second,
-                }
-            steps = 0.0 if report is None else report.tokens_per_step
-            took = tuple(
-                (round(1e3 * (end - start), 4), drafted) for (start, _), (end, drafted) in pairwise(stamps)
-            )  # fmt: skip
-            calls.append(
-                Call(
-                    way,
-                    number,
-                    round(cpu, 4),
-                    round(wall, 4),
-                    round(steps, 3),
-                    plan,
-                    took,
-                    process,
-                    torch.get_num_threads(),
-                )
-            )
+        every = tracked(order, f"{title} {number}/{len(prompts)}")
+        calls = [_call(way, ways[way], ids, number, process) for way in every]
         if number:
             yield calls
+
+
+def _call(way: str, generate: Generate, ids: Tensor, number: int, process: int) -> Call:
+    gc.collect()
+    stamps: list[tuple[float, bool]] = []
+    stamp = lambda trace: stamps.append((perf_counter(), any(trace.drafted)))  # noqa: E731
+    output, spent = timed(partial(generate, ids, number, stamp))
+    report, plan = output.report, None
+    if report is not None and report.plan is not None:
+        speeds = ("predicted_tokens_per_second", "realised_tokens_per_second")
+        plan = asdict(report.plan) | {name: getattr(report.plan, name) for name in speeds}
+    return Call(
+        way, number, round(spent.cpu, 4), round(spent.wall, 4),
+        0.0 if report is None else round(report.tokens_per_step, 3), plan,
+        tuple((round(1e3 * (end - start), 4), drafted) for (start, _), (end, drafted) in pairwise(stamps)),
+        process, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def seconds(calls: Sequence[Call], way: str) -> list[float]:
@@ -111,11 +98,8 @@ def ratio(calls: Sequence[Call], way: str, against: str) -> dict[str, float]:
     """How many times as fast `way` is: the median over processes and prompts, with its 90 % bootstrap interval, and
     the totals'."""
     pairs = list(zip(seconds(calls, against), seconds(calls, way), strict=True))
-    each = [other / own for other, own in pairs]
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(each, k=len(each))) for _ in range(1000))
-    return {"median": round(statistics.median(each), 3), "low": round(medians[50], 3), "high": round(medians[949], 3),
-            "total": round(_total(pairs), 3)}  # fmt: skip
+    found = bootstrap_median([other / own for other, own in pairs])
+    return {name: round(value, 3) for name, value in {**found._asdict(), "total": _total(pairs)}.items()}
 
 
 def ratio_to_others_best(calls: Sequence[Call], way: str, rivals: Sequence[str]) -> float | None:

@@ -1,0 +1,82 @@
+"""The ways to generate that are compared. A new one is one line in `all_ways`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from specdec.drafters import NgramDrafter
+from specdec.experiments.bench.llamacpp import llama_cpp
+from specdec.experiments.bench.options import BenchOptions
+from specdec.experiments.pair import Models
+from specdec.experiments.ways import Generate, Way, assisted, speculating, transformers_own
+from specdec.speculator import Speculator
+
+PLAIN = "hf-plain"
+ASSISTED = "hf-assisted"
+
+
+def hf_plain() -> Way:
+    return Way(PLAIN, lambda models, options: transformers_own(models.target, *_lengths(options)))
+
+
+def hf_assisted(k: int) -> Way:
+    return Way(
+        f"{ASSISTED}-k{k}", lambda models, options: assisted(models.target, models.draft, k, *_lengths(options)),
+        ASSISTED, _one_row,
+    )  # fmt: skip
+
+
+def prompt_lookup(k: int, ngram: int) -> Way:
+    def ready(models: Models, options: BenchOptions) -> Generate:
+        wanted = {"prompt_lookup_num_tokens": k, "max_matching_ngram_size": ngram}
+        return transformers_own(models.target, *_lengths(options), **wanted)
+
+    return Way(f"hf-prompt-lookup-k{k}-n{ngram}", ready, "hf-prompt-lookup", _one_row)
+
+
+def specdec_model(k: int) -> Way:
+    """The pair's draft model, chains of k."""
+    return _specdec("model", f"k{k}", lambda models: models.draft, k=k)
+
+
+def specdec_ngram(k: int, branches: int) -> Way:
+    """Prompt lookup, `branches` continuations of up to k tokens."""
+    return _specdec("ngram", f"k{k}-b{branches}", lambda models: NgramDrafter(k=k, branches=branches))
+
+
+def specdec_planned(ngram: bool) -> Way:
+    """As it is by default: which drafter, and how deep, is planned step by step."""
+    setting = "model+ngram" if ngram else "model"
+    return _specdec("planned", setting, lambda models: [models.draft, "ngram"] if ngram else models.draft)
+
+
+def all_ways(quick: bool = False) -> list[Way]:
+    """Every setting of every way, plain generation first."""
+    if quick:
+        few = [hf_plain(), hf_assisted(4), prompt_lookup(10, 2), specdec_model(4), specdec_ngram(5, 1)]
+        return [*few, llama_cpp("f32")]
+    return [
+        hf_plain(),
+        *(hf_assisted(k) for k in (2, 3, 4, 5, 8)),
+        *(prompt_lookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
+        *(specdec_model(k) for k in (2, 3, 4, 5, 8)),
+        *(specdec_ngram(k, branches) for k in (5, 10) for branches in (1, 2)),
+        *(specdec_planned(ngram) for ngram in (False, True)),
+        *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, 2, 10)),
+    ]
+
+
+def _specdec(family: str, setting: str, draft: Callable[[Models], Any], **arguments: Any) -> Way:
+    def ready(models: Models, options: BenchOptions) -> Generate:
+        return speculating(Speculator(models.target, draft(models), **arguments), *_lengths(options))
+
+    return Way(f"specdec-{family}-{setting}", ready, f"specdec-{family}", calls_modules=False)
+
+
+def _lengths(options: BenchOptions) -> tuple[int, float]:
+    return options.new_tokens, options.temperature
+
+
+def _one_row(options: BenchOptions) -> str | None:
+    return None if options.batch == 1 else "transformers assists batch size 1 only"

@@ -1,0 +1,121 @@
+"""One prompt, and files of them in each form there is, with one clear error for everything that can be wrong.
+
+`jsonl`, ours: `question_id`, `category`, `turns`, continued without a chat template.
+
+`spec-bench` (github.com/hemingkx/Spec-Bench, `data/spec_bench/question.jsonl`): the same keys. Domain: the six tasks
+Spec-Bench reports, its eight MT-bench categories taken together.
+
+`speed-bench` (hub data set nvidia/SPEED-Bench, arXiv 2604.09557): one configuration (`qualitative`, `throughput_1k`,
+...) as Parquet or JSONL. About half of the published rows hold a placeholder instead of their text (sources whose
+licences forbid a copy) and must be filled in with NVIDIA's own preparation script first. A run over placeholders would
+measure how well one sentence is predicted: they are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.experiments.errors import ExperimentError
+
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+"""Categories that Spec-Bench reports together as "mt_bench"."""
+TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
+PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED"
+
+
+class WorkloadError(ExperimentError):
+    """A file of prompts cannot be used; the message names file, line and what was expected."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    id: unique within its source. domain: results are grouped by it.
+    turns: what the user says, turn by turn; the model's own answers go in between.
+    chat: wrap turns in the tokenizer's chat template if it has one; False: the text is continued as it stands.
+    ids: token ids to use instead of encoding `turns` (one turn only), None otherwise.
+    """
+
+    id: str
+    domain: str
+    turns: tuple[str, ...]
+    chat: bool = False
+    ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.turns or not all(isinstance(turn, str) and turn for turn in self.turns):
+            raise WorkloadError(f"prompt {self.id!r}: expected at least one turn, none of them empty")
+
+
+def read(path: Path, form: str) -> list[Prompt]:
+    """All prompts of a file in a form.
+
+    Raises:
+        WorkloadError: a file or line of another form, placeholder rows, an id that occurs twice, no prompts.
+    """
+    name = f"{form}: {path.name}"
+    if not path.is_file():
+        raise WorkloadError(
+            f"{form}: expected a file of prompts, found none at {path.name!r}; give the path of the file"
+        )
+    rows = list(_parquet(path, name) if path.suffix == ".parquet" else _json_lines(path, name))
+    found: dict[str, Prompt] = {}
+    masked = 0
+    for where, entry in rows:
+        prompt = _prompt(entry, where, form)
+        if prompt.id in found:
+            raise WorkloadError(f"{name}: the id {prompt.id!r} occurs twice; results are filed under it")
+        found[prompt.id] = prompt
+        masked += form == "speed-bench" and any(PLACEHOLDER in turn for turn in prompt.turns)
+    if masked:
+        raise WorkloadError(
+            f"{form}: {masked} of {len(rows)} rows of {path.name} are placeholders: fill them in with the preparation "
+            "script that NVIDIA publishes beside the data set, or drop them and say so"
+        )
+    if not found:
+        raise WorkloadError(f"{name}: no prompts in it")
+    return list(found.values())
+
+
+def _prompt(entry: Any, where: str, form: str) -> Prompt:
+    if not isinstance(entry, dict):
+        raise WorkloadError(f"{where}: expected an object, got {type(entry).__name__}")
+    known, turns, domain = entry.get("question_id"), entry.get("turns"), entry.get("category")
+    if isinstance(known, bool) or not isinstance(known, (int, str)) or known == "":
+        raise WorkloadError(f"{where}: expected 'question_id', a number or a name, got {known!r}")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise WorkloadError(f"{where}: expected 'turns', a list of non-empty strings, got {str(turns)[:60]!r}")
+    if not isinstance(domain, str) or not domain:
+        raise WorkloadError(f"{where}: expected 'category', a name, got {domain!r}")
+    if form == "spec-bench":
+        domain = "mt_bench" if domain in MT_BENCH else domain
+        if domain not in TASKS:
+            raise WorkloadError(f"{where}: expected a category of {', '.join((*MT_BENCH, *TASKS[1:]))}, got {domain!r}")
+    return Prompt(str(known), domain, tuple(turns), chat=form != "jsonl")
+
+
+def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{name} line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise WorkloadError(f"{name} line {number} is not JSON ({error})") from None
+
+
+def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
+    except ImportError:
+        raise WorkloadError(
+            f"{name} is Parquet, which needs pyarrow: pip install pyarrow, or convert it to JSONL"
+        ) from None
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from both
+        raise WorkloadError(f"{name} is not a Parquet file ({error})") from None
+    yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
