@@ -1,7 +1,7 @@
 """Result files keep their form: keys, nesting and kinds of values of every file that an experiment writes.
 
-`result_schemas.json` holds each file's form; written again by `python tests/test_result_schemas.py`, in a diff that
-shows what changed. Committed results and whoever reads them depend on it.
+`result_schemas.json` holds each file's form; written again by `python tests/experiments/test_result_schemas.py`, in a
+diff that shows what changed. Committed results and whoever reads them depend on it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from specdec.cli.doctor import run_checks
 from specdec.kv import versions
 from specdec.kv.support import check_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IDS = torch.tensor([[5, 9, 23, 31, 9, 23, 31, 9], [7, 7, 8, 11, 7, 7, 8, 11]])
 GREEDY: dict[str, Any] = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 9, "do_sample": False}
 RENAMED = Version(tf.__version__) >= Version("5.24")

@@ -142,7 +142,7 @@ def test_a_damaged_cache_is_built_again_or_gone_around(
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """The library that this process uses, in a cache folder that it has not looked into."""
-    kept = build.compiled(Path(__file__).parents[1] / ".pytest_cache" / "native")
+    kept = build.compiled(Path(__file__).parents[3] / ".pytest_cache" / "native")
     (tmp_path / "native").mkdir(mode=0o700)
     for file in (kept, build.seal_of(kept)):
         (tmp_path / "native" / file.name).write_bytes(file.read_bytes())
@@ -175,7 +175,7 @@ path = build.compiled(where)
 assert build.damage(path) is None
 print(path.name)
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[3]
 
     def run(moment: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, str(tmp_path), str(moment)]
@@ -210,7 +210,7 @@ for _ in range(4):
     path.unlink(missing_ok=True)
 build.compiled(Path(sys.argv[1]))
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", code, str(tmp_path), str(time.time() + 6)]
     both = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:

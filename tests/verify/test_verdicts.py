@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tree import ancestors, tree_of
+from trees import ancestors, tree_of
 
 from specdec.kv.base import kept_slots
 from specdec.verify import DraftTree, Noise, Topology

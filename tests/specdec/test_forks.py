@@ -102,7 +102,7 @@ SAID = {
 
 
 def said(code: str) -> list[str]:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": f"{root / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", SETUP + code], cwd=root, env=environment, capture_output=True, text=True, timeout=300,

@@ -1,7 +1,7 @@
 """An engine in a storm: what is healthy is exact, what fails fails alone, and nothing is left behind.
 
 The whole storm, and others:
-    STORM_REQUESTS=1000 STORM_SEED=7 python -m pytest -q -s tests/test_engine_storm.py -k no_trace
+    STORM_REQUESTS=1000 STORM_SEED=7 python -m pytest -q -s tests/specdec/engine/test_engine_storm.py -k no_trace
 """
 
 from __future__ import annotations

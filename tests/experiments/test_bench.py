@@ -280,7 +280,7 @@ def test_provenance_names_the_program_not_its_place(monkeypatch: pytest.MonkeyPa
     [
         ("/somewhere/private/runs/a", "a"), ("--out=/somewhere/a.json", "--out=a.json"), ("/somewhere/dir/", "dir"),
         ("spec-bench:/somewhere/question.jsonl", "spec-bench:question.jsonl"), ("runs/a", "runs/a"), ("-t", "-t"),
-        (str(Path(__file__).parents[1] / "experiments" / "results" / "x.json"), "experiments/results/x.json"),
+        (str(Path(__file__).parents[2] / "experiments" / "results" / "x.json"), "experiments/results/x.json"),
         ("model:tree=3,2,1:children=top", "model:tree=3,2,1:children=top"), ("owner/name", "owner/name"), ("/", "/"),
         ("a / b", "a / b"),
     ],

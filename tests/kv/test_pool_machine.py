@@ -2,7 +2,7 @@
 
 The suite runs a quick profile, always the same. Ten thousand histories, new ones each time:
 
-    POOL_HISTORIES=10000 python -m pytest -q tests/test_pool_machine.py -k random
+    POOL_HISTORIES=10000 python -m pytest -q tests/kv/test_pool_machine.py -k random
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The suite runs a few hundred calls, always the same. Five thousand new ones, and one of them again:
 
-    FUZZ_CALLS=5000 FUZZ_SEED=1 python -m pytest -q tests/test_fuzz.py -k random
-    FUZZ_SEED=1 FUZZ_ONLY=17 python -m pytest -q tests/test_fuzz.py -k random
+    FUZZ_CALLS=5000 FUZZ_SEED=1 python -m pytest -q tests/fuzz/test_fuzz.py -k random
+    FUZZ_SEED=1 FUZZ_ONLY=17 python -m pytest -q tests/fuzz/test_fuzz.py -k random
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from fuzz import nonsense, outcome, planted, pools
 from fuzz.call import LOOKS
 from fuzz.draw import FORMS, draw

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from traitlets.config import Config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "experiments" / "notebooks").glob("*.py"))
 EXPECTED_PICTURES = {"2_acceptance": 4, "3_choosing_a_drafter": 3, "4_proving_exactness": 2}
 MOST_CPU_SECONDS = 60.0

@@ -16,7 +16,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.attention import launch
 from specdec.verify.attention.launch import triton_attention
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

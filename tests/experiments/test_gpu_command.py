@@ -96,7 +96,7 @@ def test_the_command_line_collects_the_gpu_tests(tmp_path: Path) -> None:
         text=True,
         timeout=300,
         check=False,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads((tmp_path / "gpu.json").read_text())["results"]["tests"]

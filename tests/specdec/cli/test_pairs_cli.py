@@ -17,7 +17,7 @@ from specdec.cli.options import ModelChoice
 from specdec.pairing import find_pair, pair_names
 from specdec.pairing.export import ENGINES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PROMPT = "def parse(argv):\n    "
 
 

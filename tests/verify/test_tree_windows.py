@@ -8,7 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_tree import per_path_logits, tree_of
+from trees import per_path_logits, tree_of
 
 from specdec.kv import PagedKVCache, SharedKVCache
 from specdec.kv.support import num_cache_layers

@@ -18,7 +18,7 @@ import specdec
 from specdec.cli import app
 from specdec.cli.options import parse_tree
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PROMPT = "def parse(argv):\n    "
 
 

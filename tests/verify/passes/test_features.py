@@ -7,8 +7,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_tree import tree_of
 from torch import Tensor
+from trees import tree_of
 from ways import graphed_forward
 
 from specdec.kv import PagedKVCache, SharedKVCache

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import ancestors, per_path_logits, tree_of
 
 from specdec.kv import InvalidTreeError, SharedKVCache
 from specdec.kv.support import num_cache_layers
@@ -21,23 +22,6 @@ from specdec.verify.topology import Topology
 PARENTS = st.integers(0, 9).flatmap(
     lambda nodes: st.tuples(*(st.integers(0, i) for i in range(nodes))).map(lambda rest: (-1, *rest))
 )
-
-
-def ancestors(parents: tuple[int, ...], node: int) -> list[int]:
-    path = [node]
-    while parents[path[-1]] >= 0:
-        path.append(parents[path[-1]])
-    return path[::-1]
-
-
-def tree_of(parents: list[tuple[int, ...]], seed: int = 0, vocab: int = models.VOCAB) -> DraftTree:
-    """A ragged deterministic tree, one parent list per row, padded to one width."""
-    width = max(map(len, parents))
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, vocab, (len(parents), width), generator=generator)
-    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in parents])
-    counts = torch.tensor([len(row) for row in parents])
-    return DraftTree(tokens, padded, counts, torch.zeros_like(tokens, dtype=torch.bool))
 
 
 @settings(max_examples=100)
@@ -123,18 +107,6 @@ def test_sampled_siblings_repeat_a_token_only_if_drawn_with_replacement() -> Non
     dataclasses.replace(siblings, replacement=True).validate(6, ROOTS)
     one_sampled = torch.tensor([False, False, True]).expand(2, 3)
     dataclasses.replace(siblings, sampled=one_sampled).validate(6, ROOTS)
-
-
-def per_path_logits(
-    model: Any, text: torch.Tensor, tree: DraftTree, row: int, parents: tuple[int, ...]
-) -> torch.Tensor:
-    """Logits `[nodes, vocab]` by one plain forward pass per node over its own whole text."""
-    out = []
-    for node in range(len(parents)):
-        path = tree.tokens[row, ancestors(parents, node)]
-        with torch.no_grad():
-            out.append(model(input_ids=torch.cat([text, path])[None], use_cache=False).logits[0, -1])
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "gpt2", "mistral-window", "qwen2-mixed-window", "gemma3"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, list[str]] = json.loads(Path(__file__).with_name("command_options.json").read_text())
 ONE_FILE = {f"specdec.experiments.{name}" for name in ("passes", "strict")}
 """Commands that lie in one file with what they run."""
