@@ -15,7 +15,7 @@ from transformers.generation import logits_process as hf
 
 import specdec
 from fuzz.log import UsersError
-from specdec import speculator
+from specdec import preparation
 
 Patch = pytest.MonkeyPatch
 
@@ -80,7 +80,7 @@ def other_request(change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callabl
         processors, criteria = change(processors, criteria, ids)
         return original(ids, processors, criteria, *args, **kwargs)
 
-    return wrapped(speculator, "build_request", build)
+    return wrapped(preparation, "build_request", build)
 
 
 def wrong_row(processors: Any, criteria: Any, ids: Any) -> tuple[Any, Any]:

@@ -8,9 +8,11 @@ The suite runs a few hundred calls, always the same. Five thousand new ones, and
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import pytest
+from transformers.generation import logits_process as hf
 
 from fuzz import nonsense, outcome, planted, pools
 from fuzz.call import LOOKS
@@ -49,9 +51,15 @@ def test_the_calls_are_of_every_kind() -> None:
     assert sum(len(call.lengths) > 1 for call in calls) > 1600
 
 
+PENALTY_SPARES_PADS = "Tensor" in str(inspect.signature(hf.RepetitionPenaltyLogitsProcessor.__init__))
+"""It is told of each row how much to leave alone; transformers 5.17 knows one number for all, and plain gives none."""
+
+
 @pytest.mark.parametrize("name", planted.FAULTS)
 def test_planted_faults_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In no more than forty calls; the very call is well without the fault."""
+    if name == "the repetition penalty sees pads" and not PENALTY_SPARES_PADS:
+        pytest.skip("this version's own penalty sees them: there it is no fault")
     fault = planted.FAULTS[name]
     monkeypatch.setattr(outcome, "SECONDS", 8)  # a busy machine must not look like a hang
     with monkeypatch.context() as patch:

@@ -148,14 +148,15 @@ def fitting_attention(model: PreTrainedModel) -> str:
     """By which function a model attends in a decode loop: ours wherever its own is plain scaled dot-product attention
     by any of the usual names (a name with a slash is a kernel from the hub), looked up in the registry.
 
-    Eager models stay eager: they may soft-cap or add sinks, which SDPA cannot. So do functions somebody registered
-    under a name of their own: what they compute is not known. Models that branch on the name themselves (Falcon) keep
-    theirs: they would take another name for eager attention.
+    Eager models stay eager: they may soft-cap or add sinks, which SDPA cannot. A model with such terms that attends by
+    `transformers`' own SDPA all the same (the default of older versions) goes on with what that computes. So do models
+    with functions somebody registered under a name of their own: what they compute is not known. Models that branch on
+    the name themselves (Falcon) keep theirs: they would take another name for eager attention.
     """
     config = text_config(model)
     own = config._attn_implementation or "sdpa"
     if getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss":
-        return "eager"
+        return own if own == "sdpa" else "eager"  # whose sdpa leaves such terms out, or refuses them: so must a draft's
     own = str(own.removeprefix("paged|"))
     if own == "sdpa" and AttentionInterface()["sdpa"] is not sdpa_attention_forward:  # somebody put another one there
         return own

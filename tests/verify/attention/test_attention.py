@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import models
@@ -226,3 +227,14 @@ class TestPassesWithAPlan:
         assert counts == {"full_attention": [3, 4, 5, 6], "sliding_attention": [3, 3, 3, 3]}
         with attending(model, plan_of("blocks", 2, 4), {"sliding_attention": 3}) as mask:
             assert torch.equal(mask, masks["sliding_attention"])
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager", "flash_attention_2"])
+def test_models_with_a_soft_cap_attend_as_plain_decoding_does(own: str) -> None:
+    """Under "sdpa" older transformers leave the cap out and newer ones refuse; flash attention computes it."""
+    model: Any = copy.deepcopy(models.target("gemma2"))
+    assert model.config.attn_logit_softcapping is not None
+    model.config._attn_implementation = own
+    with attention_of(model) as used:
+        assert used == ("sdpa" if own == "sdpa" else "eager")
+    assert model.config._attn_implementation == own
