@@ -75,7 +75,8 @@ class Native(Runner):
 
     def stride(self, rows: int, read: int, most: int) -> int | None:
         width = min(most, CHUNK)
-        return width if self._pass is not None and self._reads(width, read + width) else None
+        serves = self._pass is not None and not self._pass.own.hooked
+        return width if serves and self._reads(width, read + width) else None
 
     def _reads(self, width: int, read: int) -> bool:
         assert self._pass is not None
