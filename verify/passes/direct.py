@@ -35,17 +35,18 @@ class Direct(Runner):
     def __init__(self, model: PreTrainedModel, inputs: Inputs):
         self.model, self._inputs = model, inputs
         self.parameters: Parameters | None = None
+        self._looked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        if self.parameters is not None:
+        if self._looked:  # by the native runner, which reads the same parameters
             yield
             return
-        self.parameters = None if self._inputs.windows else Parameters.of(self.model)
+        self._looked, self.parameters = True, None if self._inputs.windows else Parameters.of(self.model)
         try:
             yield
         finally:
-            self.parameters = None
+            self._looked, self.parameters = False, None
 
     def refusal(self, part: Part) -> str | None:
         if self.parameters is not None and self.parameters.hooked:

@@ -75,12 +75,12 @@ class Native(Runner):
 
     def stride(self, rows: int, read: int, most: int) -> int | None:
         width = min(most, CHUNK)
-        return width if self._pass is not None and self._reads(width, read + width) else None
+        serves = self._pass is not None and not self._pass.own.hooked
+        return width if serves and self._reads(width, read + width) else None
 
     def _reads(self, width: int, read: int) -> bool:
-        own = self._direct.parameters
-        assert own is not None
-        return self._any_text or not native_is_slower(own, width, read, self._both)
+        assert self._pass is not None
+        return self._any_text or not native_is_slower(self._pass.own, width, read, self._both)
 
     def _both(self, own: Parameters) -> list[Runner]:
         direct = Direct(self._direct.model, self._inputs)

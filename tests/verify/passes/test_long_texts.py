@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import models
@@ -113,3 +114,21 @@ def test_texts_are_read_in_chunks(chunk: int | None, wanted: list[int], widths: 
     model: Any = models.target("llama-gqa", "fp64")
     read(Forward(model, "target"), 6400, chunk)
     assert widths["direct"] == [*wanted, 3]
+
+
+def test_a_hook_put_on_the_model_in_the_middle_of_a_call(widths: dict[str, list[int]]) -> None:
+    """What is read after it goes through the modules, and nobody is asked how fast the others were."""
+    model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+    text = models.prompts((400,), models.VOCAB, 1)[0]
+    cache, forward = SharedKVCache({"target": num_cache_layers(model)}, 1), Forward(model, "target")
+    with torch.no_grad(), forward.prepared():
+        forward.prefill(cache, text, [0], [100])
+        seen: list[int] = []
+        model.model.norm.register_forward_hook(lambda *args: seen.append(1))
+        forward.prefill(cache, text, [100], [399])
+        cache.set_length(0, 399)
+        logits = forward.causal(cache, text[:, 399:], [399], None, 1).logits
+        wanted = model(text).logits[:, -1:]
+    assert widths == {"native": [100], "direct": []}
+    assert len(seen) == 3
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
