@@ -66,7 +66,7 @@ def test_readmes_first_example(saved_pair: Path) -> None:
 
 @pytest.mark.skipif(not os.environ.get("SPECDEC_SMOKE_WHEEL"), reason="about the installed wheel; see `make smoke`")
 def test_the_wheel_says_what_it_needs_and_carries_its_files() -> None:
-    required = {re.sub(r"\s", "", line) for line in metadata.requires("specdec") or [] if "extra" not in line}
+    required = {re.sub(r"\s", "", line) for line in metadata.requires("specdec-lm") or [] if "extra" not in line}
     assert {"torch>=2.11", "transformers<6,>=5.17"} <= required
     home = Path(specdec.__file__).parent
     carried = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
