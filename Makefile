@@ -33,8 +33,9 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell grep '^torch==' constraints.txt)
 define LIGHT_TORCH
 if test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null; then \
-	$(1) -m pip install $(PIP_ARGS) --constraint constraints.txt '$(TORCH)+cpu' 2>/dev/null || \
-	$(1) -m pip install $(PIP_ARGS) --constraint constraints.txt --extra-index-url $(CPU_INDEX) '$(TORCH)+cpu' || true; \
+	$(1) -m pip install --no-compile $(PIP_ARGS) --constraint constraints.txt '$(TORCH)+cpu' 2>/dev/null || \
+	$(1) -m pip install --no-compile $(PIP_ARGS) --constraint constraints.txt \
+		--extra-index-url $(CPU_INDEX) '$(TORCH)+cpu' || true; \
 fi
 endef
 
