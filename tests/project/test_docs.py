@@ -20,8 +20,9 @@ from specdec.cli.app import app
 LOG = ROOT / "experiments" / "LOG.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-QUICK = {"doctor", "generate", "pairs"}
-"""Commands that are run as they stand; of the others only the options are checked."""
+QUICK = {"cache", "doctor", "generate", "pairs"}
+SLOW = {"check"}
+"""Commands that are run as they stand; of the others, which measure for minutes, only the options are checked."""
 MOST_NOT_RUN = 5
 LONGEST_LINE = 160
 LONGEST_LINE_OF_THE_LOG = 200
@@ -64,12 +65,23 @@ def test_what_users_write_is_exported_by_specdec_itself(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run_or_at_least_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     for command in commands(page):
         if command[1] in QUICK:
             result = CliRunner().invoke(app, command[1:])
             assert result.exit_code == 0, f"{shlex.join(command)}: {result.output}"
         else:
             check_options(command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_slow_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        if command[1] in SLOW:
+            result = CliRunner().invoke(app, command[1:])
+            assert result.exit_code == 0, f"{shlex.join(command)}: {result.output}"
 
 
 def check_options(command: list[str]) -> None:
