@@ -1,9 +1,11 @@
-# `make demo` and `make test` each work on a fresh machine with Python >= 3.11: they create .venv and install what they need.
+# `make demo` and `make test` each work on a fresh machine with Python >= 3.11: they create .venv and install what they need,
+# the former only what it runs on; the latter completes the same environment.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 VENV_MIN := .venv-min
 VENV_NEWEST := .venv-newest
+STAMP_DEMO := $(VENV)/.specdec-demo
 STAMP := $(VENV)/.specdec-installed
 STAMP_MIN := $(VENV_MIN)/.specdec-installed
 BIN := $(VENV)/bin
@@ -25,20 +27,39 @@ $(1) -c 'import triton' 2>/dev/null || \
 	$(1) -m pip install --quiet $(PIP_ARGS) --constraint constraints-kernels.txt --editable '.[kernels]'
 endef
 
-# An environment that is already there is brought up to date, not thrown away.
-$(STAMP): pyproject.toml constraints.txt constraints-kernels.txt
+# Linux wheels of torch on the package index carry CUDA, gigabytes that are of use only beside an NVIDIA GPU. The build for CPUs is
+# taken from where pip looks anyway, else from torch's own index; if neither has it, pip takes what it finds.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' constraints.txt)
+define LIGHT_TORCH
+if test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null; then \
+	$(1) -m pip install --no-compile $(PIP_ARGS) --constraint constraints.txt '$(TORCH)+cpu' 2>/dev/null || \
+	$(1) -m pip install --no-compile $(PIP_ARGS) --constraint constraints.txt \
+		--extra-index-url $(CPU_INDEX) '$(TORCH)+cpu' || true; \
+fi
+endef
+
+# No bytecode: Python writes that of the few modules it imports, pip would write that of all.
+$(STAMP_DEMO): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): torch, transformers and the library (about 300 MB to download)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,bench,viz]'
+	@$(call LIGHT_TORCH,$(BIN)/python)
+	$(BIN)/python -m pip install --no-compile $(PIP_ARGS) --constraint constraints.txt --editable .
+	@touch $@
+
+# An environment that is already there is brought up to date, not thrown away.
+$(STAMP): $(STAMP_DEMO) constraints-kernels.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
 	@$(call TRITON,$(BIN)/python)
 	@touch $@
 
 $(STAMP_MIN): pyproject.toml constraints-min.txt constraints-kernels.txt
 	@test -x $(VENV_MIN)/bin/python || $(PYTHON) -m venv $(VENV_MIN)
-	$(VENV_MIN)/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-min.txt --editable '.[dev,bench,viz]'
+	$(VENV_MIN)/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-min.txt --editable '.[dev]'
 	@$(call TRITON,$(VENV_MIN)/bin/python)
 	@touch $@
 
-demo: $(STAMP)  ## set up, then generate speculatively from the pair that ships with the library
+demo: $(STAMP_DEMO)  ## set up, then generate speculatively from the pair that ships with the library
 	$(BIN)/specdec generate --pair stdlib-python --prompt 'def parse_args(argv=None):' --max-new-tokens 160 --show-draft
 
 test: $(STAMP) lint  ## format check, lint, types, every test

@@ -15,57 +15,99 @@ _EXPORTS = {
     "generate": "specdec.speculator",
     "Engine": "specdec.engine",
     "patch": "specdec.patching",
+    "load_pair": "specdec.pairing.loading",
     "SpecReport": "specdec.report",
     "StepTrace": "specdec.trace",
+    "Monitor": "specdec.monitor",
+    "check": "specdec.lab.check",
+    "CheckReport": "specdec.lab.findings",
+    "pure": "specdec.verify.purity",
+    "Drafter": "specdec.drafters",
+    "ModelDrafter": "specdec.drafters",
+    "NgramDrafter": "specdec.drafters",
+    "BestFirst": "specdec.drafters",
+    "DySpec": "specdec.drafters",
+    "Budget": "specdec.drafters",
+    "Session": "specdec.drafters",
+    "DraftKind": "specdec.verify.draft_kind",
+    "DraftTree": "specdec.verify.tree",
+    "Topology": "specdec.verify.topology",
     "SpecdecError": "specdec.kv.errors",
     "UnsupportedModelError": "specdec.kv.errors",
     "UnsupportedArgumentError": "specdec.kv.errors",
     "TargetFaultError": "specdec.kv.errors",
-    "check": "specdec.lab.check",
-    "pure": "specdec.verify.purity",
-    "CheckReport": "specdec.lab.findings",
-    "Drafter": "specdec.drafters",
-    "ModelDrafter": "specdec.drafters",
-    "NgramDrafter": "specdec.drafters",
+    "EngineClosedError": "specdec.engine",
+    "EngineFaultError": "specdec.engine",
+    "QueueFullError": "specdec.engine",
+    "RequestFaultError": "specdec.engine",
 }
 
 __all__ = [
+    "BestFirst",
+    "Budget",
     "CheckReport",
+    "DraftKind",
+    "DraftTree",
     "Drafter",
+    "DySpec",
     "Engine",
+    "EngineClosedError",
+    "EngineFaultError",
     "ModelDrafter",
+    "Monitor",
     "NgramDrafter",
+    "QueueFullError",
+    "RequestFaultError",
+    "Session",
     "SpecReport",
     "SpecdecError",
     "Speculator",
     "StepTrace",
     "TargetFaultError",
+    "Topology",
     "UnsupportedArgumentError",
     "UnsupportedModelError",
     "__version__",
     "check",
     "generate",
+    "load_pair",
     "patch",
     "pure",
 ]
 
 if TYPE_CHECKING:
-    from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
-    from specdec.engine import Engine
+    from specdec.drafters import BestFirst, Budget, Drafter, DySpec, ModelDrafter, NgramDrafter, Session
+    from specdec.engine import Engine, EngineClosedError, EngineFaultError, QueueFullError, RequestFaultError
     from specdec.kv.errors import SpecdecError, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
     from specdec.lab.check import check
     from specdec.lab.findings import CheckReport
+    from specdec.monitor import Monitor
+    from specdec.pairing.loading import load_pair
     from specdec.patching import patch
     from specdec.report import SpecReport
     from specdec.speculator import Speculator, generate
     from specdec.trace import StepTrace
+    from specdec.verify.draft_kind import DraftKind
     from specdec.verify.purity import pure
+    from specdec.verify.topology import Topology
+    from specdec.verify.tree import DraftTree
 
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(f"module 'specdec' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+        raise AttributeError("; ".join([f"module 'specdec' has no attribute {name!r}", *_namesake()]))
+    try:
+        return getattr(import_module(_EXPORTS[name]), name)
+    except ImportError as error:
+        for line in _namesake():
+            error.add_note(line)
+        raise
+
+
+def _namesake() -> list[str]:
+    from specdec.namesake import namesake
+
+    return namesake()
 
 
 def __dir__() -> list[str]:

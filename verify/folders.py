@@ -7,6 +7,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import platformdirs
+
 VARIABLE = "SPECDEC_CACHE"
 """Environment variable that names the folder; "off" keeps nothing on disk."""
 
@@ -20,13 +22,11 @@ def cache_folder() -> Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen is not None and chosen.lower() in ("", "off", "0"):
         return None
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        if chosen:
-            return Path(chosen).expanduser()
-        return (Path(base) if base else Path.home() / ".cache") / "specdec"
+        folder = Path(chosen or platformdirs.user_cache_dir("specdec", appauthor=False)).expanduser()
     except RuntimeError:  # nobody's home
         return None
+    return folder
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -51,7 +51,7 @@ def _refusal(dtype: str, options: BenchOptions) -> str | None:
     try:
         import llama_cpp  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library does not load
-        return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec[llamacpp]'"
+        return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec-lm[llamacpp]'"
     chosen = options.chosen_pair()
     folder = Path(chosen.location(chosen.target))
     return refusal(folder) if folder.is_dir() else f"{folder.as_posix()} is not a folder on this machine"

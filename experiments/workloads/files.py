@@ -114,7 +114,7 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         rows = importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
     except ImportError:
         raise WorkloadError(
-            f"{name} is Parquet, which needs pyarrow: pip install pyarrow, or convert it to JSONL"
+            f"{name} is Parquet, which needs pyarrow: pip install 'specdec-lm[parquet]', or convert it to JSONL"
         ) from None
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from both
         raise WorkloadError(f"{name} is not a Parquet file ({error})") from None

@@ -15,6 +15,7 @@ import typer
 
 import specdec
 from specdec.cli import options as cli
+from specdec.namesake import DISTRIBUTION, namesake
 from specdec.shipped import DEFAULT_PAIR
 
 NUM_PROBE_TOKENS = 16
@@ -55,6 +56,7 @@ def doctor(
 def run_checks(pair: str, device: str, threads: int | None) -> Iterator[Check]:
     """All checks, the cheap ones first; none of them raises."""
     yield Check("specdec", "info", specdec.__version__)
+    yield from (Check("specdec", "failed", line) for line in namesake())
     yield Check("python", "info", f"{platform.python_version()} on {platform.platform()}")
     yield from check_dependencies(metadata.version, _requirements())
     yield from _guarded("tested versions", _tested)
@@ -161,7 +163,7 @@ def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check
 def _requirements() -> list[str]:
     """The library's own, from its metadata; empty where it is used without being installed."""
     try:
-        return metadata.requires("specdec") or []
+        return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         return ["torch", "transformers", "accelerate"]
 

@@ -161,5 +161,6 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise UnsupportedArgumentError("GGUF export needs the gguf package: pip install 'specdec[llamacpp]'") from error
+        how = "GGUF export needs the gguf package: pip install 'specdec-lm[llamacpp]'"
+        raise UnsupportedArgumentError(how) from error
     return gguf

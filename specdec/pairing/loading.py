@@ -64,18 +64,22 @@ def runnable_pair(pair: str | Path | Pair) -> Pair:
 
 
 def load_pair(
-    pair: Pair, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    pair: str | Path | Pair, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel | str, Any]:
-    """Load `(target, draft, tokenizer)`; the draft of an n-gram pair is the word "ngram"."""
+    """Load `(target, draft, tokenizer)`; the draft of an n-gram pair is the word "ngram".
+
+    Arguments and errors are those of `Speculator.from_pair`.
+    """
+    found = runnable_pair(pair)
     where = default_device() if device is None else torch.device(device)
-    width = pair_dtype(pair, where) if dtype is None else dtype
-    name, revision = pair.location(pair.target), pair.target.revision
+    width = pair_dtype(found, where) if dtype is None else dtype
+    name, revision = found.location(found.target), found.target.revision
     tokenizer = load_tokenizer(name, revision)
-    if pair.draft.kind == "ngram":
+    if found.draft.kind == "ngram":
         return load_model("target", name, width, where, revision), "ngram", tokenizer
-    check_vocabularies(pair, tokenizer)
+    check_vocabularies(found, tokenizer)
     target = load_model("target", name, width, where, revision)
-    draft = load_model("draft", pair.location(pair.draft), width, where, pair.draft.revision)
+    draft = load_model("draft", found.location(found.draft), width, where, found.draft.revision)
     return target, draft, tokenizer
 
 

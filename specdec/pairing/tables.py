@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from typing import Any, TypeVar
@@ -52,20 +51,6 @@ def write_table(record: Any, skip: frozenset[str] = frozenset()) -> dict[str, An
             value = [write_table(item) if dataclasses.is_dataclass(item) else item for item in value]
         table[field.name] = value
     return table
-
-
-def to_toml(table: dict[str, Any], prefix: str = "") -> str:
-    """TOML of nested tables of strings, numbers, booleans, arrays of integers and arrays of tables."""
-    lines, inner = [], []
-    for key, value in table.items():
-        if isinstance(value, dict):
-            inner.append(f"\n[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            inner += [f"\n[[{prefix}{key}]]\n{to_toml(item, f'{prefix}{key}.')}" for item in value]
-        else:
-            # A JSON string is a TOML basic string, except for DEL, which TOML wants escaped.
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}\n".replace("\x7f", "\\u007f"))
-    return "".join(lines + inner)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

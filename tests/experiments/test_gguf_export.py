@@ -145,7 +145,7 @@ def test_what_cannot_be_said_in_gguf_is_refused_and_leaves_no_file(tmp_path: Pat
 
 def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'specdec[llamacpp]'" in str(refusal(pair_folder() / "target"))
+    assert "pip install 'specdec-lm[llamacpp]'" in str(refusal(pair_folder() / "target"))
 
 
 def test_the_shipped_pair_is_taken(tmp_path: Path, tiny_pair: Path) -> None:

@@ -29,7 +29,7 @@ from specdec.pairing.gguf import export_model
 
 OPTIONS = BenchOptions(num_prompts=2, prompt_tokens=12, new_tokens=10, threads=1, rounds=1, memory=False)
 INSTALLED = importlib.util.find_spec("llama_cpp") is not None
-real = pytest.mark.skipif(not INSTALLED, reason="needs llama-cpp-python: pip install 'specdec[llamacpp]'")
+real = pytest.mark.skipif(not INSTALLED, reason="needs llama-cpp-python: pip install 'specdec-lm[llamacpp]'")
 
 
 class FakeLlama:
@@ -148,7 +148,7 @@ def test_without_it_a_run_goes_on_and_a_run_that_asked_says_why(
     assert run(replace(options, quick=True, peers=("hf-plain", "llama-cpp-f32"))) == 0
     assert "llama-cpp-f32: n/a (llama-cpp-python cannot be imported" in capsys.readouterr().out
     (summary,) = [entry for entry in records(options.out, "summary") if entry["peer"] != "hf-plain"]
-    assert "pip install 'specdec[llamacpp]'" in summary["skipped"]
+    assert "pip install 'specdec-lm[llamacpp]'" in summary["skipped"]
     assert run(replace(options, quick=True, out=options.out / "all")) == 0
     assert "llama" not in capsys.readouterr().out
 

@@ -81,7 +81,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_there_are_six_and_the_page_lists_them() -> None:
     assert [script.stem[:2] for script in SCRIPTS] == [f"{number}_" for number in range(1, 7)]
     page = (ROOT / "docs" / "notebooks.md").read_text()
-    assert [script.stem for script in SCRIPTS] == re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert [script.stem for script in SCRIPTS] == re.findall(r"^\| \[`(\w+)`\]", page, flags=re.MULTILINE)
 
 
 @each

@@ -45,7 +45,7 @@ class Tiles:
 def triton_serves(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why the Triton kernels cannot serve these states; None if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "the package `triton` is not installed (pip install 'specdec[kernels]')"
+        return "the package `triton` is not installed (pip install 'specdec-lm[kernels]')"
     if not query.is_cuda and not interpreting():
         return f"they run on CUDA devices (tensors are on {query.device})"
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:

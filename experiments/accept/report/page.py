@@ -29,14 +29,14 @@ def write_report(store: Store, out: Path | None = None) -> list[Path]:
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError:
-        raise ExperimentError("the report needs jinja2: pip install 'specdec[viz]'") from None
+        raise ExperimentError("the report needs jinja2: pip install 'specdec-lm[viz]'") from None
     runs = Runs.read(store)
     if not runs.entries:
         raise ResultsError(f"{store.folder.name}: no finished runs yet; run `specdec accept` first")
     drawn = panels(runs, Logs(store))
     whole = new_figure(15, sum(panel.height for panel in drawn))
     if whole is None:
-        raise ExperimentError("the report needs matplotlib: pip install 'specdec[viz]'")
+        raise ExperimentError("the report needs matplotlib: pip install 'specdec-lm[viz]'")
     path = store.folder / "report.html" if out is None else out
     path.parent.mkdir(parents=True, exist_ok=True)
     template = Environment(loader=PackageLoader(__package__, ""), autoescape=True).get_template("report.html")

@@ -67,7 +67,7 @@ class TestWhatTheKernelsRefuse:
     def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
         given = states(AttentionCase((9,), 3))
-        assert "pip install 'specdec[kernels]'" in str(launch.triton_serves(given.query, given.key, given.value))
+        assert "pip install 'specdec-lm[kernels]'" in str(launch.triton_serves(given.query, given.key, given.value))
 
 
 @pytest.mark.parametrize(
