@@ -15,11 +15,11 @@ class HiddenStates:
     """Collects them from the target's passes, as they come.
 
     Args:
-        cached: leading columns of the prompt whose K/V the caller brought: plain decoding does not run them either.
+        columns: of the prompt, the last ones: those of the pass that plain decoding draws the first token from.
     """
 
-    def __init__(self, rows: Rows, cached: int):
-        self._rows, self._cached = rows, cached
+    def __init__(self, rows: Rows, columns: int):
+        self._rows, self._columns = rows, columns
         self._num_prompt = list(rows.num_tokens)
         self._prompts: list[dict[int, list[Tensor]]] = [{} for _ in self._num_prompt]
         """Per row, by slot."""
@@ -55,12 +55,13 @@ class HiddenStates:
             counts: tokens of each row that are kept.
         """
         like = next(states for row in self._tokens for states in row)
-        columns, width = self._rows.columns(), self._rows.prompt_length - self._cached
+        columns, width = self._rows.columns(), self._columns
+        unseen = self._rows.prompt_length - width
         first = [states.new_zeros(len(counts), width, states.shape[-1]) for states in like]
         for row, own in enumerate(self._prompts):
             own = {**own, self._num_prompt[row] - 1: self._tokens[row][0]}
             for slot, states in own.items():
-                column = int(columns[row, slot]) - self._cached
+                column = int(columns[row, slot]) - unseen
                 if column >= 0:
                     for whole, state in zip(first, states, strict=True):
                         whole[row, column] = state

@@ -46,13 +46,14 @@ class Native(Runner):
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
+        outer = self._pass
         with self._direct.prepared():
             own = self._direct.parameters
             self._pass = None if own is None else native_pass(own, self._inputs)
             try:
                 yield
             finally:
-                self._pass = None
+                self._pass = outer
 
     @property
     def serves(self) -> bool:
@@ -168,19 +169,21 @@ class NativePass:
             angles, places = self.own.angles(self._like, positions, read)
             places = places.contiguous()
         first = layouts[0]
+        assert all(own.keys is first.keys for own in layouts), "all parts of a pass lie in one storage"
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
         logits = self._like.new_empty(len(kept), shape.vocab)
-        features = [self._like.new_empty(tokens, shape.hidden) for _ in parts[0].features]
-        for layer, states in zip(parts[0].features, features, strict=True):
+        wanted = parts[0].wanted(shape.layers)
+        features = [self._like.new_empty(tokens, shape.hidden) for _ in wanted]
+        for layer, states in zip(wanted, features, strict=True):
             self._wanted[layer] = states.data_ptr()
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
         run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
         run.targets, run.logits = _address(targets), logits.data_ptr()
         wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
-        for layer in parts[0].features:
+        for layer in wanted:
             self._wanted[layer] = None
         if wrong:
             token = int(ids[wrong - 1])
