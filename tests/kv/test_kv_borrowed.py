@@ -198,12 +198,19 @@ def lenders(kind: str, rows: int) -> Any:
 
 
 def write(
-    cache: Any, name: str, starts: list[int], values: list[list[float]], valid: list[int] | None = None
+    cache: Any,
+    name: str,
+    starts: list[int],
+    values: list[list[float]],
+    valid: list[int] | None = None,
+    broken: bool = False,
 ) -> list[list[float]]:
-    """What the first layer read."""
+    """What the first layer read. broken: the pass fails behind it."""
     states = torch.tensor(values, dtype=torch.float64)[:, None, :, None]
     with cache.writing(name, starts, states.shape[2], valid) as written:
         read = [written.update(layer, states, states)[0][:, 0, :, 0] for layer in range(written.num_layers)]
+        if broken:
+            raise TypeError
     return [row.tolist() for row in read[0]]
 
 
@@ -246,9 +253,8 @@ def test_a_pass_that_fails_costs_the_others_what_it_wrote_over(kind: str, writer
     run(cache, "target", [0], [[1, 2, 3]])
     cache.set_length(0, 3)
     run(cache, other, [3], [[50, 51]])
-    with pytest.raises(KeyError), cache.writing(writer, [3], 1) as broken:
-        broken.update(0, torch.full((1, 1, 1, 1), 9.0).double(), torch.zeros(1, 1, 1, 1).double())
-        raise KeyError
+    with pytest.raises(TypeError):
+        write(cache, writer, [3], [[9]], broken=True)
     assert cache.filled(other) == [3]
     assert cache.filled(writer) == [3]
 
