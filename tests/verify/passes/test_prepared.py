@@ -107,8 +107,8 @@ def test_a_pass_over_two_storages_is_refused() -> None:
 def test_graphs_leave_attention_alone_that_is_not_ours_to_replace() -> None:
     """They attend by a plan, which must not take the place of what the model really computes."""
 
-    def flatter(*args: Any, scaling: float, **kwargs: Any) -> Any:
-        return sdpa_attention_forward(*args, scaling=scaling / 3, **kwargs)
+    def flatter(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **{**kwargs, "scaling": kwargs["scaling"] / 3})
 
     AttentionInterface.register("flatter", flatter)
     model: Any = copy.deepcopy(models.target("llama-gqa"))
