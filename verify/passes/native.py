@@ -158,6 +158,9 @@ class NativePass:
         run, shape = self._pass, self._shape
         run.threads = min(torch.get_num_threads(), usable_cores())
         layouts = [part.write.layout(self._like) for part in parts]
+        first = layouts[0]
+        if not all(own.keys is first.keys for own in layouts):  # of several caches, one pass for each
+            return [self([part])[0] for part in parts]
         rows, masks, kept, tokens, read = self._rows(parts, layouts)
         ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
         if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
@@ -168,8 +171,6 @@ class NativePass:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
             angles, places = self.own.angles(self._like, positions, read)
             places = places.contiguous()
-        first = layouts[0]
-        assert all(own.keys is first.keys for own in layouts), "all parts of a pass lie in one storage"
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()

@@ -17,7 +17,6 @@ from specdec.kv import SharedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
 from specdec.verify.native.library import why_not
-from specdec.verify.passes.base import Text
 from specdec.verify.passes.choose import every_way
 from specdec.verify.passes.forward import Forward
 
@@ -89,19 +88,6 @@ def test_a_block_inside_another_leaves_the_outer_its_pass() -> None:
     assert cache.filled("target") == [6]
     with pytest.raises(RuntimeError, match="no native pass"):
         forward.causal(cache, text[:, :1], [6], None, None)
-
-
-@native_only
-def test_a_pass_over_two_storages_is_refused() -> None:
-    model: Any = models.target("llama-gqa", "fp32")
-    text = models.prompts((6,), models.VOCAB, 1)[0]
-    one, other = (SharedKVCache({"target": num_cache_layers(model)}, 1) for _ in range(2))
-    forward = Forward(model, "target", every_way(model)["native"])
-    with forward.prepared():
-        forward.causal(one, text[:, :3], [0], None, None)
-        one.set_length(0, 3)
-        with pytest.raises(AssertionError, match="one storage"):
-            forward.together(one, DraftTree.build(Topology.chain(1), text[:, 3:5]), [Text(other, text, [0], None)])
 
 
 def test_graphs_leave_attention_alone_that_is_not_ours_to_replace() -> None:
