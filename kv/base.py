@@ -53,8 +53,8 @@ class KVCache(PassCache):
 
     A model may **borrow** the storage of another (the target drafting for itself): it reads the owner's committed K/V,
     of as many leading layers as it has, and writes its own tail into the same slots, where the owner's next pass
-    overwrites it. It can write nothing else, nothing of its tail is ever kept, and what it overwrote of an owner's tail
-    is lost to the owner.
+    overwrites it. It can write nothing else, nothing of its tail is ever kept. Whichever of them a pass is of, it costs
+    the others what they hold from its first slots on, also where it fails or those slots are padding.
     """
 
     @abstractmethod

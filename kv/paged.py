@@ -105,10 +105,10 @@ class PagedKVCache(KVCache):
         spans = [(sequence, start, start + new) for sequence, start, new in zip(rows, starts, real, strict=True)]
         pool.pages.make_room(spans)
 
-        def written() -> None:
+        def written(well: bool) -> None:
             for sequence, start, stop in spans:
                 if stop > start:
-                    sequence.have_written(owner, start, stop, None if owner == known else known)
+                    sequence.have_written(owner, start, stop if well else None, None if owner == known else known)
 
         return PagedWrite(
             pool.stores[owner], spans, width, pool.num_layers[known], pool.allocator.refs, pool.index.published, written

@@ -25,7 +25,7 @@ class PagedWrite(Write):
         spans: per row of the pass, the sequence and the slots of its real columns; padding columns are not stored.
         holders: of every page, how many sequences hold it. published: pages whose text the pool knows. Where there are
             several, or it is, no single holder may change a page.
-        written: what else is true once the pass has ended well.
+        written: told when the pass has ended, and whether it ended well.
     """
 
     table: Tensor
@@ -38,7 +38,7 @@ class PagedWrite(Write):
         num_layers: int,
         holders: Sequence[int],
         published: Container[int],
-        written: Callable[[], None],
+        written: Callable[[bool], None],
     ):
         self._store, self._spans, self._written = store, spans, written
         self._holders, self._published = holders, published
@@ -77,7 +77,7 @@ class PagedWrite(Write):
         if kind is None:
             for page, count in self._settled.items():  # what it wrote to shared pages is there for every holder
                 self._store.settled[page] = count
-            self._written()
+        self._written(kind is None)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._put(layer, key, value)
@@ -119,5 +119,5 @@ class PagedWrite(Write):
         )
 
 
-def _nothing() -> None:
+def _nothing(well: bool) -> None:
     """The whole pass says what it has written."""

@@ -98,7 +98,7 @@ class KVPool:
 
     def add_model(self, name: str, num_layers: int) -> None:
         """One more model over the same sequences; it lags behind all of them."""
-        if name in self.stores:
+        if name in self.stores or self.owners.get(name, name) != name:
             raise CacheStateError(f"the pool already has a model {name!r}")
         pages = max(self._first_pages, self.allocator.num_made)
         self.owners[name], self.num_layers[name] = name, num_layers
@@ -163,7 +163,7 @@ class KVPool:
         owner = self.owners[name]
         if owner == name:
             return sequence.filled[name]
-        return sequence.tails.get(name) or min(sequence.filled[owner], sequence.length)
+        return sequence.tails.get(owner, {}).get(name) or min(sequence.filled[owner], sequence.length)
 
     def set_length(self, sequence: int, length: int) -> None:
         """Declare `length` committed tokens (after a prefill); models may lag behind it. Fewer than before: the others

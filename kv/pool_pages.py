@@ -26,7 +26,7 @@ class PooledSequence:
             shared. Never above `length`.
         published: leading pages known to be published.
         places: per model, tail slot of each node where it differs from the node's index.
-        tails: of each model that borrows another's storage, the slot behind its own tail; absent where it has none.
+        tails: per model, of each that borrows its storage, the slot behind its tail; absent where it has none.
     """
 
     pages: list[int] = field(default_factory=list)
@@ -35,23 +35,25 @@ class PooledSequence:
     agreed: int = 0
     published: int = 0
     places: dict[str, Sequence[int]] = field(default_factory=dict)
-    tails: dict[str, int] = field(default_factory=dict)
+    tails: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def used(self) -> int:
         """Slots in which any model has written."""
-        return max([0, *self.filled.values(), *self.tails.values()])
+        return max([0, *self.filled.values(), *(tail for tails in self.tails.values() for tail in tails.values())])
 
-    def have_written(self, owner: str, start: int, stop: int, borrower: str | None) -> None:
-        """A pass over slots `[start, stop)` of the owner's storage has ended well: they are its own, or the borrower's,
-        and hold nothing of the other's any more."""
-        for name, tail in self.tails.items():
-            self.tails[name] = min(tail, start)
-        if borrower is None:
-            self.filled[owner] = stop
-        else:
+    def have_written(self, owner: str, start: int, stop: int | None, borrower: str | None) -> None:
+        """A pass over the owner's storage, its own or a borrower's, has ended: from slot `start` on it holds nothing of
+        the others' any more. Up to slot `stop` it holds what the pass wrote, if that ended well (not None)."""
+        tails = self.tails.setdefault(owner, {})
+        for name in tails.keys() - {borrower}:
+            tails[name] = min(tails[name], start)
+        if borrower is not None:
             self.filled[owner] = min(self.filled[owner], start)
-            self.tails[borrower] = stop
+        if stop is not None and borrower is None:
+            self.filled[owner] = stop
+        elif stop is not None and borrower is not None:
+            tails[borrower] = stop
 
 
 Span = tuple[PooledSequence, int, int]
@@ -95,7 +97,8 @@ class SequencePages:
             self._allocator.share(page)
         copy = PooledSequence(list(sequence.pages), sequence.length, dict(sequence.filled), sequence.agreed)
         copy.published = sequence.published
-        copy.places, copy.tails = dict(sequence.places), dict(sequence.tails)
+        copy.places = dict(sequence.places)
+        copy.tails = {owner: dict(tails) for owner, tails in sequence.tails.items()}
         return copy
 
     def publish(self, sequence: PooledSequence, tokens: Sequence[int]) -> int:
@@ -239,7 +242,7 @@ class SequencePages:
         store, length = self._stores[name], sequence.length
         if sequence.used > length:
             self.make_room([(sequence, length, sequence.used)])
-        sequence.tails.clear()
+        sequence.tails.pop(name, None)
         sequence.filled[name] = min(sequence.filled[name], length)
         for i in range(length // self._size, len(sequence.pages)):
             if not self._allocator.shared(sequence.pages[i]):
@@ -255,9 +258,10 @@ class SequencePages:
             first = next(shared, None)
             if first is not None:
                 sequence.filled[name] = min(sequence.filled[name], first * self._size)
+                sequence.tails.pop(name, None)
         for sequence in sequences:
             sequence.filled[name] = 0
-            sequence.tails.clear()
+            sequence.tails.pop(name, None)
             sequence.places.pop(name, None)
 
 

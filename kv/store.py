@@ -53,26 +53,34 @@ class ModelStore:
         if slots <= self.capacity:
             return
         doubled = 2 * self.capacity if self.most is None else min(2 * self.capacity, self.most)
-        self.capacity, self._layout = max(doubled, slots), None
+        capacity, self._layout = max(doubled, slots), None
         used = max(map(self._used, range(self.num_rows)))
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
-                if old is not None:
-                    new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[3])
+                if old is not None and old.shape[2] < capacity:
+                    new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
                     new[:, :, :used] = old[:, :, :used]
                     tensors[i] = new
+        self.capacity = (
+            capacity  # last: if memory ran out on the way, the next attempt grows those that are still small
+        )
 
     def have_written(self, first: int, starts: Sequence[int], real: Sequence[int], borrower: str | None) -> None:
-        """A pass has ended well: from row `first` on, `real[b]` tokens lie in slots from `starts[b]` on.
+        """A pass has ended: from row `first` on, `real[b]` tokens lie in slots from `starts[b]` on (none if it failed).
 
-        They are the owner's, or a borrower's. Slots that were the other's hold nothing of it any more.
+        They are the owner's, or a borrower's. From there on nothing is left of the others', not even behind the real
+        tokens, where padding was written.
         """
         for row, (start, new) in enumerate(zip(starts, real, strict=True), first):
-            if not new:
-                continue
             for name, tails in self.borrowed.items():
-                tails[row] = start + new if name == borrower else min(tails[row], start)
-            self.filled[row] = start + new if borrower is None else min(self.filled[row], start)
+                if name != borrower:
+                    tails[row] = min(tails[row], start)
+                elif new:
+                    tails[row] = start + new
+            if borrower is not None:
+                self.filled[row] = min(self.filled[row], start)
+            elif new:
+                self.filled[row] = start + new
 
     def drop_tails(self, rows: Iterable[int]) -> None:
         """Forget the borrowers' tails in these rows."""
@@ -217,9 +225,9 @@ class SharedWrite(Write):
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            real = [self.width] * len(self.starts) if self.valid is None else self.valid
-            self._store.have_written(self._first, self.starts, real, self._borrower)
+        real = [self.width] * len(self.starts) if self.valid is None else self.valid
+        real = real if kind is None else [0] * len(real)
+        self._store.have_written(self._first, self.starts, real, self._borrower)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self._store.layer(layer, key, value)

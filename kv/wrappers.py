@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.overlap import overlapping
 
 _PER_TOKEN_ADAPTERS = {
     "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
@@ -71,7 +72,7 @@ def uncompiled(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block whatever `torch.compile` made of the model or of its modules runs as it was written: passes over
     drafts come in many shapes, each of which would be compiled."""
     if any(_is_compiled(part) for part in model.modules()):
-        with torch.compiler.set_stance("force_eager"):
+        with overlapping("torch.compile", lambda: torch.compiler.set_stance("force_eager")):
             yield
     else:
         yield

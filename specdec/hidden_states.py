@@ -15,14 +15,14 @@ class HiddenStates:
     """Collects them from the target's passes, as they come.
 
     Args:
-        cached: leading columns of the prompt whose K/V the caller brought: plain decoding does not run them either.
+        columns: of the prompt, the last ones: those of the pass that plain decoding draws the first token from.
     """
 
-    def __init__(self, rows: Rows, cached: int):
-        self._rows, self._cached = rows, cached
+    def __init__(self, rows: Rows, columns: int):
+        self._rows, self._columns = rows, columns
         self._num_prompt = list(rows.num_tokens)
-        self._prompts: list[dict[int, list[Tensor]]] = [{} for _ in self._num_prompt]
-        """Per row, by slot."""
+        self._prompts: list[list[tuple[int, list[Tensor]]]] = [[] for _ in self._num_prompt]
+        """Per row, pieces of its prompt: the first slot, and `[tokens, hidden]` of each layer. The later ones count."""
         self._tokens: list[list[list[Tensor]]] = [[] for _ in self._num_prompt]
         self._padding: list[list[list[Tensor]]] = [[] for _ in self._num_prompt]
 
@@ -31,11 +31,10 @@ class HiddenStates:
         live = self._rows.live
         repeats = len(live) // len(starts)
         for place, (start, count) in enumerate(zip(starts, valid, strict=True)):
-            for column in range(max(0, min(count, max(self._num_prompt) - start))):
-                states = [layer[place, column] for layer in output.features]
-                for row in live[place * repeats : (place + 1) * repeats]:
-                    if start + column < self._num_prompt[row]:
-                        self._prompts[row][start + column] = states
+            for row in live[place * repeats : (place + 1) * repeats]:
+                own = min(count, self._num_prompt[row] - start)
+                if own > 0:
+                    self._prompts[row].append((start, [layer[place, :own] for layer in output.features]))
 
     def emitted(self, row: int, states: Sequence[Tensor]) -> None:
         """`[tokens, hidden]` of each layer, of the nodes that a row's next tokens were drawn after."""
@@ -55,15 +54,16 @@ class HiddenStates:
             counts: tokens of each row that are kept.
         """
         like = next(states for row in self._tokens for states in row)
-        columns, width = self._rows.columns(), self._rows.prompt_length - self._cached
+        columns, width = self._rows.columns(), self._columns
+        unseen = self._rows.prompt_length - width
         first = [states.new_zeros(len(counts), width, states.shape[-1]) for states in like]
         for row, own in enumerate(self._prompts):
-            own = {**own, self._num_prompt[row] - 1: self._tokens[row][0]}
-            for slot, states in own.items():
-                column = int(columns[row, slot]) - self._cached
-                if column >= 0:
-                    for whole, state in zip(first, states, strict=True):
-                        whole[row, column] = state
+            root = self._num_prompt[row] - 1, [state[None] for state in self._tokens[row][0]]
+            for start, states in (*own, root):
+                places = columns[row, start : start + len(states[0])] - unseen
+                seen = places >= 0
+                for whole, state in zip(first, states, strict=True):
+                    whole[row, places[seen].to(whole.device)] = state[seen.to(state.device)]
         rest = []
         for token in range(1, max(counts)):
             rows = [

@@ -18,7 +18,6 @@ from specdec.decision import Decided
 from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import depth_limits
 from specdec.kv import TargetFaultError, UnsupportedArgumentError
-from specdec.kv.support import text_config
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.plain_order import NOTHING_LEFT, PlainBatch
@@ -111,7 +110,7 @@ class DecodeLoop(Batch):
         fault = partial(_target_fault, rows, self.report)  # not of `self`: a cycle would keep the K/V alive
         self.passes = TargetPasses(model, cache, rows, fault, self.report.note, chunk)
         if self.collector.hidden is not None:
-            model.forward.features = range(int(text_config(target).num_hidden_layers) + 1)
+            model.forward.features = None  # all of them
             self.passes.reader = self.collector.hidden.read
 
     def run(self) -> Tensor | GenerateDecoderOnlyOutput:

@@ -26,7 +26,7 @@ class Collector:
         self._rows = rows
         self.scores: list[list[Tensor]] = [[] for _ in range(rows.batch_size)]
         self.logits: list[list[Tensor]] = [[] for _ in range(rows.batch_size)]
-        self.hidden = HiddenStates(rows, request.cached) if request.keeps_hidden_states else None
+        self.hidden = HiddenStates(rows, request.prompt_columns) if request.keeps_hidden_states else None
         self.keeps = request.keeps_scores or request.keeps_logits or request.keeps_hidden_states
         self._streamed = rows.prompt_length
         pad = request.config._pad_token_tensor

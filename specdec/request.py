@@ -66,6 +66,13 @@ class Request:
         return self.wants_dict and bool(self.config.output_logits)
 
     @property
+    def prompt_columns(self) -> int:
+        """Columns of the prompt in plain decoding's last pass over it: none that the caller's cache holds, and the last
+        chunk of `prefill_chunk_size` only."""
+        columns, chunk = self.input_ids.shape[1] - self.cached, getattr(self.config, "prefill_chunk_size", None)
+        return columns if chunk is None else (columns - 1) % chunk + 1
+
+    @property
     def keeps_hidden_states(self) -> bool:
         return self.wants_dict and bool(self.config.output_hidden_states)
 

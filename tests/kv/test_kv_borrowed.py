@@ -187,3 +187,91 @@ def test_places_of_a_borrower_are_its_own_business() -> None:
     run(cache, "target", [1], [[5, 6]])
     cache.commit([[0, 1]])
     assert held(cache, "target", 0)[0] == [1, 5, 6]
+
+
+def lenders(kind: str, rows: int) -> Any:
+    """Two models that lend."""
+    layers, borrows = {"target": 2, "self": 1, "draft": 2, "other": 2}, {"self": "target", "other": "draft"}
+    if kind == "paged":
+        return PagedKVCache.fresh(layers, rows, 4, borrows)
+    return SharedKVCache(layers, rows, 8, borrows=borrows)
+
+
+def write(
+    cache: Any,
+    name: str,
+    starts: list[int],
+    values: list[list[float]],
+    valid: list[int] | None = None,
+    broken: bool = False,
+) -> list[list[float]]:
+    """What the first layer read. broken: the pass fails behind it."""
+    states = torch.tensor(values, dtype=torch.float64)[:, None, :, None]
+    with cache.writing(name, starts, states.shape[2], valid) as written:
+        read = [written.update(layer, states, states)[0][:, 0, :, 0] for layer in range(written.num_layers)]
+        if broken:
+            raise TypeError
+    return [row.tolist() for row in read[0]]
+
+
+@pytest.mark.parametrize("event", ["pass", "scrub", "forget"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_happens_to_one_lender_is_nothing_to_the_other(kind: str, event: str) -> None:
+    cache = lenders(kind, 1)
+    for owner in ("target", "draft"):
+        write(cache, owner, [0], [[1, 2]])
+    cache.set_length(0, 2)
+    write(cache, "self", [2], [[10]])
+    write(cache, "other", [2], [[20]])
+    if event == "pass":
+        write(cache, "target", [2], [[3]])
+    else:
+        getattr(cache, event)("target")
+    assert cache.filled("other") == [3]
+    assert cache.filled("self") == [0 if event == "forget" else 2]
+    assert write(cache, "other", [3], [[21]]) == [[1, 2, 20, 21]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_sit_a_borrowers_pass_out_keep_no_tail_that_padding_spoiled(kind: str) -> None:
+    """Contiguous storage is written to at padding, too: such slots must not count as the owner's."""
+    cache = fresh(kind, 2)
+    run(cache, "target", [0, 0], [[1, 2], [3, 4]])
+    for row in range(2):
+        cache.set_length(row, 1)
+    write(cache, "self", [1, 1], [[70, 71], [80, 81]], [0, 2])
+    assert cache.filled("target") == [1 if kind == "contiguous" else 2, 1]
+    cache.commit([[0], []])
+    count = cache.filled("target")[0]
+    assert held(cache, "target", 0)[0] == [1, 2][:count]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("writer", ["target", "self"])
+def test_a_pass_that_fails_costs_the_others_what_it_wrote_over(kind: str, writer: str) -> None:
+    cache, other = fresh(kind, 1), "self" if writer == "target" else "target"
+    run(cache, "target", [0], [[1, 2, 3]])
+    cache.set_length(0, 3)
+    run(cache, other, [3], [[50, 51]])
+    with pytest.raises(TypeError):
+        write(cache, writer, [3], [[9]], broken=True)
+    assert cache.filled(other) == [3]
+    assert cache.filled(writer) == [3]
+
+
+def test_who_shares_pages_loses_the_tail_that_is_forgotten() -> None:
+    cache = fresh("paged", 1)
+    run(cache, "target", [0], [[1, 2]])
+    cache.set_length(0, 2)
+    run(cache, "self", [2], [[10]])
+    copy = PagedKVCache(cache.pool, [cache.pool.fork(cache.sequences[0])])
+    assert copy.filled("self") == [3]
+    cache.forget("target")  # zeroes the page of both
+    assert copy.filled("target") == copy.filled("self") == [0]
+    cache.pool.check_integrity()
+
+
+def test_a_borrowers_name_is_taken() -> None:
+    pool = KVPool(LAYERS, page_size=4, borrows=BORROWS)
+    with pytest.raises(CacheStateError, match="already has a model 'self'"):
+        pool.add_model("self", 2)

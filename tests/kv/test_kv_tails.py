@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_kv_contract import CACHES, DIM, HEADS, LAYERS, everywhere
@@ -126,3 +128,29 @@ def test_storage_doubles_up_to_what_is_expected_and_then_gives_what_is_needed() 
         cache.set_length(row, 13)
         kept = [keys[0, :, 0].tolist() for keys, _ in cache.layers("draft", row)]
         assert kept == [[4.0] * 4 + [1.0] + [4.0] * 4 + [1.0, 1.0, 2.0, 2.0]]
+
+
+def test_storage_that_could_not_grow_grows_at_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = SharedKVCache({"target": 2}, 1, 4)
+
+    def write(start: int, count: int) -> torch.Tensor:
+        states = torch.arange(start, start + count, dtype=torch.float64).view(1, 1, count, 1)
+        with cache.writing("target", [start], count) as opened:
+            return [opened.update(layer, states, states)[0] for layer in range(2)][-1]
+
+    write(0, 4)
+    calls: list[int] = []
+    own = torch.Tensor.new_zeros
+
+    def new_zeros(self: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return own(self, *size, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", new_zeros)
+        with pytest.raises(torch.OutOfMemoryError):
+            write(4, 2)
+    assert cache.filled("target") == [4]
+    assert write(4, 2).flatten().tolist() == [0, 1, 2, 3, 4, 5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import models
@@ -109,6 +110,31 @@ def test_a_continued_cache_shows_the_new_tokens_alone(drafting: str) -> None:
     )  # fmt: skip
     assert plain.hidden_states[0][0].shape[1] == 3
     same(plain, ours, torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("drafting", ["none", "chain", "tree", "strict"])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+def test_a_prompt_read_in_chunks_shows_the_last_one(drafting: str, chunk: int) -> None:
+    ids, mask = models.prompts((7, 3), models.VOCAB, 2, 0)
+    plain, ours, _ = both("llama-gqa", drafting, ids, mask, max_new_tokens=4, prefill_chunk_size=chunk)
+    columns = plain.hidden_states[0][0].shape[1]
+    assert columns == {1: 1, 3: 1, 7: 7, 20: 7}[chunk]
+    same(plain, ours, mask.bool()[:, -columns:])
+
+
+@pytest.mark.parametrize("drafting", ["none", "n-gram"])
+@pytest.mark.parametrize("family", ["llama-mqa", "gpt2"])
+def test_a_model_with_fewer_layers_than_it_says_shows_those(
+    family: str, drafting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = copy.deepcopy(models.target(family))
+    holder, name = (model.transformer, "h") if family == "gpt2" else (model.model, "layers")
+    setattr(holder, name, getattr(holder, name)[:1])
+    monkeypatch.setattr(models, "target", lambda *_: model)
+    ids, mask = models.prompts((7, 3, 5), models.VOCAB, 2, 0)
+    plain, ours, _ = both(family, drafting, ids, mask)
+    assert len(plain.hidden_states[0]) == 2 < model.config.num_hidden_layers + 1
+    same(plain, ours, mask.bool())
 
 
 def test_after_nan_in_a_branch_they_are_those_of_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

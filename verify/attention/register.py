@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.overlap import overlapping
 from specdec.kv.support import text_config
 from specdec.verify.attention.fold import folded_attention
 
@@ -129,8 +130,8 @@ def attending(model: PreTrainedModel, plan: Plan, windows: Mapping[str, int | No
 @contextmanager
 def attention_of(model: PreTrainedModel) -> Iterator[str]:
     """Inside the block `model` attends by `fitting_attention`, whose name is yielded; then by its own again."""
-    used = fitting_attention(model)
-    with _named(text_config(model), used), _without_cudnn():
+    used, config = fitting_attention(model), text_config(model)
+    with overlapping(("attention", id(config)), lambda: _named(config, used)), overlapping("cudnn", _without_cudnn):
         yield used
 
 

@@ -53,7 +53,8 @@ class Part(NamedTuple):
     for plain text, where token `j` of row `b` is number `write.starts[b] + j` and sees those before it and itself.
     tree: the trees whose nodes these are, all of them, chains too. keep: logits of so many last columns, 0 for all,
     None for none. features: hidden states that are wanted, by layer: `i` for those that enter layer `i`, the number of
-    layers for those after the final norm, as in `output_hidden_states` of `transformers`.
+    layers for those after the final norm, as in `output_hidden_states` of `transformers`; None for all there are: a
+    model may have fewer layers than its configuration says.
     """
 
     tokens: Tensor
@@ -61,7 +62,11 @@ class Part(NamedTuple):
     nodes: Nodes | None = None
     tree: DraftTree | None = None
     keep: int | None = 0
-    features: Sequence[int] = ()
+    features: Sequence[int] | None = ()
+
+    def wanted(self, layers: int) -> Sequence[int]:
+        """`features` of a model of so many layers."""
+        return range(layers + 1) if self.features is None else self.features
 
     @property
     def kept(self) -> tuple[int, int]:

@@ -69,9 +69,9 @@ class Direct(Runner):
         counts = [part.tokens.numel() for part in parts]
         masks = [tiled(mask, groups) for _, mask in given]
         split = (len(hidden), -1, own.head_dim)
-        features: dict[int, Tensor] = {}
+        features, asked = dict[int, Tensor](), parts[0].wanted(len(own.layers))
         for number, layer in enumerate(own.layers):
-            if number in parts[0].features:
+            if number in asked:
                 features[number] = hidden
             x = layer.before(hidden)
             q, k = layer.q(x), layer.k(x)
@@ -104,6 +104,7 @@ def _attend(own: Parameters, layer: Layer, part: Part, mask: Any, both: Tensor, 
 
 
 def _outputs(own: Parameters, features: dict[int, Tensor], hidden: Tensor, parts: Sequence[Part]) -> list[Output]:
+    asked = parts[0].wanted(len(own.layers))
     wanted, pieces = [], hidden.split([part.tokens.numel() for part in parts])
     for piece, part in zip(pieces, parts, strict=True):
         (rows, width), kept = part.tokens.shape, part.kept[1]
@@ -111,6 +112,6 @@ def _outputs(own: Parameters, features: dict[int, Tensor], hidden: Tensor, parts
             piece = piece.view(rows, width, -1)[:, width - kept :].flatten(0, 1)
         wanted.append(piece)
     logits = own.head(own.norm(joined(wanted)))
-    if len(own.layers) in parts[0].features:
+    if len(own.layers) in asked:
         features[len(own.layers)] = own.norm(hidden)
-    return outputs(logits, [features[layer] for layer in parts[0].features], parts)
+    return outputs(logits, [features[layer] for layer in asked], parts)

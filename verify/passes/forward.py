@@ -61,7 +61,7 @@ class Forward:
     def __init__(self, model: PreTrainedModel, name: str, runners: Sequence[Runner] | None = None):
         self.model, self.name = model, name
         self.runners = runners_for(model) if runners is None else runners
-        self.features: Sequence[int] = ()
+        self.features: Sequence[int] | None = ()
         self.num_positions = usable_positions(text_config(model))
         self.reads_prompts = all(runner.reads_prompts for runner in self.runners)
         # Offloading hooks create parameters during the pass, which must stay ordinary ones; so must the tensors that

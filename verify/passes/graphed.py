@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kv.support import text_config
 from specdec.verify.attention.plan import chain
+from specdec.verify.attention.register import NAME, fitting_attention
 from specdec.verify.passes.base import Output, Part, Runner
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.modules import Modules
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     first: int
     slots: int
     storage: int
-    features: tuple[int, ...]
+    features: tuple[int, ...] | None
 
 
 def bucket_width(nodes: int) -> int | None:
@@ -115,8 +115,8 @@ class Graphed(Runner):
             return "its K/V lies in pages"
         if width > WIDTHS[-1] or (write.valid is not None and min(write.valid) < width):
             return f"only whole rows of up to {WIDTHS[-1]} tokens are captured"
-        if text_config(self._model)._attn_implementation == "eager":
-            return "eager attention follows no plan"
+        if fitting_attention(self._model) != NAME:
+            return "its attention follows no plan"
         read = write.read - width + self._width(part)
         if write.store.keys[0] is None or None in write.store.keys or read > write.store.capacity:
             return "storage is allocated by a pass that is not captured"
@@ -129,6 +129,7 @@ class Graphed(Runner):
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         (part,) = parts
         nodes = part.tokens.shape[1]
+        self._modules.fit()
         try:
             logits, *features = self._replayed(part)
         except torch.OutOfMemoryError:
@@ -152,7 +153,8 @@ class Graphed(Runner):
         assert store is not None
         assert store.keys[0] is not None
         slots = bucket_slots(read, store.capacity)
-        return Shape(len(part.tokens), self._width(part), first, slots, store.keys[0].data_ptr(), tuple(part.features))
+        features = None if part.features is None else tuple(part.features)
+        return Shape(len(part.tokens), self._width(part), first, slots, store.keys[0].data_ptr(), features)
 
     def _replayed(self, part: Part) -> Sequence[Tensor]:
         rows, nodes = part.tokens.shape

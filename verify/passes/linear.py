@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.kv.overlap import overlapping
+
 EXACT_ROWS = 8
 """Up to so many rows (batch x nodes) every count is measured by itself; above, the next of `_ROUNDED`."""
 _ROUNDED = (12, 16, 24, 32, 48, 64)
@@ -129,6 +131,12 @@ def few_row_linears(model: nn.Module) -> Iterator[None]:
 
     Subclasses (quantised layers), layers with a bias or with a wrapped forward (offloading hooks) are left alone.
     """
+    with overlapping(("linear layers", id(model)), lambda: _few_row_linears(model)):
+        yield
+
+
+@contextmanager
+def _few_row_linears(model: nn.Module) -> Iterator[None]:
     layers = [layer for layer in model.modules() if _is_plain(layer)]
     weights = [layer.weight.detach() for layer in layers]
     for layer in layers:

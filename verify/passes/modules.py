@@ -104,16 +104,17 @@ class ModelCall:
         return Output(logits[:, :0] if part.keep is None else logits, features)
 
     def run(
-        self, tokens: Tensor, positions: Tensor, mask: Any, view: Cache, features: Sequence[int], keep: int = 0
+        self, tokens: Tensor, positions: Tensor, mask: Any, view: Cache, features: Sequence[int] | None, keep: int = 0
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits of the last `keep` columns (0: of all), and the hidden states that are wanted."""
         extra: dict[str, Any] = {self._cache_argument: view}
         if keep and self._keeps:
             extra["logits_to_keep"] = keep
-        if features:
+        if features is None or features:
             extra["output_hidden_states"] = True
         out = self._model(
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=True, return_dict=True, **extra
         )
         logits: Tensor = out.logits
-        return logits[:, -keep:] if keep else logits, [out.hidden_states[i] for i in features]
+        states = list(out.hidden_states) if features is None else [out.hidden_states[i] for i in features]
+        return logits[:, -keep:] if keep else logits, states

@@ -46,13 +46,14 @@ class Native(Runner):
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
+        outer = self._pass
         with self._direct.prepared():
             own = self._direct.parameters
             self._pass = None if own is None else native_pass(own, self._inputs)
             try:
                 yield
             finally:
-                self._pass = None
+                self._pass = outer
 
     @property
     def serves(self) -> bool:
@@ -157,6 +158,9 @@ class NativePass:
         run, shape = self._pass, self._shape
         run.threads = min(torch.get_num_threads(), usable_cores())
         layouts = [part.write.layout(self._like) for part in parts]
+        first = layouts[0]
+        if not all(own.keys is first.keys for own in layouts):  # of several caches, one pass for each
+            return [self([part])[0] for part in parts]
         rows, masks, kept, tokens, read = self._rows(parts, layouts)
         ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
         if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
@@ -167,20 +171,20 @@ class NativePass:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
             angles, places = self.own.angles(self._like, positions, read)
             places = places.contiguous()
-        first = layouts[0]
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
         logits = self._like.new_empty(len(kept), shape.vocab)
-        features = [self._like.new_empty(tokens, shape.hidden) for _ in parts[0].features]
-        for layer, states in zip(parts[0].features, features, strict=True):
+        wanted = parts[0].wanted(shape.layers)
+        features = [self._like.new_empty(tokens, shape.hidden) for _ in wanted]
+        for layer, states in zip(wanted, features, strict=True):
             self._wanted[layer] = states.data_ptr()
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
         run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
         run.targets, run.logits = _address(targets), logits.data_ptr()
         wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
-        for layer in parts[0].features:
+        for layer in wanted:
             self._wanted[layer] = None
         if wrong:
             token = int(ids[wrong - 1])

@@ -37,7 +37,7 @@ class StaticPass:
         width: int,
         first: int,
         slots: int,
-        features: Sequence[int] = (),
+        features: Sequence[int] | None = (),
     ) -> None:
         assert all(keys is not None for keys in store.keys), "storage is allocated by an eager pass"
         self._model, self._inputs, self._features = model, inputs, features

@@ -77,9 +77,8 @@ def _together(part: Part, given: Sequence[Output | None]) -> Output:
     """Of all rows, as wide as the part: cut, or filled with zeros where a row was shorter."""
     (rows, kept), width = part.kept, part.tokens.shape[1]
     found = {row: own for row, own in enumerate(given) if own is not None}
-    features = [
-        _filled({row: own.features[i] for row, own in found.items()}, rows, width) for i in range(len(part.features))
-    ]
+    layers = len(next(iter(found.values())).features)
+    features = [_filled({row: own.features[i] for row, own in found.items()}, rows, width) for i in range(layers)]
     return Output(_filled({row: own.logits for row, own in found.items()}, rows, kept), features)
 
 

@@ -77,6 +77,24 @@ def test_the_measurement_decides(slower: bool, widths: dict[str, list[int]], mon
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("[enforce fail] can't allocate memory"), torch.OutOfMemoryError()])
+def test_a_trial_that_fails_ends_no_call(
+    fault: Exception, widths: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def seconds(*_: Any) -> list[float]:
+        tried.append(1)
+        raise fault
+
+    monkeypatch.setattr(pace, "_seconds", seconds)
+    monkeypatch.setattr(pace, "_slower", {})
+    model: Any = models.target("llama-gqa", "fp32")
+    read(Forward(model, "target"), 300)
+    assert widths == {"native": [300, 3], "direct": []}
+    assert tried == [1]  # not tried again
+
+
 def test_both_ways_are_really_timed() -> None:
     own = Parameters.of(models.target("llama-gqa", "fp32"))
     assert own is not None
