@@ -12,6 +12,7 @@ COLOURS = {
     "hf-plain": "#8c8c8c",
     "hf-assisted": "#c9a227",
     "hf-prompt-lookup": "#d98032",
+    "specdec-none": "#9fb6c9",
     "specdec-model": "#1f6fb4",
     "specdec-ngram": "#5ba3d9",
     "specdec-planned": "#123f6b",

@@ -19,6 +19,7 @@ from specdec.cli.pairs import pairs
 from specdec.experiments.accept.__main__ import main as accept
 from specdec.experiments.bench.__main__ import main as bench
 from specdec.experiments.errors import meant_for_the_user
+from specdec.experiments.frame import CONTEXT
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT). Usage errors exit with 2, everything else with 1."""
@@ -52,7 +53,7 @@ app = typer.Typer(
     help="Speculative decoding for Hugging Face causal language models, with exactly the same output.",
     no_args_is_help=True,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )
 app.command()(generate)

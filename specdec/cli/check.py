@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli import options as cli
+from specdec.cli.values import file_prompts
 
 BUDGET, QUICK_BUDGET = 90.0, 20.0
 """Seconds, loading included."""
@@ -24,12 +25,14 @@ def check(
     target: cli.Target = None,
     draft: cli.Draft = None,
     pair: cli.PairName = None,
+    gguf_file: cli.GgufFile = None,
     k: cli.ChainLength = None,
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A text to continue; repeat for more (default: four).")
     ] = None,
+    prompt_files: cli.PromptFiles = None,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="Of the sampled part; greedy text is checked in any case.")
     ] = 1.0,
@@ -50,9 +53,11 @@ def check(
 ) -> None:
     """Judge greedy text, K/V, sampled laws and acceptance against the plain model. Exit code 1: something is wrong."""
     start = perf_counter()
-    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads)
+    choice = cli.ModelChoice.of(target, draft, pair, gguf_file, k, tree, rule, dtype, device, threads)
     if not temperature > 0:
         raise typer.BadParameter(f"--temperature: expected > 0 (greedy text is checked in any case), got {temperature}")
+
+    prompt = [*(prompt or ()), *(one.turns[0] for path in prompt_files or () for one in file_prompts(path))]
 
     from specdec.cli.loading import load
     from specdec.lab.prompts import DEFAULT_PROMPTS
