@@ -18,7 +18,7 @@ BUDGET, QUICK_BUDGET = 90.0, 20.0
 LEAST_SHARE = 0.3
 """Part of the budget that the check itself has in any case, however long loading took."""
 QUICK_PROMPTS = 2
-_STYLES = {"pass": "green", "FAIL": "bold red", "info": "dim", "skipped": "dim"}
+_STYLES = {"pass": "green", "weak": "yellow", "FAIL": "bold red", "info": "dim", "skipped": "dim"}
 
 
 def check(
@@ -118,8 +118,8 @@ def _show(report: Any) -> None:
     table.add_column("test", no_wrap=True)
     table.add_column("found", overflow="fold")
     for finding in report.findings:
-        style = _STYLES[finding.status]
-        table.add_row(Text(finding.status, style), finding.name, Text(finding.detail, "dim" if style == "dim" else ""))
+        style = _STYLES[finding.label]
+        table.add_row(Text(finding.label, style), finding.name, Text(finding.detail, "dim" if style == "dim" else ""))
     console = Console()
     console.print(table)
     settings = report.settings
