@@ -16,6 +16,7 @@ from specdec.cli.check import check
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.pairs import pairs
+from specdec.cli.warmup import warmup
 from specdec.experiments.accept.__main__ import main as accept
 from specdec.experiments.bench.__main__ import main as bench
 from specdec.experiments.errors import meant_for_the_user
@@ -62,6 +63,7 @@ app.command("bench")(bench.function)
 app.command()(check)
 app.add_typer(accept.app, name="accept")
 app.command()(doctor)
+app.command()(warmup)
 app.add_typer(pairs, name="pairs")
 app.add_typer(cache, name="cache")
 

@@ -121,6 +121,10 @@ def test_estimate() -> None:
     assert "fits" in text
     assert "no acceptance published; at these costs it takes 4." in text
     assert "assumed: " in text
+    assert "no estimate can know" not in text
+    lookup = ok("pairs", "estimate", "llama-3.1-8b-ngram")
+    assert "How often n-grams find anything depends on your texts: no estimate can know it." in lookup
+    assert json.loads(ok("pairs", "estimate", "llama-3.1-8b-ngram", "--json"))["hit_rate"].startswith("unknown")
     assert "DOES NOT FIT" in ok("pairs", "estimate", "llama-3.3-70b-1b", "--device", "rtx4090")
     table = json.loads(ok("pairs", "estimate", "llama-3.1-8b-eagle3", "--json"))
     assert table["label"].startswith("ESTIMATE")
