@@ -38,8 +38,8 @@ class SpecReport(DraftTotals):
 
     A *draft* is one row's proposal in one step (`num_row_steps` counts all steps of all rows, `num_drafts` those with a
     proposal). `mean_acceptance_length` includes the recovered or bonus token: 1 + accepted / drafts.
-
-    `per_position_acceptance[d]` is conditional on depth d having been reached with a proposal there. Token counts are before stop rules cut the last run, except `num_emitted_tokens`.
+    `per_position_acceptance[d]` is conditional on depth d having been reached with a proposal there. Token counts are
+    before stop rules cut the last run, except `num_emitted_tokens`.
     `ms_first_draft`, `ms_first_verify`: what the first step took of `ms_draft` and `ms_verify`: as a rule it reads the
     prompt, and `ms_prefill` is what was read before it. `kv_models`: models whose K/V `kv_bytes` holds.
     In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
