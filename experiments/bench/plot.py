@@ -46,6 +46,7 @@ def plot(summaries: Sequence[Summary], title: str, path: Path) -> bool:
         axes.text(high, row, said, va="center", fontsize=8, fontweight="bold" if summary.best else "normal")
     axes.set_yticks(rows, [summary.peer for summary in shown], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(y=0.02)
     axes.axvline(1.0, color="#333333", linewidth=0.8, linestyle="--")
     axes.set_xlim(0, 1.3 * max(summary.speedup.high for summary in shown if summary.speedup is not None))
     axes.set_xlabel("speed relative to HF plain generate (median over prompts, bars: quartiles)", fontsize=8)

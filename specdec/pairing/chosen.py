@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from specdec.pairing.create import pair_name
 from specdec.pairing.errors import PairError
@@ -51,7 +52,7 @@ def _draft(name: str) -> Draft:
     return Draft("ngram") if name == "ngram" else Draft("model", **_place("--draft", name))
 
 
-def _place(option: str, name: str) -> dict[str, str]:
+def _place(option: str, name: str) -> dict[str, Any]:
     """Where a model is: a folder that exists, a GGUF file, or something that can be a hub id (`owner/name`)."""
     folder = home_expanded(Path(name))
     if folder.is_dir():
