@@ -30,7 +30,8 @@ class CellStats:
     the steps that reached a depth with a proposal there, how many kept it. alpha: how often a draft's first level was
     kept; alpha_star: the mean over the roots it is known for of the best any rule could do, alpha_there: alpha over
     the same `num_roots` roots. tokens_per_second: total tokens / total seconds, prompts included. speedup: against
-    plain decoding of the same prompt: median and quartiles over prompts. ms: draft, verify, rest, per step; ms_prefill: per turn.
+    plain decoding of the same prompt: median and quartiles over prompts. ms: draft, verify, rest, per step;
+    ms_prefill: per turn.
     """
 
     cell: Cell

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from specdec.experiments.display import grouped, lacking
 
 
