@@ -13,14 +13,17 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.planner import factory
+from specdec.planner.store import CostStore
 from specdec.verify.first_use import say_first_use
 
 SAID = "first use of this model on this machine"
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """As in a process that has said nothing yet."""
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has said and measured nothing yet."""
+    monkeypatch.setattr(factory, "STORE", CostStore())
     say_first_use.cache_clear()
     yield
     say_first_use.cache_clear()
