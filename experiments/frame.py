@@ -125,7 +125,17 @@ class Command:
         return 0
 
 
-CONTEXT = {"help_option_names": ["-h", "--help"]}
+OLD_NAMES = {"new-tokens": "max-new-tokens"}
+"""Names that options had; they are still understood, and shown nowhere."""
+
+
+def todays_name(name: str) -> str:
+    """Of an option that may be given by its old name."""
+    return OLD_NAMES.get(name, name)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": todays_name}
+"""What every command understands."""
 
 
 def _function(options: type[Options], run: Callable[[Any], int | None]) -> Callable[..., None]:

@@ -103,6 +103,13 @@ def bootstrap_median(values: Sequence[float], level: float = 0.9, draws: int = 1
     return Spread(statistics.median(values), medians[tail], medians[-tail - 1])
 
 
+def share_interval(share: float, num: int) -> tuple[float, float]:
+    """Wilson's interval at LEVEL of a share of `num` >= 1 independent trials; it never leaves [0, 1]."""
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle, width = share + z * z / (2 * num), z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    return max(0.0, (middle - width) / (1 + z * z / num)), min(1.0, (middle + width) / (1 + z * z / num))
+
+
 @lru_cache(maxsize=256)
 def student_quantile(level: float, df: int) -> float:
     """t such that |T| <= t with probability `level`, T of Student's law with `df` >= 1 degrees of freedom."""

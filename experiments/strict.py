@@ -123,7 +123,7 @@ def identity(dtype: torch.dtype, rule: str, exactness: str, num_prompts: int, to
             assert speculator.report is not None
             assert speculator.report.num_drafter_faults == 0, speculator.report.last_drafter_fault
             emitted += speculator.report.num_emitted_tokens
-            steps += speculator.report.num_drafts
+            steps += speculator.report.num_row_steps
         plain = plain or texts
         pairs = list(zip(plain, texts, strict=True))
         found[name] = {

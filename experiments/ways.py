@@ -23,7 +23,8 @@ class Way:
     done once goes there, outside the clock. family: the best of its settings counts (default: the name).
     refusal: from the options to why it cannot do this run, or None.
     calls_modules: whether the models' passes go through their modules, where hooks see them. optional: whether a run
-    that does not ask for it goes on without a word where it cannot run. facts: what results say of it.
+    that does not ask for it goes on without a word where it cannot run. needs_model: whether it is for pairs with a
+    draft model; other pairs go on without a word, too. facts: what results say of it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Way:
     refusal: Callable[[Any], str | None] = lambda options: None
     calls_modules: bool = True
     optional: bool = False
+    needs_model: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,9 @@ from specdec.trace import StepTrace
 
 LOSSY = " (LOSSY: this text does not follow the target's law)"
 
+OF_DRAFTS = ("mean acceptance length", "acceptance rate", "acceptance by position")
+"""Lines that say nothing where nothing was drafted."""
+
 
 class DraftTotals:
     """What follows from how much was drafted and accepted."""
@@ -33,9 +36,12 @@ class DraftTotals:
 class SpecReport(DraftTotals):
     """Totals of one call, over all rows.
 
-    A *draft* is one row's proposal in one step. `mean_acceptance_length` includes the recovered or bonus token:
-    1 + accepted / drafts. `per_position_acceptance[d]` is conditional on depth d having been reached with a
-    proposal there. Token counts are before stop rules cut the last run, except `num_emitted_tokens`.
+    A *draft* is one row's proposal in one step (`num_row_steps` counts all steps of all rows, `num_drafts` those with a
+    proposal). `mean_acceptance_length` includes the recovered or bonus token: 1 + accepted / drafts.
+    `per_position_acceptance[d]` is conditional on depth d having been reached with a proposal there. Token counts are
+    before stop rules cut the last run, except `num_emitted_tokens`.
+    `ms_first_draft`, `ms_first_verify`: what the first step took of `ms_draft` and `ms_verify`: as a rule it reads the
+    prompt, and `ms_prefill` is what was read before it. `kv_models`: models whose K/V `kv_bytes` holds.
     In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
     took when the mode was probed: the price of strictness.
     `rule` is the rule that decided; `lossless` is False when it changes the law.
@@ -57,6 +63,7 @@ class SpecReport(DraftTotals):
     num_prompt_tokens: int = 0
     num_emitted_tokens: int = 0
     num_steps: int = 0
+    num_row_steps: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -69,11 +76,14 @@ class SpecReport(DraftTotals):
     last_drafter_fault: str | None = None
     acceptance_z: float | None = None
     ms_prefill: float = 0.0
+    ms_first_draft: float = 0.0
+    ms_first_verify: float = 0.0
     ms_draft: float = 0.0
     ms_verify: float = 0.0
     ms_rest: float = 0.0
     ms_total: float = 0.0
     kv_bytes: int = 0
+    kv_models: int = 1
     processor_calls: dict[str, int] = field(default_factory=dict)
     processor_ms: dict[str, float] = field(default_factory=dict)
     plan: PlanReport | None = None
@@ -91,17 +101,20 @@ class SpecReport(DraftTotals):
     @property
     def tokens_per_step(self) -> float:
         """Emitted tokens per forward pass of the target after the prefill, per row."""
-        return self.num_emitted_tokens / max(1, self.num_drafts)
+        return self.num_emitted_tokens / max(1, self.num_row_steps)
 
     def add(self, trace: StepTrace, reached: list[int]) -> None:
         """Count one step. `reached[i]`: depths of row i's tree that a decision was taken at."""
+        if self.num_steps == 0:
+            self.ms_first_draft, self.ms_first_verify = trace.ms_draft, trace.ms_verify
         self.num_steps += 1
         self.ms_draft += trace.ms_draft
         self.ms_verify += trace.ms_verify
         self.ms_rest += trace.ms_rest
         for i in range(len(trace.rows)):
             accepted = trace.accepted[i]
-            self.num_drafts += 1
+            self.num_row_steps += 1
+            self.num_drafts += trace.drafted[i] > 0
             self.num_draft_tokens += trace.drafted[i]
             self.num_accepted_tokens += accepted
             self.num_emitted_tokens += len(trace.emitted[i])
@@ -113,7 +126,8 @@ class SpecReport(DraftTotals):
             ):
                 for position in range(upto):
                     _bump(counts, position)
-            _bump(self.acceptance_histogram, accepted)
+            if trace.drafted[i]:
+                _bump(self.acceptance_histogram, accepted)
         longest = max(len(self.num_accepted_tokens_per_pos), len(self.num_reached_per_pos))
         for counts in (self.num_accepted_tokens_per_pos, self.num_reached_per_pos):
             counts.extend([0] * (longest - len(counts)))
@@ -140,14 +154,14 @@ class SpecReport(DraftTotals):
 
     def summary(self) -> str:
         """A plain-text table for people."""
-        steps = max(1, self.num_steps)
         positions = " ".join(f"{rate:.2f}" for rate in self.per_position_acceptance) or "-"
-        draft, verify, rest = (total / steps for total in (self.ms_draft, self.ms_verify, self.ms_rest))
         lines = [
             ("drafter / rule", f"{self.drafter} / {self.rule}{'' if self.lossless else LOSSY}"),
             ("emitted tokens", f"{self.num_emitted_tokens} in {self.num_steps} steps ({self.num_rows} rows)"),
             ("tokens per second", f"{self.tokens_per_second:.1f}"),
-            ("mean acceptance length", f"{self.mean_acceptance_length:.2f} tokens per target pass"),
+            ("tokens per target pass", f"{self.tokens_per_step:.2f} of a row"),
+            ("drafts", f"{self.num_drafts}, {self.num_row_steps - self.num_drafts} steps decoded plainly"),
+            ("mean acceptance length", f"{self.mean_acceptance_length:.2f} tokens per draft"),
             ("acceptance rate", f"{self.draft_acceptance_rate:.2f} of {self.num_draft_tokens} drafted tokens"),
             ("acceptance by position", positions),
             (
@@ -155,10 +169,12 @@ class SpecReport(DraftTotals):
                 f"{self.num_accepted_tokens} accepted, {self.num_recovered_tokens} recovered, "
                 f"{self.num_bonus_tokens} bonus",
             ),
-            ("ms per step", f"draft {draft:.2f}, verify {verify:.2f}, rest {rest:.2f}"),
-            ("prefill", f"{self.ms_prefill:.1f} ms for {self.num_prompt_tokens} prompt tokens"),
-            ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB, both models"),
+            ("ms per step", self._phases()),
+            ("prefill", self._prefill()),
+            ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB" + (", both models" if self.kv_models > 1 else "")),
         ]
+        if not self.num_drafts:
+            lines = [line for line in lines if line[0] not in OF_DRAFTS]
         if self.acceptance_z is not None:
             lines.append(("acceptance vs theory", f"{self.acceptance_z:+.2f} standard errors"))
         if self.strict_width is not None:
@@ -177,6 +193,18 @@ class SpecReport(DraftTotals):
         lines += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+    def _phases(self) -> str:
+        """Milliseconds of a step; the first one, which reads the prompt, is left out where there are others."""
+        others, first = max(1, self.num_steps - 1), self.num_steps > 1
+        draft = (self.ms_draft - first * self.ms_first_draft) / others
+        verify = (self.ms_verify - first * self.ms_first_verify) / others
+        said = f"draft {draft:.2f}, verify {verify:.2f}, rest {self.ms_rest / max(1, self.num_steps):.2f}"
+        return said + " (after the first step)" * first
+
+    def _prefill(self) -> str:
+        said = f"{self.num_prompt_tokens} prompt tokens: {self.ms_prefill:.1f} ms before the first step"
+        return said + f", {self.ms_first_draft:.1f} of drafting and {self.ms_first_verify:.1f} of verifying in it"
 
 
 def _bump(counts: list[int], index: int) -> None:

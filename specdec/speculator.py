@@ -18,6 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.arguments import Draft, Target, make_draft, make_page_size, make_strict
 from specdec.call_lock import CallLock
+from specdec.described import drafter_words, model_words
 from specdec.drafters import FallbackGuard
 from specdec.kv import UnsupportedArgumentError
 from specdec.loop import DecodeLoop
@@ -107,6 +108,15 @@ class Speculator:
             check_choice(rule, lossy, drafter.name, drafter.kind)
         self.report: SpecReport | None = None
         self._lock = CallLock()
+
+    def __repr__(self) -> str:
+        drafter = None if self.drafter is None else self.drafter.inner
+        pages = "" if self.page_size is None else f", pages of {self.page_size}"
+        exactness = "distribution" if self.strict is None else f"strict, width {self.strict.width}"
+        return (
+            f"Speculator(target: {model_words(self.target)}; draft: {drafter_words(drafter)}; rule: {self.rule}; "
+            f"exactness: {exactness}{pages})"
+        )
 
     @classmethod
     def from_pair(cls, pair: str | Path | Pair, *, dtype: Any = None, device: Any = None, **options: Any) -> Speculator:

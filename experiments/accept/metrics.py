@@ -29,8 +29,9 @@ class CellStats:
     could draft (the recovered or bonus token counts). acceptance_rate: accepted / drafted tokens. per_position: of
     the steps that reached a depth with a proposal there, how many kept it. alpha: how often a draft's first level was
     kept; alpha_star: the mean over the roots it is known for of the best any rule could do, alpha_there: alpha over
-    the same roots. tokens_per_second: total tokens / total seconds, prompts included. speedup: against plain decoding
-    of the same prompt: median and quartiles over prompts. ms: draft, verify, rest, per step; ms_prefill: per turn.
+    the same `num_roots` roots. tokens_per_second: total tokens / total seconds, prompts included. speedup: against
+    plain decoding of the same prompt: median and quartiles over prompts. ms: draft, verify, rest, per step;
+    ms_prefill: per turn.
     """
 
     cell: Cell
@@ -45,6 +46,7 @@ class CellStats:
     alpha: float
     alpha_star: float
     alpha_there: float
+    num_roots: int
     tokens_per_second: float
     speedup: Spread | None
     ms: tuple[float, float, float]
@@ -111,7 +113,7 @@ class Runs:
             acceptance_rate=_share(accepted, drafted), drafted_per_step=_share(drafted, drafting),
             per_position=[_share(k, r) for k, r in zip(kept, reached, strict=False)], reached=reached,
             alpha=_share(first, drafting), alpha_star=_share(watched["star"], watched["scanned"]),
-            alpha_there=_share(watched["scanned_first"], watched["scanned"]),
+            alpha_there=_share(watched["scanned_first"], watched["scanned"]), num_roots=watched["scanned"],
             tokens_per_second=_share(tokens, seconds),
             speedup=None if cell.is_plain else self._speedup(cell, entries),
             ms=(ms[0], ms[1], ms[2]), ms_prefill=sum(turn["ms_prefill"] for turn in turns) / len(turns),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from specdec.experiments.accept.setting import EXAMPLES, PLAIN, Setting
+from specdec.experiments.display import lacking
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Options, argument, option
-from specdec.experiments.pair import Dtype, PairOptions, Seed
+from specdec.experiments.pair import PROMPT_FILES, Dtype, NewTokens, PairOptions, Seed, own_prompts
 from specdec.experiments.workloads import SOURCES, Source
 
 DEFAULT_SETTINGS = (
@@ -20,7 +21,11 @@ DEFAULT_SETTINGS = (
     "model:tree=2,1,1,1,1,1:children=sampled",
     "ngram:k=6",
 )
+"""Of pairs with a draft model."""
+NGRAM_SETTINGS = ("ngram:k=3", "ngram:k=6", "ngram:k=10", "ngram:k=10:branches=2")
+"""Of other pairs."""
 KNOWN_RULES = ("rejection", "block", "naive", "recursive_rejection", "traversal", "budget_flow", "coupled")
+SETTING = ("--setting", "-s")
 UNRECORDED = ("out", "threads", "device", "report")
 """Options that may differ when a run is resumed: they change how fast it is, not what it measures."""
 
@@ -29,10 +34,11 @@ UNRECORDED = ("out", "threads", "device", "report")
 class AcceptOptions(PairOptions):
     """One acceptance experiment."""
 
+    needs_draft: ClassVar[bool] = False
     out: Annotated[Path, option("Folder of the run; an interrupted one is resumed.")] = Path("accept-results")
-    settings: Annotated[tuple[str, ...], option(f"What drafts; repeat for more. {EXAMPLES}", "--setting", "-s")] = (
-        DEFAULT_SETTINGS
-    )
+    settings: Annotated[
+        tuple[str, ...], option(f"What drafts (default: some of what the pair has); repeat. {EXAMPLES}", *SETTING)
+    ] = ()
     rules: Annotated[tuple[str, ...], option("Rules to compare (default: the best few per setting).", "--rule")] = ()
     max_rules: Annotated[int, option("Rules per setting when none are named.")] = 3
     temperatures: Annotated[
@@ -41,7 +47,8 @@ class AcceptOptions(PairOptions):
     prompts: Annotated[tuple[str, ...], option(f"Some of {', '.join(SOURCES)}; repeat.")] = ("shipped", "stdlib")
     num_prompts: Annotated[int, option("Prompts of each source.")] = 4
     prompt_tokens: Annotated[int, option("Longer prompts lose their beginning.")] = 512
-    new_tokens: Annotated[int, option("Tokens to generate per turn, at most.")] = 48
+    prompt_files: Annotated[tuple[Path, ...], option(f"{PROMPT_FILES} In place of --prompts.", "--prompt-file")] = ()
+    new_tokens: NewTokens = 48
     top_k: Annotated[int, option("Of the sampling law; 0 cuts nothing.")] = 0
     top_p: Annotated[float, option("Of the sampling law; 1 cuts nothing.")] = 1.0
     ignore_eos: Annotated[bool, option("Generate on after an end token (texts of one length).")] = True
@@ -62,21 +69,37 @@ class AcceptOptions(PairOptions):
             raise ExperimentError(
                 f"expected top_k >= 0 and 0 < top_p <= 1 (0 and 1 cut nothing), got {self.top_k} and {self.top_p}"
             )
-        if not self.settings or not self.prompts:
-            raise ExperimentError("expected at least one setting and one source of prompts")
-        self.parsed_settings()
+        if not self.prompts:
+            raise ExperimentError("expected at least one source of prompts")
+        for text in self.settings:
+            Setting.parse(text)
         self.sources()
+
+    def check(self) -> None:
+        super().check()
+        own_prompts(self.prompt_files)
+        if self.report:
+            need_for_report("; or leave it out with --no-report")
+        if not self.has_draft_model and (needing := [str(one) for one in self.parsed_settings() if one.needs_model]):
+            raise ExperimentError(f"settings {', '.join(needing)}: need a draft model; give --draft")
 
     def parsed_settings(self) -> list[Setting]:
         """All settings, each once, without plain decoding (which always runs)."""
-        found = dict.fromkeys(Setting.parse(text) for text in self.settings)
+        usual = DEFAULT_SETTINGS if self.has_draft_model else NGRAM_SETTINGS
+        found = dict.fromkeys(Setting.parse(text) for text in self.settings or usual)
         return [setting for setting in found if setting != PLAIN]
 
     def sources(self) -> list[Source]:
+        if self.prompt_files:
+            return [Source("file", file) for file in self.prompt_files]
         return [Source.parse(text) for text in dict.fromkeys(self.prompts)]
 
     def to_dict(self, *left_out: str) -> dict[str, Any]:
-        return {**super().to_dict(*left_out), "pair": Path(self.pair).name}
+        found = {**super().to_dict("prompt_files", *left_out), "pair": Path(self.pair).name}
+        found["settings"] = tuple(map(str, self.parsed_settings()))
+        if self.prompt_files:
+            found["prompts"] = tuple(map(str, self.sources()))
+        return found
 
     def recorded(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
@@ -89,7 +112,7 @@ class ScoreOptions(Options):
     """What is scored on the logged texts of a run."""
 
     folder: Annotated[Path, argument("Folder of a run made with --log.")]
-    settings: Annotated[tuple[str, ...], option("What to score; repeat.", "--setting", "-s")] = ()
+    settings: Annotated[tuple[str, ...], option("What to score; repeat.", *SETTING)] = ()
     rules: Annotated[tuple[str, ...], option("Rules to score (default: all that take the drafts).", "--rule")] = ()
     json: Annotated[Path | None, option("Also write the scores as JSON.")] = None
 
@@ -100,3 +123,12 @@ class ReportOptions(Options):
 
     folder: Annotated[Path, argument("Folder of a run.")]
     out: Annotated[Path | None, option("Where to write (default: report.html in the folder).")] = None
+
+    def check(self) -> None:
+        need_for_report()
+
+
+def need_for_report(otherwise: str = "") -> None:
+    """Raises ExperimentError: what the report is made with is not installed. Said before a run, not after it."""
+    if missing := lacking("matplotlib", "jinja2"):
+        raise ExperimentError(f"the report needs {' and '.join(missing)}: pip install 'specdec-lm[viz]'{otherwise}")

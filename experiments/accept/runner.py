@@ -64,7 +64,7 @@ def run(options: AcceptOptions) -> int:
         options, options.seed, str(share.device), pair=options.chosen_pair().name, options=options.to_dict(),
         rank=share.rank, num_processes=share.count,
     )  # fmt: skip
-    models = Models.load(options.pair, options.dtype, share.device, ends=not options.ignore_eos)
+    models = Models.load(options.chosen_pair(), options.dtype, share.device, ends=not options.ignore_eos)
     prompts = [p for wanted in options.sources() for p in wanted.load(models.tokenizer, options.num_prompts)]
     todo, skipped = plan(options, prompts, store.finished())
     share.wait()  # until all have read what is finished: nobody may add to it before the work is divided
@@ -91,7 +91,7 @@ def plan(options: AcceptOptions, prompts: list[Prompt], finished: set[str]) -> t
     units: list[Unit] = []
     for prompt in prompts:
         for temperature in dict.fromkeys(options.temperatures):
-            if options.log:
+            if options.log and options.has_draft_model:  # a log sets two models' laws side by side
                 units.append((None, temperature, prompt))
             units += [(cell, temperature, prompt) for cell in wanted if cell.temperature == temperature]
     return [unit for unit in units if _key(unit) not in finished], skipped
@@ -127,7 +127,7 @@ def _work(options: AcceptOptions, models: Models, store: Store, units: list[Unit
 
     @cache
     def speculator(setting: Setting, rule: str) -> Speculator:
-        return Speculator(models.target, setting.build(models.draft), rule=rule)
+        return Speculator(models.target, setting.build(models.draft_model), rule=rule)
 
     writer = Cell(options.parsed_settings()[0], "auto", 0.0) if options.parsed_settings() else None
     warm: set[str] = set()

@@ -133,7 +133,9 @@ def score_folder(options: ScoreOptions) -> None:
     store = Store(options.folder)
     logs = Logs(store)
     if not logs.texts:
-        raise ResultsError(f"{options.folder.name}: no logged texts; run `specdec accept` with --log")
+        raise ResultsError(
+            f"{options.folder.name}: no logged texts; run `specdec accept` with --log on a pair with a draft model"
+        )
     runs = Runs.read(store)
     wanted = [Setting.parse(text) for text in options.settings or DEFAULT_SCORED]
     unable = {str(setting): why for setting in wanted

@@ -73,6 +73,11 @@ class Setting:
         return dict(self.fields).get(name, default)
 
     @property
+    def needs_model(self) -> bool:
+        """Whether a draft model drafts."""
+        return self.kind in ("model", "best-first")
+
+    @property
     def widths(self) -> tuple[int, ...] | None:
         """Children per level of static shapes (a chain of k is k ones), None for others."""
         return self.get("tree", (1,) * self.get("k", 4)) if self.kind == "model" else None

@@ -53,6 +53,8 @@ def _refusal(dtype: str, options: BenchOptions) -> str | None:
     except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library does not load
         return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec-lm[llamacpp]'"
     chosen = options.chosen_pair()
+    if chosen.target.gguf_file is not None:
+        return "the target is a GGUF file; its weights are widened here, and compared with those of models in folders"
     folder = Path(chosen.location(chosen.target))
     return refusal(folder) if folder.is_dir() else f"{folder.as_posix()} is not a folder on this machine"
 

@@ -24,6 +24,7 @@ import typer
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, Options, append_lines, dated, option, started
+from specdec.experiments.pair import NewTokens
 from specdec.shipped import DEFAULT_PAIR, pair_folder
 
 BENCH = "llama-bench"
@@ -152,8 +153,8 @@ class ToolOptions(Options):
     pair: Annotated[str | Path, option("Folder with target/ and draft/, or a shipped pair's name.")] = DEFAULT_PAIR
     num_prompts: Annotated[int, option("Held-out prompts.")] = BenchOptions.num_prompts
     prompt_tokens: Annotated[int, option("Tokens of each prompt.")] = BenchOptions.prompt_tokens
-    new_tokens: Annotated[int, option("Tokens to generate.")] = BenchOptions.new_tokens
-    k: Annotated[int, option("Drafted tokens per step.")] = 5
+    new_tokens: NewTokens = BenchOptions.new_tokens
+    k: Annotated[int, option("Drafted tokens per step.", "--k", "-k")] = 5
     dtype: Annotated[str, option("Of weights and K/V: f32 or f16.")] = "f32"
     threads: Annotated[int, option("Threads of both programs.")] = BenchOptions.threads
     rounds: Annotated[int, option("Times each prompt is run.")] = BenchOptions.rounds

@@ -58,6 +58,10 @@ class ModelClock:
 
     @contextmanager
     def on(self, model: Any, calls_modules: bool = True) -> Iterator[None]:
+        """`model` None: nothing to count."""
+        if model is None:
+            yield
+            return
         if not calls_modules:
             with observing(lambda used, seconds: self._add(seconds) if used is model else None):
                 yield
@@ -111,7 +115,7 @@ def measure(
                 gc.collect()
                 target, draft = ModelClock(), ModelClock()
                 call = partial(ready[way.name], ids, options.seed + 1000 * round_ + prompt)
-                with target.on(models.target, way.calls_modules), draft.on(models.draft, way.calls_modules):
+                with target.on(models.target, way.calls_modules), draft.on(models.draft_model, way.calls_modules):
                     output, spent = timed(call, options.device)
                 _check_shape(way.name, output.ids, ids, options.new_tokens)
                 outputs[way.name] = output
@@ -122,7 +126,7 @@ def measure(
                     target_seconds, draft.seconds, report,
                 ))  # fmt: skip
             if not options.temperature and round_ == 0:  # greedy outputs do not change between rounds
-                found += differences(models.target, outputs, PLAIN, prompt, options.prompt_tokens)
+                found += differences(models.target, outputs, PLAIN, prompt, ids.shape[1])
     gc.unfreeze()
     return runs, found
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import option
-from specdec.experiments.pair import Device, Dtype, Models, PairOptions, Seed
+from specdec.experiments.pair import PROMPT_FILES, Device, Dtype, Models, NewTokens, PairOptions, Seed, own_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(PairOptions):
     """One benchmark run. `batch` prompts share a call; end tokens do not stop a text; plain generation, the reference,
-    always runs."""
+    always runs. Prompts of `prompt_files` are as long as they are, and take the place of the held-out ones."""
 
+    needs_draft: ClassVar[bool] = False
+    prompt_files: Annotated[tuple[Path, ...], option(PROMPT_FILES, "--prompt-file")] = ()
     num_prompts: Annotated[int, option("Held-out prompts.")] = 8
     prompt_tokens: Annotated[int, option("Tokens of each prompt.")] = 128
-    new_tokens: Annotated[int, option("Tokens to generate.")] = 128
-    temperature: Annotated[float, option("0 is greedy; outputs are then compared.")] = 0.0
+    new_tokens: NewTokens = 128
+    temperature: Annotated[float, option("0 is greedy; outputs are then compared.", "--temperature", "-t")] = 0.0
     batch: Annotated[int, option("Prompts per call.")] = 1
     peers: Annotated[tuple[str, ...], option("Peer or family to run; repeat for more.")] = ()
     rounds: Annotated[int, option("Times every peer sees every prompt.")] = 3
@@ -39,15 +42,32 @@ class BenchOptions(PairOptions):
         self.at_least(1, "num_prompts", "prompt_tokens", "batch", "rounds")
         self.at_least(2, "new_tokens")  # one token leaves nothing to speculate on
         self.at_least(0, "temperature")
+        if self.prompt_files and self.batch > 1:
+            raise ExperimentError("prompts of files have lengths of their own: expected batch 1 with --prompt-file")
         if self.num_prompts % self.batch:
             raise ExperimentError(
                 f"expected num_prompts to be a multiple of batch, got {self.num_prompts} and {self.batch}; "
                 f"use num_prompts={-(-self.num_prompts // self.batch) * self.batch}"
             )
 
+    def check(self) -> None:
+        super().check()
+        own_prompts(self.prompt_files)
+
     def prompts(self, models: Models) -> list[Tensor]:
         """What to generate from, one tensor per call."""
+        if self.prompt_files:
+            return models.own_prompts(own_prompts(self.prompt_files)[: 2 if self.quick else None], self.new_tokens)
         return models.prompts(self.num_prompts, self.prompt_tokens, self.seed, self.batch)
+
+    def of(self, prompts: Sequence[Tensor]) -> BenchOptions:
+        """The options with the number and the greatest length of the prompts that were found."""
+        longest = max(ids.shape[1] for ids in prompts)
+        return replace(self, num_prompts=sum(len(ids) for ids in prompts), prompt_tokens=longest)
+
+    def to_dict(self, *left_out: str) -> dict[str, Any]:
+        found = super().to_dict("prompt_files", *left_out)
+        return found | ({"prompt_files": [file.name for file in self.prompt_files]} if self.prompt_files else {})
 
     @property
     def mode(self) -> str:

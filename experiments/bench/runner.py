@@ -18,6 +18,8 @@ from specdec.experiments.display import console, progress
 from specdec.experiments.frame import append_lines, dated, started
 from specdec.experiments.ways import select
 
+NO_MODEL = "the pair has no draft model; give --draft"
+
 
 def run(options: BenchOptions) -> int:
     """Measure, print, write `bench-<date>.jsonl` and `.png` into `options.out`.
@@ -30,14 +32,16 @@ def run(options: BenchOptions) -> int:
     """
     options = options.effective()
     ways = select(all_ways(options.quick), options.peers, always=PLAIN)
-    skipped = {way.name: reason for way in ways if (reason := way.refusal(options)) is not None}
+    lacking = {way.name: NO_MODEL for way in ways if way.needs_model and not options.has_draft_model}
+    skipped = lacking | {way.name: reason for way in ways if (reason := way.refusal(options)) is not None}
     if not options.peers:
-        ways = [way for way in ways if not (way.optional and way.name in skipped)]
+        ways = [way for way in ways if not (way.name in lacking or (way.optional and way.name in skipped))]
     runnable = [way for way in ways if way.name not in skipped]
     pair = options.chosen_pair().name
     source = started(options, options.seed, options.device, pair=pair, options=options.to_dict())
     models = options.load()
     batches = options.prompts(models)
+    options = options.of(batches)
     path = dated(options.out, "bench", "jsonl")
     written: dict[str, list[dict[str, Any]]] = {}
 

@@ -12,6 +12,7 @@ from specdec.experiments.bench.equality import Difference
 from specdec.experiments.bench.memory import Memory
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.stats import Summary
+from specdec.experiments.bench.ways import UNDRAFTED
 
 
 def show(
@@ -79,10 +80,13 @@ def verdict_lines(summaries: Sequence[Summary], differences: Sequence[Difference
             f"{d.peer}: prompt {d.prompt} row {d.row} leaves HF plain at new token {d.position}: "
             f"logits {d.gap:.1e} apart, {kind}"
         )
+    alone = next((s.speedup for s in summaries if s.peer == UNDRAFTED), None)
     for s in summaries:
         if not (s.best and s.family.startswith("specdec")) or s.speedup is None:
             continue
         line = f"{s.peer}: {s.speedup.median:.2f}x HF plain"
+        if alone is not None and s.peer != UNDRAFTED:
+            line += f", {s.speedup.median / alone.median:.2f}x specdec without a drafter"
         if s.speedup_assisted is not None:
             best = next(other for other in summaries if other.best and other.family == "hf-assisted")
             line += f", {s.speedup_assisted.median:.2f}x {best.peer} (its best setting)"

@@ -13,6 +13,7 @@ from specdec.experiments.ways import Generate, Way, assisted, speculating, trans
 from specdec.speculator import Speculator
 
 PLAIN = "hf-plain"
+UNDRAFTED = "specdec-none"
 ASSISTED = "hf-assisted"
 
 
@@ -23,7 +24,7 @@ def hf_plain() -> Way:
 def hf_assisted(k: int) -> Way:
     return Way(
         f"{ASSISTED}-k{k}", lambda models, options: assisted(models.target, models.draft, k, *_lengths(options)),
-        ASSISTED, _one_row,
+        ASSISTED, _one_row, needs_model=True,
     )  # fmt: skip
 
 
@@ -35,9 +36,17 @@ def prompt_lookup(k: int, ngram: int) -> Way:
     return Way(f"hf-prompt-lookup-k{k}-n{ngram}", ready, "hf-prompt-lookup", _one_row)
 
 
+def specdec_none() -> Way:
+    """specdec without a drafter: what its passes gain before anything is drafted."""
+    return Way(
+        UNDRAFTED, lambda models, options: speculating(Speculator(models.target, None), *_lengths(options)),
+        calls_modules=False,
+    )  # fmt: skip
+
+
 def specdec_model(k: int) -> Way:
     """The pair's draft model, chains of k."""
-    return _specdec("model", f"k{k}", lambda models: models.draft, k=k)
+    return _specdec("model", f"k{k}", lambda models: models.draft, needs_model=True, k=k)
 
 
 def specdec_ngram(k: int, branches: int) -> Way:
@@ -45,33 +54,42 @@ def specdec_ngram(k: int, branches: int) -> Way:
     return _specdec("ngram", f"k{k}-b{branches}", lambda models: NgramDrafter(k=k, branches=branches))
 
 
-def specdec_planned(ngram: bool) -> Way:
-    """As it is by default: which drafter, and how deep, is planned step by step."""
-    setting = "model+ngram" if ngram else "model"
-    return _specdec("planned", setting, lambda models: [models.draft, "ngram"] if ngram else models.draft)
+def specdec_planned(drafts: str) -> Way:
+    """As it is by default: which drafter, and how deep, is planned step by step. drafts: "model", "model+ngram" or
+    "ngram"."""
+
+    def draft(models: Models) -> Any:
+        found = [models.draft if name == "model" else name for name in drafts.split("+")]
+        return found if len(found) > 1 else found[0]
+
+    return _specdec("planned", drafts, draft, needs_model="model" in drafts)
 
 
 def all_ways(quick: bool = False) -> list[Way]:
     """Every setting of every way, plain generation first."""
     if quick:
-        few = [hf_plain(), hf_assisted(4), prompt_lookup(10, 2), specdec_model(4), specdec_ngram(5, 1)]
+        few = [hf_plain(), hf_assisted(4), prompt_lookup(10, 2), specdec_none(), specdec_model(4), specdec_ngram(5, 1)]
         return [*few, llama_cpp("f32")]
     return [
         hf_plain(),
         *(hf_assisted(k) for k in (2, 3, 4, 5, 8)),
         *(prompt_lookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
+        specdec_none(),
         *(specdec_model(k) for k in (2, 3, 4, 5, 8)),
         *(specdec_ngram(k, branches) for k in (5, 10) for branches in (1, 2)),
-        *(specdec_planned(ngram) for ngram in (False, True)),
+        *(specdec_planned(drafts) for drafts in ("model", "model+ngram", "ngram")),
         *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, 2, 10)),
     ]
 
 
-def _specdec(family: str, setting: str, draft: Callable[[Models], Any], **arguments: Any) -> Way:
+def _specdec(
+    family: str, setting: str, draft: Callable[[Models], Any], needs_model: bool = False, **arguments: Any
+) -> Way:
     def ready(models: Models, options: BenchOptions) -> Generate:
         return speculating(Speculator(models.target, draft(models), **arguments), *_lengths(options))
 
-    return Way(f"specdec-{family}-{setting}", ready, f"specdec-{family}", calls_modules=False)
+    name = f"specdec-{family}"
+    return Way(f"{name}-{setting}", ready, name, calls_modules=False, needs_model=needs_model)
 
 
 def _lengths(options: BenchOptions) -> tuple[int, float]:

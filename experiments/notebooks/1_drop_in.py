@@ -67,7 +67,7 @@ print(spec.report.summary())
 spec = specdec.Speculator(target, draft, k=4)
 assert torch.equal(spec.generate(**inputs, max_new_tokens=64, do_sample=False), plain)
 report = spec.report
-print(f"{report.num_emitted_tokens} tokens in {report.num_steps} passes: {report.mean_acceptance_length:.2f} per pass")
+print(f"{report.num_emitted_tokens} tokens in {report.num_steps} passes: {report.tokens_per_step:.2f} per pass")
 assert report.num_steps < 64
 
 # %% [markdown]
@@ -104,7 +104,7 @@ assert torch.equal(target.generate(**inputs, max_new_tokens=64, do_sample=False,
 
 with specdec.patch(target, draft, k=4) as patched:
     assert torch.equal(target.generate(**inputs, max_new_tokens=64, do_sample=False), plain)
-print(f"inside the patch: {patched.report.mean_acceptance_length:.2f} tokens per pass")
+print(f"inside the patch: {patched.report.tokens_per_step:.2f} tokens per pass")
 
 # %% [markdown]
 # ## No second model
@@ -117,7 +117,7 @@ ngram = specdec.Speculator(target, "ngram", k=8)
 imports = tokenizer("import os\nimport sys\n", return_tensors="pt")
 out = ngram.generate(**imports, max_new_tokens=48, do_sample=False)
 assert torch.equal(out, target.generate(**imports, max_new_tokens=48, do_sample=False))
-print(f"n-grams: {ngram.report.mean_acceptance_length:.2f} tokens per pass")
+print(f"n-grams: {ngram.report.tokens_per_step:.2f} tokens per pass")
 assert ngram.report.mean_acceptance_length > 1.5
 
 # %% [markdown]

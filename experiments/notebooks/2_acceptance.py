@@ -73,7 +73,7 @@ def coloured(prompt, **options):
     turn = {"token_ids": out[0, inputs.input_ids.shape[1] :].tolist(), "kinds": kinds}
     assert len(turn["token_ids"]) == len(kinds)
     display(HTML(STYLE + LEGEND + f'<pre class="spec">{marked(turn, tokenizer)}</pre>'))
-    print(f"{spec.report.num_steps} steps, {spec.report.mean_acceptance_length:.2f} tokens per step")
+    print(f"{spec.report.num_steps} steps, {spec.report.tokens_per_step:.2f} tokens per step")
     return spec.report
 
 

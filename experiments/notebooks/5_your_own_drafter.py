@@ -103,7 +103,7 @@ for ids in held_out_prompts(tokenizer, 3, 48, seed=1):
     for drafter in (trigram, specdec.NgramDrafter(k=4), specdec.ModelDrafter(draft, k=4)):
         spec = specdec.Speculator(target, drafter)
         assert torch.equal(spec.generate(**inputs, **options), plain)
-        lengths[drafter.name] = spec.report.mean_acceptance_length
+        lengths[drafter.name] = spec.report.tokens_per_step
     print({name: f"{length:.2f} tokens per pass" for name, length in lengths.items()})
     assert 1 < lengths["trigram"] < lengths["model"]
 

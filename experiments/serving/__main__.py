@@ -9,7 +9,7 @@ from typing import Annotated
 
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, ResultFile, option, started
-from specdec.experiments.pair import PairOptions, Seed
+from specdec.experiments.pair import NewTokens, PairOptions, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class ServingOptions(PairOptions):
     concurrency: Annotated[str, option("Requests under way at once, e.g. 1,4,8,16.")] = "1,4,8,16"
     requests: Annotated[int, option("Requests per run; 0 = four times the concurrency.")] = 0
     prompt_tokens: Annotated[int, option("Tokens of each prompt.")] = 128
-    new_tokens: Annotated[int, option("Tokens of each text.")] = 128
-    temperature: Annotated[float, option("0 is greedy.")] = 0.0
-    k: Annotated[int, option("Length of drafted chains.")] = 4
+    new_tokens: NewTokens = 128
+    temperature: Annotated[float, option("0 is greedy.", "--temperature", "-t")] = 0.0
+    k: Annotated[int, option("Length of drafted chains.", "--k", "-k")] = 4
     rounds: Annotated[int, option("Times every peer serves every workload.")] = 3
     peers: Annotated[str, option("Names or families of peers, separated by commas; empty = all.")] = ""
     seed: Seed = 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, Options, option
+from specdec.experiments.pair import NewTokens
 from specdec.experiments.train_pair.recipe import Recipe, preset
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class EvaluateOptions(Options):
     json: Annotated[Path | None, option("Also write the numbers to this file.")] = None
     card: Annotated[bool, option("Also write evaluation.json and model cards into --pair.", "--card")] = False
     prompts: Annotated[int, option("Held-out prompts.")] = 40
-    new_tokens: Annotated[int, option("Tokens to generate.")] = 192
+    new_tokens: NewTokens = 192
     k: Annotated[int, option("Length of the draft chain.", "-k")] = 4
     threads: Threads = None
 

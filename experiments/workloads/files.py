@@ -1,6 +1,6 @@
 """One prompt, and files of them in each form there is, with one clear error for everything that can be wrong.
 
-`jsonl`, ours: `question_id`, `category`, `turns`, continued without a chat template.
+`jsonl`, ours: `question_id`, `category`, `turns`, continued without a chat template; or `prompt` alone.
 
 `spec-bench` (github.com/hemingkx/Spec-Bench, `data/spec_bench/question.jsonl`): the same keys. Domain: the six tasks
 Spec-Bench reports, its eight MT-bench categories taken together.
@@ -83,9 +83,29 @@ def read(path: Path, form: str) -> list[Prompt]:
     return list(found.values())
 
 
+def read_prompts(path: Path) -> list[Prompt]:
+    """A user's own prompts: a text file is one, continued as it stands; `.jsonl` has one a line, `{"prompt": TEXT}` or
+    the `jsonl` form.
+
+    Raises:
+        WorkloadError: no such file, not such a file, or nothing in it.
+    """
+    if path.suffix == ".jsonl":
+        return read(path, "jsonl")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise WorkloadError(f"prompts: could not read {path.name!r}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise WorkloadError(f"prompts: expected a text file in UTF-8, got {path.name!r}") from None
+    return [Prompt(path.name, path.stem, (text,))]
+
+
 def _prompt(entry: Any, where: str, form: str) -> Prompt:
     if not isinstance(entry, dict):
         raise WorkloadError(f"{where}: expected an object, got {type(entry).__name__}")
+    if form == "jsonl" and isinstance(entry.get("prompt"), str) and entry["prompt"]:
+        return Prompt(where, "own", (entry["prompt"],))
     known, turns, domain = entry.get("question_id"), entry.get("turns"), entry.get("category")
     if isinstance(known, bool) or not isinstance(known, (int, str)) or known == "":
         raise WorkloadError(f"{where}: expected 'question_id', a number or a name, got {known!r}")

@@ -1,4 +1,4 @@
-"""Where prompts come from, by name: `shipped`, `stdlib`, `spec-bench:FILE`, `speed-bench:FILE`, `jsonl:FILE`."""
+"""Where prompts come from, by name: `shipped`, `stdlib`, or a form and a file (SOURCES)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.workloads.files import Prompt, WorkloadError, read
+from specdec.experiments.workloads.files import Prompt, WorkloadError, read, read_prompts
 
 SHIPPED = Path(__file__).with_name("prompts.jsonl")
-SOURCES = ("shipped", "stdlib", "spec-bench:FILE", "speed-bench:FILE", "jsonl:FILE")
+SOURCES = ("shipped", "stdlib", "spec-bench:FILE", "speed-bench:FILE", "jsonl:FILE", "file:FILE")
 STDLIB_TOKENS = 128
 """Length of a prompt from a held-out library file."""
 
@@ -36,6 +36,7 @@ class Source:
 
     def load(self, tokenizer: Any, num: int | None = None, seed: int = 0) -> list[Prompt]:
         """The prompts; `num` of them, as many of each domain as possible, in a fixed order; None: all.
+        A user's own file (`file`) is taken whole.
 
         Args:
             tokenizer: needed by `stdlib`, whose prompts are cut by tokens.
@@ -51,6 +52,9 @@ class Source:
                 Prompt(f"stdlib-{seed}-{i}", "stdlib", (tokenizer.decode(ids),), ids=tuple(ids))
                 for i, ids in enumerate(found)
             ]
+        if self.name == "file":
+            assert self.path is not None
+            return read_prompts(self.path)
         prompts = read(SHIPPED, "jsonl") if self.path is None else read(self.path, self.name)
         return prompts if num is None else _spread(prompts, num)
 

@@ -16,9 +16,11 @@ from specdec.cli.check import check
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.pairs import pairs
+from specdec.cli.warmup import warmup
 from specdec.experiments.accept.__main__ import main as accept
 from specdec.experiments.bench.__main__ import main as bench
 from specdec.experiments.errors import meant_for_the_user
+from specdec.experiments.frame import CONTEXT
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT). Usage errors exit with 2, everything else with 1."""
@@ -52,7 +54,7 @@ app = typer.Typer(
     help="Speculative decoding for Hugging Face causal language models, with exactly the same output.",
     no_args_is_help=True,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
@@ -61,6 +63,7 @@ app.command("bench")(bench.function)
 app.command()(check)
 app.add_typer(accept.app, name="accept")
 app.command()(doctor)
+app.command()(warmup)
 app.add_typer(pairs, name="pairs")
 app.add_typer(cache, name="cache")
 

@@ -9,6 +9,7 @@ import typer
 
 from specdec.cli import options as cli
 from specdec.cli.text import Screen, Writer
+from specdec.cli.values import file_text
 
 HELP = """\
 /help    this list
@@ -21,6 +22,7 @@ def chat(
     target: cli.Target = None,
     draft: cli.Draft = None,
     pair: cli.PairName = None,
+    gguf_file: cli.GgufFile = None,
     k: cli.ChainLength = None,
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
@@ -35,11 +37,14 @@ def chat(
     dtype: cli.Dtype = "auto",
     device: cli.Device = "auto",
     threads: cli.Threads = None,
+    prompt_file: cli.PromptFile = None,
     show_draft: bool = typer.Option(False, "--show-draft", help="Mark accepted, recovered and bonus tokens."),
 ) -> None:
     """Converse with a model; without a chat template the conversation is one growing text."""
-    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads, lossy)
+    choice = cli.ModelChoice.of(target, draft, pair, gguf_file, k, tree, rule, dtype, device, threads, lossy)
     decoding = cli.Decoding(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+
+    first = None if prompt_file is None else file_text(prompt_file)
 
     from specdec.cli.loading import load
 
@@ -50,6 +55,8 @@ def chat(
         typer.echo(f"{'chat' if conversation.has_template else 'text'} mode; /help for commands", err=True)
     if show_draft:
         typer.echo(Screen(sys.stderr, kinds=True).legend(), err=True)
+    if first is not None:
+        _answer(first, conversation, loaded, decoding, show_draft)
     while (line := _read_line()) is not None:
         if not line.strip():
             continue

@@ -11,25 +11,28 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli import options as cli
+from specdec.cli.values import file_prompts
 
 BUDGET, QUICK_BUDGET = 90.0, 20.0
 """Seconds, loading included."""
 LEAST_SHARE = 0.3
 """Part of the budget that the check itself has in any case, however long loading took."""
 QUICK_PROMPTS = 2
-_STYLES = {"pass": "green", "FAIL": "bold red", "info": "dim", "skipped": "dim"}
+_STYLES = {"pass": "green", "weak": "yellow", "FAIL": "bold red", "info": "dim", "skipped": "dim"}
 
 
 def check(
     target: cli.Target = None,
     draft: cli.Draft = None,
     pair: cli.PairName = None,
+    gguf_file: cli.GgufFile = None,
     k: cli.ChainLength = None,
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A text to continue; repeat for more (default: four).")
     ] = None,
+    prompt_files: cli.PromptFiles = None,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="Of the sampled part; greedy text is checked in any case.")
     ] = 1.0,
@@ -50,9 +53,11 @@ def check(
 ) -> None:
     """Judge greedy text, K/V, sampled laws and acceptance against the plain model. Exit code 1: something is wrong."""
     start = perf_counter()
-    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads)
+    choice = cli.ModelChoice.of(target, draft, pair, gguf_file, k, tree, rule, dtype, device, threads)
     if not temperature > 0:
         raise typer.BadParameter(f"--temperature: expected > 0 (greedy text is checked in any case), got {temperature}")
+
+    prompt = [*(prompt or ()), *(one.turns[0] for path in prompt_files or () for one in file_prompts(path))]
 
     from specdec.cli.loading import load
     from specdec.lab.prompts import DEFAULT_PROMPTS
@@ -113,8 +118,8 @@ def _show(report: Any) -> None:
     table.add_column("test", no_wrap=True)
     table.add_column("found", overflow="fold")
     for finding in report.findings:
-        style = _STYLES[finding.status]
-        table.add_row(Text(finding.status, style), finding.name, Text(finding.detail, "dim" if style == "dim" else ""))
+        style = _STYLES[finding.label]
+        table.add_row(Text(finding.label, style), finding.name, Text(finding.detail, "dim" if style == "dim" else ""))
     console = Console()
     console.print(table)
     settings = report.settings

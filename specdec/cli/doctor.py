@@ -92,7 +92,7 @@ def check_pair(pair: str, device: str, threads: int | None) -> Iterator[Check]:
     from specdec.verify.attention.register import attention_of
 
     # Fixed drafts: a planner that decodes plainly would leave the drafter untried.
-    choice = cli.ModelChoice.of(None, None, pair, DEFAULT_K, None, "auto", "float32", device, threads)
+    choice = cli.ModelChoice.of(None, None, pair, None, DEFAULT_K, None, "auto", "float32", device, threads)
     loaded = load(choice)
     target: Any = loaded.speculator.target
     with attention_of(target) as used:

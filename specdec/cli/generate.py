@@ -10,15 +10,18 @@ import typer
 
 from specdec.cli import options as cli
 from specdec.cli.text import Detokenizer, Screen, Writer
+from specdec.cli.values import file_text
 
 
 def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text to continue (default: standard input, unchanged).")
     ] = None,
+    prompt_file: cli.PromptFile = None,
     target: cli.Target = None,
     draft: cli.Draft = None,
     pair: cli.PairName = None,
+    gguf_file: cli.GgufFile = None,
     k: cli.ChainLength = None,
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
@@ -40,10 +43,12 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text and report.")] = False,
 ) -> None:
     """Continue a text speculatively; the text goes to stdout, the report to stderr."""
-    choice = cli.ModelChoice.of(target, draft, pair, k, tree, rule, dtype, device, threads, lossy)
+    choice = cli.ModelChoice.of(target, draft, pair, gguf_file, k, tree, rule, dtype, device, threads, lossy)
     decoding = cli.Decoding(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
+    if prompt is not None and prompt_file is not None:
+        raise typer.BadParameter("expected --prompt or --prompt-file, got both")
     if prompt is None:
-        prompt = _read_stdin()
+        prompt = _read_stdin() if prompt_file is None else file_text(prompt_file)
 
     from specdec.cli.loading import load
 
@@ -71,7 +76,7 @@ def generate(
 
 def _read_stdin() -> str:
     if sys.stdin.isatty():
-        raise typer.BadParameter("no prompt: pass --prompt TEXT, or pipe a text in")
+        raise typer.BadParameter("no prompt: pass --prompt TEXT or --prompt-file FILE, or pipe a text in")
     return sys.stdin.read()
 
 

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from specdec.cli.options import ModelChoice
 from specdec.kv.errors import SpecdecError
-from specdec.pairing.loading import check_vocabularies, load_model, load_tokenizer
+from specdec.pairing import Pair
+from specdec.pairing.loading import check_vocabularies, load_part, pair_tokenizer
 from specdec.speculator import Speculator
 
 
@@ -57,15 +58,16 @@ def load(choice: ModelChoice) -> Loaded:
     device = pick_device(choice.device)
     dtype = pick_dtype(choice.dtype, device)
     if choice.dtype == "auto" and device.type != "cpu":
-        dtype = pick_dtype(choice.pair_dtype, device)
-    tokenizer = load_tokenizer(choice.target, choice.target_revision)
-    if choice.pair is not None and choice.pair.draft.kind != "ngram":
+        dtype = pick_dtype(choice.pair.dtype, device)
+    tokenizer = pair_tokenizer(choice.pair)
+    has_model = choice.pair.draft.kind == "model"
+    if has_model and choice.own_draft:
         check_vocabularies(choice.pair, tokenizer)
-    target = load_model("target", choice.target, dtype, device, choice.target_revision)
+    target = load_part(choice.pair, "target", dtype, device)
     draft: PreTrainedModel | str | None = choice.draft
-    if choice.draft is not None and choice.draft != "ngram":
-        draft = load_model("draft", choice.draft, dtype, device, choice.draft_revision)
-        _warn_if_tokenizers_differ(tokenizer, choice)
+    if has_model:
+        draft = load_part(choice.pair, "draft", dtype, device)
+        _warn_if_tokenizers_differ(tokenizer, choice.pair)
     speculator = Speculator(
         target, draft, k=choice.k, tree=choice.tree, rule=choice.rule, lossy=choice.lossy, tokenizer=tokenizer
     )
@@ -95,11 +97,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def _warn_if_tokenizers_differ(tokenizer: Any, choice: ModelChoice) -> None:
+def _warn_if_tokenizers_differ(tokenizer: Any, pair: Pair) -> None:
     """A drafter with other token ids is never wrong, only useless; say so. A draft saved without one is trusted."""
-    assert choice.draft is not None
     try:
-        other = load_tokenizer(choice.draft, choice.draft_revision, role="draft")
+        other = pair_tokenizer(pair, "draft")
     except SpecdecError:
         return
     if other.get_vocab() != tokenizer.get_vocab():

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from specdec.pairing import Pair, PairError, find_pair
-from specdec.pairing.runnable import refusal
-from specdec.pairing.schema import DTYPES, MOST_NODES, MOST_THREADS, RULES, home_expanded, nodes_of_widths
-from specdec.pairing.tables import shown
+from specdec.cli.values import parse_length, parse_tree
+from specdec.pairing import Pair, PairError
+from specdec.pairing.chosen import chosen_pair
+from specdec.pairing.schema import DTYPES, MOST_THREADS, RULES
 from specdec.shipped import DEFAULT_PAIR
 
-_DIGITS = 10
-"""A number of tokens with more digits than that is none."""
 _MODELS, _DRAFTS, _TEXT, _MACHINE = "Models", "Drafting", "Decoding", "Machine"
 
 
@@ -27,7 +25,26 @@ def _option(*names: str, panel: str, help: str, **fields: Any) -> Any:
 
 
 Target = Annotated[
-    str | None, _option("--target", panel=_MODELS, metavar="PATH|ID", help="Target model: folder or hub id.")
+    str | None,
+    _option("--target", panel=_MODELS, metavar="PATH|ID", help="Target model: folder, .gguf file or hub id."),
+]
+GgufFile = Annotated[
+    str | None,
+    _option(
+        "--gguf-file", panel=_MODELS, metavar="NAME", help="The target's weights: this file in its folder or repo."
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    _option(
+        "--prompt-file", panel=_TEXT, metavar="FILE", help="A text file; - is standard input. Its text as it stands."
+    ),
+]
+PromptFiles = Annotated[
+    list[Path] | None,
+    _option(
+        "--prompt-file", panel=_TEXT, metavar="FILE", help="A text, or JSON lines of prompts (.jsonl); repeat for more."
+    ),
 ]
 Draft = Annotated[
     str | None,
@@ -111,14 +128,13 @@ Threads = Annotated[
 class ModelChoice:
     """Which models run, how they draft, and where.
 
-    target: folder or hub id. draft: the same, "ngram", or None (plain decoding). k: chain length; None: planned where
-    no tree is given. tree: children per level.
-    pair: what they were taken from, if its own draft runs. pair_dtype: what dtype "auto" means on an accelerator.
-    Revisions are those of the pair's models on the hub.
+    pair: the target and what drafts. drafts: False for plain decoding. own_draft: the draft is the one that a named
+    pair comes with. k: chain length; None: planned where no tree is given. tree: children per level.
     """
 
-    target: str
-    draft: str | None
+    pair: Pair
+    drafts: bool
+    own_draft: bool
     k: int | None
     tree: tuple[int, ...] | None
     rule: str
@@ -126,16 +142,25 @@ class ModelChoice:
     device: str
     threads: int | None
     lossy: bool = False
-    pair: Pair | None = None
-    pair_dtype: str = "auto"
-    target_revision: str | None = None
-    draft_revision: str | None = None
+
+    @property
+    def target(self) -> str:
+        """Folder or hub id."""
+        return self.pair.location(self.pair.target)
+
+    @property
+    def draft(self) -> str | None:
+        """Folder, hub id, "ngram", or None (plain decoding)."""
+        if not self.drafts:
+            return None
+        return "ngram" if self.pair.draft.kind == "ngram" else self.pair.location(self.pair.draft)
 
     @staticmethod
     def of(
         target: str | None,
         draft: str | None,
         pair: str | None,
+        gguf_file: str | None,
         k: int | str | None,
         tree: str | None,
         rule: str,
@@ -149,44 +174,32 @@ class ModelChoice:
         Raises:
             typer.BadParameter: contradictory or malformed options (exit code 2).
         """
-        if target is not None and pair is not None:
-            raise typer.BadParameter("expected --target or --pair, got both")
         if k is not None and tree is not None:
             raise typer.BadParameter("expected --k or --tree, got both: --tree 1,1,1 is --k 3")
         if rule not in RULES:
             raise typer.BadParameter(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
         if dtype not in DTYPES:
             raise typer.BadParameter(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-        length = parse_length(k)
-        found, own_draft = None, draft is None
-        if target is None:
-            found = _pair(DEFAULT_PAIR if pair is None else pair, own_draft)
-            target = found.location(found.target)
-            rule = found.drafting.rule if rule == "auto" and own_draft else rule
-            if draft is None:
-                draft = "ngram" if found.draft.kind == "ngram" else found.location(found.draft)
-                if k is None and tree is None:
-                    length, tree = found.drafting.k, _tree_text(found)
-            else:
-                found = replace(found, draft=replace(found.draft, revision=None))
-        elif draft is None:
-            draft = "ngram"
         if draft == "none" and (k is not None or tree is not None):
             raise typer.BadParameter("--draft none decodes plainly: leave out --k and --tree")
+        try:
+            found = chosen_pair(pair, target, "ngram" if draft == "none" else draft, gguf_file)
+        except PairError as error:
+            raise typer.BadParameter(str(error)) from None
+        length, widths = parse_length(k), None if tree is None else parse_tree(tree)
+        if k is None and tree is None:
+            length, widths = found.drafting.k, found.drafting.tree
         return ModelChoice(
-            target=_existing("--target", target),
-            draft=None if draft == "none" else draft if draft == "ngram" else _existing("--draft", draft),
+            pair=found,
+            drafts=draft != "none",
+            own_draft=target is None and draft is None,
             k=length,
-            tree=None if tree is None else parse_tree(tree),
-            rule=rule,
+            tree=widths,
+            rule=found.drafting.rule if rule == "auto" else rule,
             dtype=dtype,
             device=device,
             threads=threads,
             lossy=lossy,
-            pair=found if own_draft else None,
-            pair_dtype="auto" if found is None else found.dtype,
-            target_revision=None if found is None else found.target.revision,
-            draft_revision=None if found is None else found.draft.revision,
         )
 
 
@@ -223,56 +236,3 @@ class Decoding:
         if self.stop:
             arguments["stop_strings"] = list(self.stop)
         return arguments
-
-
-def parse_length(text: int | str | None) -> int | None:
-    """ "4" -> 4; "auto" -> None, which is how a Speculator is told to plan."""
-    if text is None or text == "auto":
-        return None
-    length = int(text) if str(text).isdecimal() and len(str(text)) < _DIGITS else 0
-    if not 1 <= length <= MOST_NODES:
-        raise typer.BadParameter(
-            f"--k: expected a number of tokens, at least 1, or auto, got {shown(text)}; at most {MOST_NODES}"
-        )
-    return length
-
-
-def parse_tree(text: str) -> tuple[int, ...]:
-    """ "4,2,1" -> (4, 2, 1)."""
-    try:
-        widths = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        widths = ()
-    if not widths or min(widths) < 1:
-        raise typer.BadParameter(
-            f"--tree: expected children per level such as 4,2,1, each at least 1, got {shown(text)}"
-        )
-    if nodes_of_widths(widths) > MOST_NODES:
-        raise typer.BadParameter(f"--tree: expected at most {MOST_NODES} nodes in all, got more: {shown(text)}")
-    return widths
-
-
-def _pair(pair: str, own_draft: bool) -> Pair:
-    """The pair named on the command line; one whose draft is not run here will do for another --draft."""
-    try:
-        found = find_pair(pair)
-    except PairError as error:
-        raise typer.BadParameter(str(error)) from None
-    why = refusal(found) if own_draft else None
-    if why is not None:
-        raise typer.BadParameter(why)
-    return found
-
-
-def _tree_text(pair: Pair) -> str | None:
-    return None if pair.drafting.tree is None else ",".join(map(str, pair.drafting.tree))
-
-
-def _existing(option: str, name: str) -> str:
-    """A folder that exists, or something that can be a hub id (`owner/name`)."""
-    folder = home_expanded(Path(name))
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "~", "/")) or name.count("/") > 1 or folder.exists():
-        raise typer.BadParameter(f"{option}: expected a folder with a saved model or a hub id, got {name!r}")
-    return name

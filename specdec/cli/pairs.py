@@ -92,7 +92,7 @@ def new(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write (default: standard output).")] = None,
 ) -> None:
     """Write a pair's file, with the facts that lie on this machine. Never asks the hub, never overwrites."""
-    from specdec.cli.options import parse_length, parse_tree
+    from specdec.cli.values import parse_length, parse_tree
     from specdec.pairing.create import new_pair
 
     if out is not None and out.exists():

@@ -11,11 +11,18 @@ from specdec.pairing.tables import one_line
 
 LABEL = "ESTIMATE from bytes and operations (docs/pairs.md), not a measurement"
 
+UNKNOWN_HITS = (
+    "How often n-grams find anything depends on your texts: no estimate can know it. The table holds for steps in",
+    "which they do; any other gives one token. Measure: `specdec bench --pair NAME --prompt-file YOURS`.",
+    "",
+)
+
 
 def estimate_table(pair: Pair, setting: Setting, result: Estimate) -> dict[str, Any]:
     """Ready for JSON."""
     return {
         "label": LABEL,
+        "hit_rate": "unknown: measure it on your texts" if pair.draft.kind == "ngram" else None,
         "pair": pair.name,
         "setting": asdict(setting),
         **asdict(result),
@@ -43,6 +50,7 @@ def estimate_text(pair: Pair, setting: Setting, result: Estimate) -> str:
         + " a plain token",
         f"pays above            {result.break_even:.2f} acceptance of the first drafted token",
         "",
+        *(UNKNOWN_HITS if pair.draft.kind == "ngram" else ()),
         "acceptance  best k  tokens per pass  speed-up",
     ]
     for gain in result.gains:

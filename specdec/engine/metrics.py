@@ -93,7 +93,9 @@ class Counters:
         self.totals[name] = self.totals.get(name, 0) + count
 
     def drafted(self, nodes: int, accepted: int) -> None:
-        """One row's draft of `nodes` tokens of which `accepted` were kept."""
+        """One row's draft of `nodes` tokens of which `accepted` were kept; without nodes it was none."""
+        if not nodes:
+            return
         self.add("num_drafts")
         self.add("num_draft_tokens", nodes)
         self.add("num_accepted_tokens", accepted)

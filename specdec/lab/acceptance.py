@@ -135,7 +135,7 @@ class AcceptanceRecorder(AcceptanceMonitor):
             detail = f"p = {test.p_value:.2g}, mean excess {test.mean:+.4f} (z = {test.z:+.2f}), "
             detail += f"{num} {'drafts' if sums is self.coins else 'tokens'} see {test.detectable:.3f}"
             status: Status = "FAIL" if test.p_value < alpha else "pass"
-            found.append(Finding(name, status, detail, {**test._asdict(), "alpha": alpha}))
+            found.append(Finding(name, status, detail, {**test._asdict(), "alpha": alpha}, sees=test.detectable))
         if self.steps:
             found += [self._optimality(), self._best_at_root(seconds)]
         return found

@@ -7,16 +7,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Status = Literal["pass", "FAIL", "info", "skipped"]
+WEAK = 0.25
+"""A test that sees only larger errors than this (total variation of a law; tokens per draft) is passed by much that is
+wrong."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One test. status: "info" and "skipped" never fail a check. figures: the numbers behind `detail`."""
+    """One test. status: "info" and "skipped" never fail a check. figures: the numbers behind `detail`.
+
+    sees: the smallest error that the test's samples show as a rule, None where that is no question of samples.
+    """
 
     name: str
     status: Status
     detail: str
     figures: dict[str, Any] = field(default_factory=dict)
+    sees: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The status, and "weak" for a test that passed with too few samples to say much."""
+        return "weak" if self.status == "pass" and self.sees is not None and self.sees > WEAK else self.status
 
 
 @dataclass(frozen=True)
@@ -47,21 +59,29 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: infinities and NaN become strings."""
         plain: dict[str, Any] = _jsonable(
-            {"passed": self.passed, "settings": self.settings, "findings": [asdict(f) for f in self.findings]}
+            {
+                "passed": self.passed,
+                "settings": self.settings,
+                "findings": [{**asdict(f), "weak": f.label == "weak"} for f in self.findings],
+            }
         )
         return plain
 
     def summary(self) -> str:
         """A plain-text table for people."""
         width = max(len(finding.name) for finding in self.findings)
-        lines = [f"{f.status:<7}  {f.name:<{width}}  {f.detail}" for f in self.findings]
+        lines = [f"{f.label:<7}  {f.name:<{width}}  {f.detail}" for f in self.findings]
         return "\n".join([*lines, verdict(self)])
 
 
 def verdict(report: CheckReport) -> str:
     """The last line, in words."""
     if report.passed:
-        return "passed: nothing found that contradicts exactness"
+        said = "passed: nothing found that contradicts exactness"
+        for what, label in (("not judged", "skipped"), ("hardly judged, for want of samples (--budget)", "weak")):
+            if names := [finding.name for finding in report.findings if finding.label == label]:
+                said += f"; {what}: {', '.join(names)}"
+        return said
     wrong = ", ".join(finding.name for finding in report.findings if finding.status == "FAIL")
     return f"FAILED: {wrong}"
 

@@ -194,4 +194,4 @@ def _finding(name: str, test: GTest, samples: int, alpha: float) -> Finding:
     tv = detectable_tv(max(1, test.df), samples, alpha)
     detail = f"p = {test.p_value:.2g} (G = {test.statistic:.1f}, {test.df} df), {samples} samples see TV {tv:.3f}"
     figures = {**test._asdict(), "samples": samples, "alpha": alpha, "detectable_tv": tv}
-    return Finding(name, "FAIL" if test.p_value < alpha else "pass", detail, figures)
+    return Finding(name, "FAIL" if test.p_value < alpha else "pass", detail, figures, sees=tv)

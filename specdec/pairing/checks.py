@@ -97,7 +97,10 @@ def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
         yield from (f"{where} facts: {problem}" for problem in _facts(part.facts))
     if part.path is not None:
         folder = Path(pair.location(part))
-        if not (folder / "config.json").is_file():
+        if part.gguf_file is not None:
+            if not (folder / part.gguf_file).is_file():
+                yield f"{where} gguf_file: found no {part.gguf_file!r} in {part.path!r}"
+        elif not (folder / "config.json").is_file():
             yield f"{where} path: expected a folder with a saved model, found no config.json in {part.path!r}"
         elif part.facts is not None:
             yield from (f"{where} facts: {problem}" for problem in _against_folder(part.facts, folder))

@@ -40,7 +40,7 @@ def new_pair(
         second = Draft("model", *_where(draft, base), revision=draft_revision, facts=_facts(draft, draft_revision))
     return checked(
         Pair(
-            name=name or _name(target, draft),
+            name=name or pair_name(target, draft),
             summary=f"{_short(draft)} drafts for {_short(target)}"
             if draft != "ngram"
             else f"n-grams on {_short(target)}",
@@ -84,7 +84,8 @@ def _facts(model: str, revision: str | None) -> Facts | None:
         return None  # config.json alone was downloaded
 
 
-def _name(target: str, draft: str) -> str:
+def pair_name(target: str, draft: str) -> str:
+    """Made of both models' names."""
     return re.sub(r"[^a-z0-9._-]+", "-", f"{_short(target)}-{_short(draft)}".lower()).strip("-._") or "pair"
 
 

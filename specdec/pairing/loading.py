@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from specdec.kv.errors import SpecdecError, UnsupportedArgumentError
 from specdec.pairing.errors import PairError
 from specdec.pairing.registry import checked, find_pair
 from specdec.pairing.runnable import refusal
-from specdec.pairing.schema import Pair
+from specdec.pairing.schema import Draft, Pair, Target
 from specdec.pairing.tables import one_line
 
 MIN_SHARED_IDS = 0.9
@@ -73,14 +74,11 @@ def load_pair(
     found = runnable_pair(pair)
     where = default_device() if device is None else torch.device(device)
     width = pair_dtype(found, where) if dtype is None else dtype
-    name, revision = found.location(found.target), found.target.revision
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = pair_tokenizer(found)
     if found.draft.kind == "ngram":
-        return load_model("target", name, width, where, revision), "ngram", tokenizer
+        return load_part(found, "target", width, where), "ngram", tokenizer
     check_vocabularies(found, tokenizer)
-    target = load_model("target", name, width, where, revision)
-    draft = load_model("draft", found.location(found.draft), width, where, found.draft.revision)
-    return target, draft, tokenizer
+    return load_part(found, "target", width, where), load_part(found, "draft", width, where), tokenizer
 
 
 def default_device() -> torch.device:
@@ -95,8 +93,25 @@ def pair_dtype(pair: Pair, device: torch.device) -> torch.dtype | str:
     return "auto" if pair.dtype == "auto" else getattr(torch, pair.dtype)
 
 
+def load_part(pair: Pair, role: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """The pair's "target" or "draft"; errors as in load_model."""
+    part: Target | Draft = getattr(pair, role)
+    return load_model(role, pair.location(part), dtype, device, part.revision, part.gguf_file)
+
+
+def pair_tokenizer(pair: Pair, role: str = "target") -> Any:
+    """The tokenizer of the pair's "target" or "draft"; errors as in load_model."""
+    part: Target | Draft = getattr(pair, role)
+    return load_tokenizer(pair.location(part), part.revision, role, part.gguf_file)
+
+
 def load_model(
-    role: str, name: str, dtype: torch.dtype | str, device: torch.device, revision: str | None = None
+    role: str,
+    name: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    revision: str | None = None,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub.
 
@@ -104,11 +119,12 @@ def load_model(
         SpecdecError: not found, not reachable, not allowed, or not a causal language model with all of its weights in
             safetensors files.
     """
-    _check_folder(role, name)
+    _check_folder(role, name, gguf_file)
+    form: dict[str, Any] = {"use_safetensors": True} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision or "main", trust_remote_code=False, use_safetensors=True,
-            local_files_only=Path(name).is_dir(), output_loading_info=True,
+            name, dtype=dtype, revision=revision or "main", trust_remote_code=False,
+            local_files_only=Path(name).is_dir(), output_loading_info=True, **form,
         )  # fmt: skip
         model, found = loaded
         lacking = sorted(found["missing_keys"])
@@ -121,15 +137,27 @@ def load_model(
             f"{role}: could not load a causal language model from {name!r}: its files lack {len(lacking)} of its "
             f"weights, such as {one_line(lacking[0])}"
         )
-    return model.to(device).eval()
+    return (model if gguf_file is None else _plain(model)).to(device).eval()
 
 
-def load_tokenizer(name: str, revision: str | None = None, role: str = "target") -> Any:
-    """The tokenizer saved beside a model; errors as in load_model."""
-    _check_folder(role, name)
+def _plain(model: Any) -> Any:
+    """A model read from a GGUF file as one of its class that knows nothing of the file: its weights are ordinary ones,
+    but it takes itself for quantised, and could not be saved, copied or moved like others."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def load_tokenizer(name: str, revision: str | None = None, role: str = "target", gguf_file: str | None = None) -> Any:
+    """The tokenizer saved beside a model, or in its GGUF file; errors as in load_model."""
+    _check_folder(role, name, gguf_file)
+    form = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return AutoTokenizer.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=False, local_files_only=Path(name).is_dir()
+            name, revision=revision or "main", trust_remote_code=False, local_files_only=Path(name).is_dir(), **form
         )
     except Exception as error:  # as above
         raise SpecdecError(_explained(f"{role}: could not load a tokenizer", name, error)) from error
@@ -148,7 +176,7 @@ def check_vocabularies(pair: Pair, tokenizer: Any) -> None:
         UnsupportedArgumentError: target and draft number their tokens differently.
     """
     try:
-        other = load_tokenizer(pair.location(pair.draft), pair.draft.revision, role="draft")
+        other = pair_tokenizer(pair, "draft")
     except SpecdecError as error:
         if _hub_error(error) is not None:
             raise  # the model itself will not be found, either
@@ -161,7 +189,7 @@ def check_vocabularies(pair: Pair, tokenizer: Any) -> None:
         )
 
 
-def _check_folder(role: str, name: str) -> None:
+def _check_folder(role: str, name: str, gguf_file: str | None = None) -> None:
     """What is certainly neither a model's folder nor an id of the hub."""
     try:
         folder = Path(name)
@@ -169,8 +197,9 @@ def _check_folder(role: str, name: str) -> None:
     except OSError as error:  # a name no file can have
         raise SpecdecError(f"{role}: expected a folder or a hub id, got {name[:40]!r}...: {error.strerror}") from None
     what = f"{role}: could not load a causal language model from {name!r}"
-    if is_folder and not (folder / "config.json").is_file():
-        raise SpecdecError(f"{what}: no config.json in it")
+    if is_folder and gguf_file is None and not (folder / "config.json").is_file():
+        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
+        raise SpecdecError(f"{what}: no config.json in it" + (f"; name its GGUF file: {ggufs[0]}" if ggufs else ""))
     if is_file:
         raise SpecdecError(f"{what}: it is a file; give the folder that holds it and config.json")
     if not is_folder and (folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~"))):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from specdec.pairing.errors import PairError
-from specdec.pairing.registry import find_pair, pair_names, read_pair
+from specdec.pairing.registry import pair_names, read_pair
 from specdec.pairing.schema import RUNNABLE, Pair
 
 
@@ -24,21 +21,6 @@ def refusal(pair: Pair) -> str | None:
             f"the target's family, or an engine that translates: `specdec pairs export {pair.name} --to vllm`"
         )
     return None
-
-
-def two_models(pair: str | Path) -> Pair:
-    """The pair, if this library can run it and a model drafts: what experiments measure.
-
-    Raises:
-        PairError: no such pair, mistakes in its file, or none that can be measured.
-    """
-    found = find_pair(pair)
-    why = refusal(found)
-    if why is None and found.draft.kind != "model":
-        why = f"pair {found.name!r}: expected a pair with a draft model (n-grams run beside it anyway), this has none"
-    if why is not None:
-        raise PairError(why)
-    return found
 
 
 def _same_target(name: str, pair: Pair) -> bool:

@@ -90,6 +90,7 @@ class Target:
     """A model: a hub id (`model`) or a folder (`path`, relative to the pair's file); exactly one of them.
 
     revision: branch, tag or commit on the hub. licence: as its card names it. gated: needs an accepted licence.
+    gguf_file: name of a GGUF file there that holds its weights and tokenizer (`transformers` widens the weights).
     """
 
     model: str | None = None
@@ -98,6 +99,7 @@ class Target:
     licence: str = ""
     gated: bool = False
     facts: Facts | None = None
+    gguf_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Draft:
     licence: str = ""
     gated: bool = False
     facts: Facts | None = None
+    gguf_file: str | None = None
 
 
 @dataclass(frozen=True)

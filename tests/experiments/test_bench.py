@@ -96,8 +96,6 @@ def test_options_refuse_with_the_fix(wrong: dict[str, Any], message: str) -> Non
 def test_unknown_pair_and_peer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="folder with target/ and draft/"):
         BenchOptions(pair=tmp_path).chosen_pair()
-    with pytest.raises(ValueError, match="ngram': expected a pair with a draft model"):
-        BenchOptions(pair="llama-3.1-8b-ngram").chosen_pair()
     with pytest.raises(ValueError, match="does not run eagle3 heads as drafters yet; use "):
         BenchOptions(pair="llama-3.1-8b-eagle3").chosen_pair()
     with pytest.raises(ValueError, match="unknown hf-asisted"):
@@ -108,7 +106,7 @@ def test_selection_keeps_the_reference() -> None:
     names = [peer.name for peer in select(all_ways(), ("specdec-model", "hf-assisted-k3"), PLAIN)]
     assert names == ["hf-plain", "hf-assisted-k3", *(f"specdec-model-k{k}" for k in (2, 3, 4, 5, 8))]
     names = [peer.name for peer in select(all_ways(), ("specdec-planned",), PLAIN)]
-    assert names == ["hf-plain", "specdec-planned-model", "specdec-planned-model+ngram"]
+    assert names == ["hf-plain", *(f"specdec-planned-{drafts}" for drafts in ("model", "model+ngram", "ngram"))]
 
 
 def test_help_needs_no_torch() -> None:
@@ -120,7 +118,7 @@ def test_help_needs_no_torch() -> None:
 def test_assisted_drafts_exactly_k(folder: Path, pair: Models, k: int) -> None:
     """transformers takes k from the assistant's own config only; a benchmark of its default 20 would flatter us."""
     draft = ModelClock()
-    perfect = replace(pair, draft=replace(OPTIONS, pair=folder).load().target)
+    perfect = replace(pair, draft_model=replace(OPTIONS, pair=folder).load().target)
     generate = hf_assisted(k).ready(perfect, replace(OPTIONS, new_tokens=2 * (k + 1)))
     target = ModelClock()
     with draft.on(perfect.draft), target.on(perfect.target):
@@ -200,7 +198,7 @@ def test_run_writes_everything(folder: Path, tmp_path: Path, capsys: pytest.Capt
     (source,) = records(tmp_path, "provenance")
     assert {"command", "git_commit", "versions", "cpu", "threads", "seed", "date"} <= source.keys()
     assert source["threads"] == 1
-    assert len(records(tmp_path, "run")) == 5 * 2
+    assert len(records(tmp_path, "run")) == 6 * 2
     summaries = {summary["peer"]: summary for summary in records(tmp_path, "summary")}
     assert summaries["hf-plain"]["speedup"]["median"] == 1.0
     assert 0 < summaries["specdec-model-k4"]["acceptance"] <= 1

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import binomtest, norm, t
 
-from specdec.experiments.intervals import LEVEL, Mean, ratio, ratio_difference, student_quantile
+from specdec.experiments.intervals import LEVEL, Mean, ratio, ratio_difference, share_interval, student_quantile
 
 TRIALS = 6000
 HONEST = (0.935, 0.965)
@@ -90,3 +90,9 @@ def test_hand_made_figures() -> None:
     assert one.text() == "1.50"
     assert one.to_dict() == {"value": 1.5, "error": None, "half_width": None, "num": 1}
     assert math.isnan(ratio([0], [0]).value)
+
+
+@pytest.mark.parametrize(("kept", "num"), [(0, 1), (1, 1), (3, 4), (0, 30), (27, 30), (180, 400)])
+def test_intervals_of_shares_are_wilsons(kept: int, num: int) -> None:
+    wanted = binomtest(kept, num).proportion_ci(LEVEL, method="wilson")
+    assert share_interval(kept / num, num) == pytest.approx((wanted.low, wanted.high), abs=1e-12)

@@ -34,14 +34,14 @@ def test_counts_of_two_steps_by_hand() -> None:
     # Row 0 keeps two of three and meets a refusal, row 1 keeps all of one, row 2 drafts nothing.
     report.add(step([3, 1, 0], [2, 1, 0], [True, False, False]), [3, 1, 0])
     report.add(step([4, 2, 1], [0, 2, 0], [True, False, True], 1), [1, 2, 1])
-    assert (report.num_steps, report.num_drafts, report.num_draft_tokens) == (2, 6, 11)
+    assert (report.num_steps, report.num_row_steps, report.num_drafts, report.num_draft_tokens) == (2, 6, 5, 11)
     assert (report.num_accepted_tokens, report.num_recovered_tokens, report.num_bonus_tokens) == (5, 3, 3)
     assert report.num_emitted_tokens == 11
     assert report.num_accepted_tokens_per_pos == [3, 2, 0]
     assert report.num_reached_per_pos == [5, 2, 1]
     assert report.per_position_acceptance == pytest.approx([3 / 5, 1.0, 0.0])
-    assert report.acceptance_histogram == [3, 1, 2]
-    assert report.mean_acceptance_length == pytest.approx(1 + 5 / 6)
+    assert report.acceptance_histogram == [2, 1, 2]  # row 2's first step was none
+    assert report.mean_acceptance_length == pytest.approx(1 + 5 / 5)
     assert report.draft_acceptance_rate == pytest.approx(5 / 11)
     assert (report.ms_draft, report.ms_verify, report.ms_rest) == (2.0, 4.0, 8.0)
     assert report.tokens_per_step == pytest.approx(11 / 6)
@@ -50,8 +50,8 @@ def test_counts_of_two_steps_by_hand() -> None:
     written = json.loads(json.dumps(report.to_dict()))
     assert written["per_position_acceptance"] == pytest.approx([3 / 5, 1.0, 0.0])
     assert written["speculative_decoding"] == {
-        "mean_acceptance_length": 1 + 5 / 6, "draft_acceptance_rate": 5 / 11, "acceptance_histogram": [3, 1, 2],
-        "num_spec_steps": 6, "num_accepted_draft_tokens": 5, "num_draft_tokens": 11,
+        "mean_acceptance_length": 2.0, "draft_acceptance_rate": 5 / 11, "acceptance_histogram": [2, 1, 2],
+        "num_spec_steps": 5, "num_accepted_draft_tokens": 5, "num_draft_tokens": 11,
     }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def test_a_report_of_nothing() -> None:
 def test_the_summary_shows_the_counts() -> None:
     report = SpecReport(drafter="model", rule="block", num_rows=2, num_prompt_tokens=9, ms_prefill=3.0)
     report.add(step([3, 1], [2, 1], [True, False]), [3, 1])
+    assert report.num_row_steps == 2
     report.num_drafter_faults, report.last_drafter_fault = 2, "boom"
     report.notes.append("remember")
     said = dict(line.split("  ", 1) for line in report.summary().splitlines())
@@ -74,11 +75,30 @@ def test_the_summary_shows_the_counts() -> None:
     assert said["acceptance by position"] == "1.00 1.00 0.00"
     assert said["emitted as"] == "3 accepted, 1 recovered, 1 bonus"
     assert said["ms per step"] == "draft 1.00, verify 2.00, rest 4.00"
-    assert said["prefill"] == "3.0 ms for 9 prompt tokens"
+    assert said["prefill"] == (
+        "9 prompt tokens: 3.0 ms before the first step, 1.0 of drafting and 2.0 of verifying in it"
+    )
+    assert said["tokens per target pass"] == "2.50 of a row"
+    assert said["drafts"] == "2, 0 steps decoded plainly"
+    assert said["mean acceptance length"] == "2.50 tokens per draft"
+    assert "both models" not in said["KV cache"]
     assert said["drafter faults"] == "2, last: boom"
     assert said["note"] == "remember"
     assert "LOSSY" in SpecReport(lossless=False).summary()
     assert "LOSSY" not in report.summary()
+
+
+def test_the_summary_of_plain_decoding_speaks_of_no_drafts() -> None:
+    report = SpecReport(kv_models=2, num_rows=1)
+    report.add(step([0], [0], [False], 0, 9.0), [0])
+    report.add(step([0], [0], [False], 1, 1.0), [0])
+    said = dict(line.split("  ", 1) for line in report.summary().splitlines())
+    said = {name.strip(): value.strip() for name, value in said.items()}
+    assert said["drafts"] == "0, 2 steps decoded plainly"
+    assert not {"mean acceptance length", "acceptance rate", "acceptance by position"} & said.keys()
+    assert said["ms per step"] == "draft 1.00, verify 2.00, rest 20.00 (after the first step)"
+    assert said["prefill"].endswith("9.0 of drafting and 18.0 of verifying in it")
+    assert said["KV cache"].endswith(", both models")
 
 
 def test_phases_add_up_until_they_are_taken() -> None:
@@ -135,12 +155,14 @@ def test_a_perfect_drafter_drafts_no_deeper_than_the_limit(
     report, traces = run(MODEL, new, k=k)
     assert [trace.drafted for trace in traces] == [[count] for count in drafted]
     assert [trace.accepted for trace in traces] == [[count] for count in drafted]
-    assert report.num_steps == report.num_drafts == report.num_bonus_tokens == len(drafted)
+    assert report.num_steps == report.num_row_steps == report.num_bonus_tokens == len(drafted)
+    assert report.num_drafts == sum(count > 0 for count in drafted)
     assert report.num_draft_tokens == report.num_accepted_tokens == sum(drafted)
     assert report.num_accepted_tokens_per_pos == report.num_reached_per_pos == positions
     assert report.per_position_acceptance == [1.0] * len(positions)
     assert report.num_emitted_tokens == new
-    assert report.acceptance_histogram == [drafted.count(n) for n in range(max(drafted) + 1)]
+    real = [count for count in drafted if count]
+    assert report.acceptance_histogram == [real.count(n) for n in range(max(real, default=-1) + 1)]
 
 
 def test_rows_of_one_batch_end_at_their_own_limits() -> None:
@@ -148,6 +170,8 @@ def test_rows_of_one_batch_end_at_their_own_limits() -> None:
     report, traces = run(MODEL, 8, lengths=(5, 2, 4), k=4)
     for trace in traces:
         assert set(trace.drafted) == {[4, 2][trace.step]}
+    assert report.kv_models == 2
+    assert run("ngram", 2, k=2)[0].kv_models == 1
     assert report.num_draft_tokens == 3 * 6
     assert report.num_emitted_tokens == 3 * 8
 
@@ -241,3 +265,21 @@ def test_a_monitor_adds_up_all_rows_and_steps() -> None:
         monitor = AcceptanceMonitor()
         monitor.decided(certain, tree, nothing, verdict)
         assert monitor.z == z
+
+
+@pytest.mark.parametrize(
+    ("draft", "options", "said"),
+    [
+        (None, {}, "draft: none (plain decoding); rule: auto; exactness: distribution)"),
+        ("ngram", {"k": 6}, "draft: ngram, up to 6 tokens a step; "),
+        ([MODEL, "ngram"], {}, "draft: model+ngram, planned step by step; "),
+        (MODEL, {"tree": (2, 1), "cache": "paged", "page_size": 8}, "up to 4 tokens a step in 2 levels; rule: auto; "),
+    ],
+)
+def test_a_speculator_says_what_it_is(draft: Any, options: dict[str, Any], said: str) -> None:
+    shown = repr(Speculator(MODEL, draft, **options))
+    count = sum(parameter.numel() for parameter in MODEL.parameters())
+    assert shown.startswith("Speculator(target: LlamaForCausalLM of ")
+    assert f"{count} parameters" in shown or f"{count / 1e6:.1f}M parameters" in shown
+    assert said in shown
+    assert shown.endswith(", pages of 8)" if "cache" in options else ")")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from specdec.experiments.accept.metrics import CellStats, Runs
-from specdec.experiments.intervals import Spread
+from specdec.experiments.display import grouped
+from specdec.experiments.intervals import Spread, share_interval
 
 COLOURS = ("#1f6fb4", "#d98032", "#3a923a", "#b5352f", "#7a5bb5", "#8c6d4f", "#c65ba8", "#6e6e6e", "#a3a832", "#2aa6b8")
 MARKERS = "osD^vPX*"
@@ -37,8 +38,10 @@ def by_position(axes: Any, cells: Sequence[CellStats], title: str) -> None:
     for number, stats in enumerate(cells):
         rates = [rate for rate, seen in zip(stats.per_position, stats.reached, strict=False) if seen >= 10]
         if rates:
-            axes.plot(range(1, len(rates) + 1), rates, marker=MARKERS[number % 8], color=colour(number),
-                      markersize=4, linewidth=1.4, label=f"{stats.cell.setting} ({stats.cell.rule})")  # fmt: skip
+            beside = 0.06 * (number - (len(cells) - 1) / 2)  # or intervals of several settings hide each other
+            axes.errorbar([depth + beside for depth in range(1, len(rates) + 1)], rates, elinewidth=0.7, capsize=1.5,
+                          yerr=_whiskers(rates, stats.reached), marker=MARKERS[number % 8], color=colour(number),
+                          markersize=4, linewidth=1.4, label=f"{stats.cell.setting} ({stats.cell.rule})")  # fmt: skip
     axes.set_ylim(0, 1.03)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _dress(axes, title, "depth in the draft", "kept, once reached")
@@ -129,16 +132,21 @@ def tree(axes: Any, stats: CellStats, kept: Sequence[float], widths: Sequence[in
 
 
 def against_optimum(axes: Any, cells: Sequence[CellStats]) -> None:
-    """First-level acceptance beside the most any rule could reach with the same draft law."""
+    """First-level acceptance with its interval beside the most any rule could reach with the same draft law. A bar
+    beyond its optimum is chance: the interval reaches back. Settings of one temperature stand together."""
     known = [stats for stats in cells if not math.isnan(stats.alpha_star)]
-    for row, stats in enumerate(known):
-        axes.barh(row, stats.alpha_there, color="#5ba3d9", height=0.6)
+    rows = grouped([stats.cell.temperature for stats in known])
+    for row, stats in zip(rows, known, strict=True):
+        low, high = share_interval(stats.alpha_there, stats.num_roots)
+        error = [[stats.alpha_there - low], [high - stats.alpha_there]]
+        axes.barh(row, stats.alpha_there, color="#9cc8e8", height=0.6, xerr=error,
+                  error_kw={"ecolor": GREY, "elinewidth": 0.9, "capsize": 2})  # fmt: skip
         axes.plot([stats.alpha_star] * 2, [row - 0.4, row + 0.4], color="#b5352f", linewidth=2)
-    axes.set_yticks(range(len(known)), [f"{s.cell.setting} {s.cell.rule} T={s.cell.temperature:g}" for s in known],
-                    fontsize=6)  # fmt: skip
+    axes.set_yticks(rows, [f"{s.cell.setting} {s.cell.rule} T={s.cell.temperature:g}" for s in known], fontsize=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02)
-    _dress(axes, "First level kept (bar) and its optimum alpha* (red),\nsame roots", "share of drafts", "")
+    _dress(axes, "First level kept (bar, 95 % interval) and its optimum alpha* (red),\nsame roots", "share of drafts",
+           "")  # fmt: skip
 
 
 def heat(axes: Any, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
@@ -165,6 +173,13 @@ def by_output(axes: Any, runs: Runs, cells: Sequence[CellStats], title: str) -> 
     axes.set_ylim(1.0, 1.0 + (1.1 + 0.08 * len(cells)) * (highest - 1.0))  # room for the legend above the lines
     _dress(axes, title, "output position (bins of 16)", "tokens per step")
     _legend(axes, "upper left")
+
+
+def _whiskers(shares: Sequence[float], nums: Sequence[int]) -> list[list[float]]:
+    """What matplotlib draws to both sides of shares of so many trials."""
+    found = [(share - low, high - share) for share, num in zip(shares, nums, strict=False)
+             for low, high in [share_interval(share, num)]]  # fmt: skip
+    return [list(side) for side in zip(*found, strict=True)]
 
 
 def _dress(axes: Any, title: str, x: str, y: str) -> None:

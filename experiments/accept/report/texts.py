@@ -8,8 +8,8 @@ from typing import Any
 
 from specdec.experiments.accept.metrics import Runs
 from specdec.kv.errors import SpecdecError
-from specdec.pairing.loading import load_tokenizer
-from specdec.pairing.runnable import two_models
+from specdec.pairing.chosen import chosen_pair
+from specdec.pairing.loading import pair_tokenizer
 
 MOST = 8
 """Texts shown."""
@@ -67,7 +67,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 def _tokenizer(runs: Runs) -> Any:
     """The pair's tokenizer; None (ids are shown) where the pair is not on this machine."""
     try:
-        pair = two_models(runs.options["pair"])
-        return load_tokenizer(pair.location(pair.target), pair.target.revision)
+        named = {name: runs.options.get(name) for name in ("target", "draft", "gguf_file")}
+        pair = None if named["target"] is not None else runs.options["pair"]
+        return pair_tokenizer(chosen_pair(pair, **named))
     except (KeyError, ValueError, SpecdecError):
         return None

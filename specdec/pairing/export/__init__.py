@@ -32,6 +32,8 @@ def export_pair(pair: Pair, engine: str) -> Export:
     """
     if engine not in ENGINES:
         raise PairError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if pair.target.gguf_file or pair.draft.gguf_file:
+        raise PairError(f"pair {pair.name!r}: GGUF files are not exported; engines that read them take the file itself")
     return ENGINES[engine](pair)
 
 

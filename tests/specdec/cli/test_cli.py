@@ -68,7 +68,7 @@ def test_target_and_draft_by_path(tiny_pair: Path) -> None:
 
 
 def test_text_goes_to_stdout_and_report_to_stderr(tiny_pair: Path) -> None:
-    result = generate(tiny_pair)
+    result = generate(tiny_pair, "-k", 2)
     assert result.exit_code == 0, result.output
     assert result.stdout == PROMPT + plain(tiny_pair)[1] + "\n"
     assert "mean acceptance length" in result.stderr

@@ -82,7 +82,7 @@ def test_commands(tiny_pair: Path, calls: list[dict[str, Any]]) -> None:
     result = chat(tiny_pair, ["/report", "hi", "/report", "/reset", "hi", "/sing", "/help", "/quit", "not read"])
     assert result.exit_code == 0, result.output
     assert "nothing was generated yet" in result.stdout
-    assert result.stdout.count("mean acceptance length") == 1
+    assert result.stdout.count("tokens per target pass") == 1
     assert [call["input_ids"].tolist() for call in calls] == [calls[0]["input_ids"].tolist()] * 2
     assert CACHE_KEYWORD not in calls[1], "/reset forgets the K/V too"
     assert "unknown command /sing" in result.stderr

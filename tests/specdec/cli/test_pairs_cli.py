@@ -121,6 +121,10 @@ def test_estimate() -> None:
     assert "fits" in text
     assert "no acceptance published; at these costs it takes 4." in text
     assert "assumed: " in text
+    assert "no estimate can know" not in text
+    lookup = ok("pairs", "estimate", "llama-3.1-8b-ngram")
+    assert "How often n-grams find anything depends on your texts: no estimate can know it." in lookup
+    assert json.loads(ok("pairs", "estimate", "llama-3.1-8b-ngram", "--json"))["hit_rate"].startswith("unknown")
     assert "DOES NOT FIT" in ok("pairs", "estimate", "llama-3.3-70b-1b", "--device", "rtx4090")
     table = json.loads(ok("pairs", "estimate", "llama-3.1-8b-eagle3", "--json"))
     assert table["label"].startswith("ESTIMATE")
@@ -177,18 +181,20 @@ def test_generate_takes_files_with_their_settings(tiny_pair: Path, tmp_path: Pat
 
 def test_the_choice_is_the_pairs_unless_options_say_otherwise(tiny_pair: Path, tmp_path: Path) -> None:
     def choice(pair: object, draft: str | None = None, k: object = None, rule: str = "auto") -> ModelChoice:
-        return ModelChoice.of(None, draft, str(pair), None if k is None else str(k), None, rule, "auto", "cpu", None)
+        return ModelChoice.of(
+            None, draft, str(pair), None, None if k is None else str(k), None, rule, "auto", "cpu", None
+        )
 
     path = toml(tmp_path, tiny_pair, "--tree", "2,1", "--rule", "traversal")
     found = choice(path)
-    assert (found.k, found.tree, found.rule, found.pair_dtype) == (None, (2, 1), "traversal", "bfloat16")
+    assert (found.k, found.tree, found.rule, found.pair.dtype) == (None, (2, 1), "traversal", "bfloat16")
     assert (choice(path, k=2).k, choice(path, k=2).tree) == (2, None)
     assert (choice(path, k="auto").k, choice(path, k="auto").tree) == (None, None)  # planned, in place of its tree
     assert choice(path, rule="naive").rule == "naive"
     other = choice(path, draft="ngram")
     assert (other.draft, other.tree, other.rule) == ("ngram", None, "auto")
     hub = choice("qwen3-8b-0.6b")
-    assert (hub.target, hub.draft, hub.pair_dtype) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "bfloat16")
+    assert (hub.target, hub.draft, hub.pair.dtype) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "bfloat16")
     # Another draft on the target of a pair whose own is not run here.
     assert choice("llama-3.1-8b-eagle3", draft="ngram").target == "meta-llama/Llama-3.1-8B-Instruct"
 

@@ -46,7 +46,7 @@ def observed_law(samples: int, seed: int, **options: Any) -> np.ndarray:
         first, second, _ = handle.result().token_ids
         counts[first, second] += 1
     metrics = engine.metrics()
-    assert 0.3 < metrics.num_draft_tokens / metrics.num_drafts < 1.7
+    assert 1.0 < metrics.num_draft_tokens / metrics.num_drafts < 1.9  # both depths of drafts
     return counts
 
 

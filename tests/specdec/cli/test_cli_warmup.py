@@ -1,0 +1,72 @@
+"""`specdec warmup`: the next process compiles and measures nothing; and who waits for a first call is told why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from specdec.cli import app
+from specdec.planner import factory
+from specdec.planner.store import CostStore
+from specdec.verify.first_use import say_first_use
+
+SAID = "first use of this model on this machine"
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has said and measured nothing yet."""
+    monkeypatch.setattr(factory, "STORE", CostStore())
+    say_first_use.cache_clear()
+    yield
+    say_first_use.cache_clear()
+
+
+def test_the_first_call_says_why_it_takes_longer_and_says_it_once(
+    fresh: None, tiny_pair: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = ["generate", "--pair", str(tiny_pair), "-p", "abc", "-n", "4", "--device", "cpu"]
+    for _ in range(2):
+        assert CliRunner().invoke(app, common).exit_code == 0
+    assert [record.name for record in caplog.records if SAID in record.message] == ["specdec"]
+
+
+def test_a_call_that_measures_nothing_says_nothing(
+    fresh: None, tiny_pair: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = ["generate", "--pair", str(tiny_pair), "-p", "abc", "-n", "4", "--device", "cpu", "-k", "2"]
+    assert CliRunner().invoke(app, common).exit_code == 0
+    assert SAID not in caplog.text
+
+
+def specdec(cache: Path, *arguments: object) -> Any:
+    environment = {**os.environ, "SPECDEC_CACHE": str(cache)}
+    command = [sys.executable, "-m", "specdec", *map(str, arguments), "--device", "cpu", "--threads", "1"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+
+
+def test_after_a_warmup_the_next_process_finds_everything(tiny_pair: Path, tmp_path: Path) -> None:
+    warmed = specdec(tmp_path, "warmup", tiny_pair)
+    assert SAID in warmed.stderr
+    assert f"kept in {tmp_path}" in warmed.stdout
+    assert [line.split(":")[0] for line in warmed.stdout.splitlines()[:2]] == ["batch 1, greedy", "batch 1, sampled"]
+    call = ("generate", "--pair", tiny_pair, "-p", "abc", "-n", "4")
+    assert SAID not in specdec(tmp_path, *call).stderr
+    assert SAID in specdec(tmp_path / "other", *call).stderr  # without it there is something to wait for
+
+
+def test_what_is_warmed_up_is_a_pair_or_a_target(tiny_pair: Path) -> None:
+    for model in (tiny_pair, tiny_pair / "target"):
+        done = CliRunner().invoke(app, ["warmup", str(model), "--device", "cpu", "--batch", "2"])
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith("batch 2, greedy: first call ")
+        assert "nothing is kept" in done.stderr  # tests keep their tables in memory
+    both = CliRunner().invoke(app, ["warmup", str(tiny_pair), "--target", "x/y"])
+    assert (both.exit_code, "got several" in both.stderr) == (2, True)
