@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specdec.experiments.errors import ExperimentError, meant_for_the_user
+from specdec.shown_errors import ExperimentError, meant_for_the_user
 
 RESULTS = Path(__file__).resolve().parent / "results"
 """Where results that are kept lie."""
@@ -204,7 +204,7 @@ def started(options: RunOptions, /, seed: int = 0, device: str = "cpu", **detail
     import torch
     from transformers.utils import logging
 
-    from specdec.experiments.provenance import provenance
+    from specdec.provenance import provenance
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

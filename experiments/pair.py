@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import RunOptions, option
 from specdec.experiments.workloads import Prompt, WorkloadError, read_prompts
 from specdec.pairing import Pair
 from specdec.pairing.chosen import chosen_pair
 from specdec.shipped import DEFAULT_PAIR
+from specdec.shown_errors import ExperimentError
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as criteria
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.passes.stock import original
+from specdec.verify.stock import original
 
 T = TypeVar("T")
 

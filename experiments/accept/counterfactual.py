@@ -26,7 +26,7 @@ from torch import Tensor
 
 from specdec.experiments.accept.setting import Setting
 from specdec.experiments.accept.summary import DRAWS, NUM_GROUPS, SIBLINGS, TOP, Summary, group_of
-from specdec.experiments.errors import ExperimentError
+from specdec.shown_errors import ExperimentError
 from specdec.verify.rules import make_rule
 from specdec.verify.tree import DraftTree
 

@@ -10,10 +10,10 @@ import torch
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.setting import Cell
 from specdec.experiments.accept.watch import Watch
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.pair import Models
 from specdec.experiments.ways import Generate, speculating
 from specdec.experiments.workloads import Prompt
+from specdec.shown_errors import ExperimentError
 from specdec.speculator import Speculator
 from specdec.trace import StepTrace
 

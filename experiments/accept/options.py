@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar
 
 from specdec.experiments.accept.setting import EXAMPLES, PLAIN, Setting
 from specdec.experiments.display import lacking
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Options, argument, option
 from specdec.experiments.pair import PROMPT_FILES, Dtype, NewTokens, PairOptions, Seed, own_prompts
 from specdec.experiments.workloads import SOURCES, Source
+from specdec.shown_errors import ExperimentError
 
 DEFAULT_SETTINGS = (
     "model:k=2",

@@ -22,7 +22,7 @@ from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.accept.summary import Summary
 from specdec.experiments.display import console
 from specdec.experiments.intervals import Mean, ratio, ratio_difference
-from specdec.experiments.provenance import placeless
+from specdec.provenance import placeless
 
 DEFAULT_SCORED = (
     *(f"model:k={k}" for k in (1, 2, 3, 4, 5, 6, 8)),

@@ -7,7 +7,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any, Literal
 
-from specdec.experiments.errors import ExperimentError
+from specdec.shown_errors import ExperimentError
 
 CHILDREN = ("mixed", "top", "sampled")
 _FIELDS = {

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import append_lines
+from specdec.shown_errors import ExperimentError
 
 SCHEMA = 1
 REQUIRED = {

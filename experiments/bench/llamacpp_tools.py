@@ -22,10 +22,10 @@ from typing import Annotated
 import typer
 
 from specdec.experiments.bench.options import BenchOptions
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, Options, append_lines, dated, option, started
 from specdec.experiments.pair import NewTokens
 from specdec.shipped import DEFAULT_PAIR, pair_folder
+from specdec.shown_errors import ExperimentError
 
 BENCH = "llama-bench"
 SPECULATIVE = "llama-speculative-simple"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import option
 from specdec.experiments.pair import PROMPT_FILES, Device, Dtype, Models, NewTokens, PairOptions, Seed, own_prompts
+from specdec.shown_errors import ExperimentError
 
 if TYPE_CHECKING:
     from torch import Tensor

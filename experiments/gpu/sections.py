@@ -22,7 +22,7 @@ from specdec.experiments.gpu.passes import passes
 from specdec.experiments.gpu.plot import draw
 from specdec.experiments.gpu.show import Results, page
 from specdec.experiments.gpu.suite import tests
-from specdec.experiments.provenance import provenance
+from specdec.provenance import provenance
 
 RUNS: dict[str, Callable[[GpuOptions, Deadline], list[dict[str, Any]]]] = {
     "tests": tests, "bandwidth": bandwidth, "attention": attention, "passes": passes, "generate": generate,

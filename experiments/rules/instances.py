@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec.experiments.errors import ExperimentError
+from specdec.shown_errors import ExperimentError
 from specdec.verify.rules import make_rule
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"

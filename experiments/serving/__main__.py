@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, ResultFile, option, started
 from specdec.experiments.pair import NewTokens, PairOptions, Seed
+from specdec.shown_errors import ExperimentError
 
 
 @dataclass(frozen=True, kw_only=True)

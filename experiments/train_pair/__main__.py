@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, Options, option
 from specdec.experiments.pair import NewTokens
 from specdec.experiments.train_pair.recipe import Recipe, preset
+from specdec.shown_errors import ExperimentError
 
 if TYPE_CHECKING:
     from specdec.experiments.train_pair.state import TrainingState

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.experiments.corpus import corpus_record
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.train_pair.state import TrainingState
+from specdec.shown_errors import ExperimentError
 
 
 def rounding_error(weights: list[Tensor], dtype: torch.dtype) -> float:

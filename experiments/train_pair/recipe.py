@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from specdec.experiments.errors import ExperimentError
+from specdec.shown_errors import ExperimentError
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.experiments.corpus import corpus_record, training_texts
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.train_pair.data import WindowStream, encode_files
 from specdec.experiments.train_pair.models import build_models, load_tokenizer, train_tokenizer
 from specdec.experiments.train_pair.optim import PairOptimizer
 from specdec.experiments.train_pair.recipe import Recipe
+from specdec.shown_errors import ExperimentError
 
 CHECKPOINT = "checkpoint.safetensors"
 JOINT, ON_POLICY, DONE = "joint", "on_policy", "done"

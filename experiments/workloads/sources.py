@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.workloads.files import Prompt, WorkloadError, read, read_prompts
+from specdec.prompt_files import Prompt, WorkloadError, read, read_prompts
 
 SHIPPED = Path(__file__).with_name("prompts.jsonl")
 SOURCES = ("shipped", "stdlib", "spec-bench:FILE", "speed-bench:FILE", "jsonl:FILE", "file:FILE")

@@ -19,8 +19,8 @@ from specdec.cli.pairs import pairs
 from specdec.cli.warmup import warmup
 from specdec.experiments.accept.__main__ import main as accept
 from specdec.experiments.bench.__main__ import main as bench
-from specdec.experiments.errors import meant_for_the_user
 from specdec.experiments.frame import CONTEXT
+from specdec.shown_errors import meant_for_the_user
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it (128 + SIGINT). Usage errors exit with 2, everything else with 1."""

@@ -136,7 +136,7 @@ def _show(report: Any) -> None:
 def _write(path: Path, report: Any, choice: cli.ModelChoice, loaded: Any, seed: int) -> None:
     import torch
 
-    from specdec.experiments.provenance import provenance
+    from specdec.provenance import provenance
 
     models = {"target": Path(choice.target).name, "draft": None if choice.draft is None else Path(choice.draft).name}
     source = provenance(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.workloads import Prompt, read_prompts
 from specdec.pairing.schema import MOST_NODES, nodes_of_widths
 from specdec.pairing.tables import shown
+from specdec.shown_errors import ExperimentError
 
 _DIGITS = 10
 """A number of tokens with more digits than that is none."""

@@ -24,7 +24,7 @@ from specdec.experiments.accept.runner import cells, run
 from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.setting import COMPARED, Cell, Setting
 from specdec.experiments.accept.store import ResultsError, Store
-from specdec.experiments.errors import ExperimentError
+from specdec.shown_errors import ExperimentError
 from specdec.verify.draft_kind import DraftKind
 from specdec.verify.passes import linear
 from specdec.verify.passes.linear import FormTable

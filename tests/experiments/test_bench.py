@@ -22,8 +22,8 @@ from specdec.experiments.bench.runner import run
 from specdec.experiments.bench.stats import summarise
 from specdec.experiments.bench.ways import PLAIN, all_ways, hf_assisted, hf_plain, specdec_model
 from specdec.experiments.pair import Models
-from specdec.experiments.provenance import provenance
 from specdec.experiments.ways import Output, select
+from specdec.provenance import provenance
 
 VOCAB = 256
 OPTIONS = BenchOptions(

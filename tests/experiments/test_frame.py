@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from specdec.experiments import clock
-from specdec.experiments.errors import ExperimentError
 from specdec.experiments.frame import Command, ResultFile, RunOptions, argument, option, spread, started
 from specdec.experiments.intervals import Spread, bootstrap_median
 from specdec.experiments.processes import yielded
+from specdec.shown_errors import ExperimentError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from specdec import Engine, Speculator
 from specdec.planner.store import fingerprint
-from specdec.verify.passes import forward, linear, stock
+from specdec.verify import stock
+from specdec.verify.passes import forward, linear
 
 IDS, MASK = models.prompts((9, 5, 7), 64, 2, 4)
 

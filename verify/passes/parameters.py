@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
 from specdec.verify.passes.linear import Form, few_row_form
-from specdec.verify.passes.stock import is_stock
+from specdec.verify.stock import is_stock
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary kinds whose angles depend on the position alone; the others look at the whole pass."""

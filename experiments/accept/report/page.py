@@ -16,8 +16,8 @@ from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.show import COLUMNS, row
 from specdec.experiments.accept.store import ResultsError, Store
 from specdec.experiments.display import new_figure
-from specdec.experiments.errors import ExperimentError
-from specdec.experiments.provenance import placeless
+from specdec.provenance import placeless
+from specdec.shown_errors import ExperimentError
 
 
 def write_report(store: Store, out: Path | None = None) -> list[Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.hardware import cpu_name, gpu_name
+from specdec.version import __version__
 
 DISTRIBUTIONS = ("torch", "transformers", "accelerate", "numpy", "safetensors", "flash-attn", "llama-cpp-python")
 """Distributions whose versions can change a measurement."""
@@ -25,13 +26,11 @@ def provenance(*, seed: int, threads: int, device: str = "cpu", **more: Any) -> 
         seed, threads, device: what the run uses.
         more: anything else worth keeping (options, checksums of models), as `placeless` has it.
     """
-    import specdec
-
     return {
         "command": command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "specdec": specdec.__version__,
-        **git_state(Path(specdec.__file__).resolve().parent),
+        "specdec": __version__,
+        **git_state(Path(__file__).resolve().parent),
         "python": platform.python_version(),
         "versions": {name: version for name in DISTRIBUTIONS if (version := _version(name)) is not None},
         "platform": f"{platform.system()} {platform.machine()}",
