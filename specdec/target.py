@@ -140,10 +140,9 @@ class TargetPasses:
         missing = self.cache.lengths[0] - filled[0]  # all rows wait for equally many, see `read_prompts`
         if missing == 0:
             return None
-        lengths = self.cache.lengths[: self.cache.num_rows]
         wanted = missing + tree.tokens.shape[1]
         most = wanted if self._chunk is None else self._chunk
-        if tree.is_shared_chain and wanted <= self.target.forward.stride(len(lengths), max(filled), most):
+        if tree.is_shared_chain and wanted <= self.target.forward.stride(max(filled), most):
             return rows.window(filled, missing)
         self._read_all(rows)
         return None

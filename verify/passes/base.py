@@ -100,7 +100,7 @@ class Runner(ABC):
         """Why this part must be run in another way; None where it need not."""
         return None
 
-    def stride(self, rows: int, read: int, most: int) -> int | None:
+    def stride(self, read: int, most: int) -> int | None:
         """Tokens of a row it would read in one pass over a long text; None where another way is better.
 
         Args:

@@ -95,7 +95,7 @@ class Forward:
         done = list(starts)
         while any(start < stop for start, stop in zip(done, stops, strict=True)):
             left = max(stop - start for start, stop in zip(done, stops, strict=True))
-            most = self.stride(len(done), max(done), left if chunk is None else min(chunk, left))
+            most = self.stride(max(done), left if chunk is None else min(chunk, left))
             valid = [max(0, min(most, stop - start)) for start, stop in zip(done, stops, strict=True)]
             width = max(valid)
             columns = torch.tensor(done, device=text.device)[:, None] + torch.arange(width, device=text.device)
@@ -105,10 +105,10 @@ class Forward:
                 reader(done, valid, output)
             done = [start + count for start, count in zip(done, valid, strict=True)]
 
-    def stride(self, rows: int, read: int, most: int) -> int:
+    def stride(self, read: int, most: int) -> int:
         """Tokens of a row, at most `most`, to read in one pass behind `read` slots."""
         most = min(most, PREFILL_CHUNK if read else FIRST_CHUNK)
-        strides = (runner.stride(rows, read, most) for runner in self.runners)
+        strides = (runner.stride(read, most) for runner in self.runners)
         return next((stride for stride in strides if stride is not None), most)
 
     def causal(
@@ -119,9 +119,7 @@ class Forward:
         Returns:
             logits of the last `keep` columns (0 = all, None = none), and the features of all.
         """
-        if valid is not None and self.num_positions is not None:
-            # Rows that add no token place none.
-            self._check_positions([start + count for start, count in zip(starts, valid, strict=True) if count])
+        self._check_ends(starts, valid)
         with cache.writing(self.name, starts, tokens.shape[1], valid) as write:
             return self._run(Part(tokens, write, None, None, keep, self.features))[0]
 
@@ -165,9 +163,7 @@ class Forward:
             write = stack.enter_context(cache.writing(self.name, lengths, tree.tokens.shape[1]))
             parts = [Part(tree.tokens, write, nodes_of(tree, lengths), tree, 0, self.features)]
             for text in texts:
-                if text.valid is not None:
-                    ends = [start + count for start, count in zip(text.starts, text.valid, strict=True) if count]
-                    self._check_positions(ends)
+                self._check_ends(text.starts, text.valid)
                 write = stack.enter_context(
                     text.cache.writing(self.name, text.starts, text.tokens.shape[1], text.valid)
                 )
@@ -190,8 +186,9 @@ class Forward:
         start = perf_counter()
         with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
             outputs = runner(parts)
+        seconds = perf_counter() - start
         for observer in _observers.get():
-            observer(self.model, perf_counter() - start)
+            observer(self.model, seconds)
         return outputs
 
     def _runner(self, part: Part) -> Runner:
@@ -202,6 +199,11 @@ class Forward:
                 return runner
             reasons.append(f"{runner.name}: {reason}")
         raise RuntimeError(f"no pass of {type(self.model).__name__} has what is promised: {'; '.join(reasons)}")
+
+    def _check_ends(self, starts: Sequence[int], valid: Sequence[int] | None) -> None:
+        """As `_check_positions`, for text of which `valid` tokens per row are real; rows that add none place none."""
+        if valid is not None and self.num_positions is not None:
+            self._check_positions([start + count for start, count in zip(starts, valid, strict=True) if count])
 
     def _check_positions(self, counts: Sequence[int]) -> None:
         """Refuse real tokens beyond the last usable position (on a GPU a table look-up there kills the context)."""

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.verify.attention.plan import chain
 from specdec.verify.attention.register import NAME, fitting_attention
 from specdec.verify.passes.base import Output, Part, Runner
 from specdec.verify.passes.inputs import Inputs
-from specdec.verify.passes.modules import Modules
+from specdec.verify.passes.modules import Modules, as_nodes
 from specdec.verify.passes.static import StaticPass
 
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -157,12 +156,8 @@ class Graphed(Runner):
         return Shape(len(part.tokens), self._width(part), first, slots, store.keys[0].data_ptr(), features)
 
     def _replayed(self, part: Part) -> Sequence[Tensor]:
-        rows, nodes = part.tokens.shape
-        if part.nodes is None:
-            lengths, (depths, ancestors) = part.write.starts, chain(rows, nodes, part.tokens.device)
-        else:
-            lengths, depths, ancestors, _ = part.nodes
-        shape = self._shape(part, part.write.read - nodes + self._width(part))
+        lengths, depths, ancestors, _ = as_nodes(part)
+        shape = self._shape(part, part.write.read - part.tokens.shape[1] + self._width(part))
         if shape in self._graphs:
             self._graphs.move_to_end(shape)
             static, run = self._graphs[shape]

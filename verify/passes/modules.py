@@ -16,7 +16,7 @@ from specdec.kv.versions import CACHE_KEYWORD, cache_argument
 from specdec.kv.wrappers import uncompiled
 from specdec.verify.attention.plan import TreePlan, chain
 from specdec.verify.attention.register import NAME, attending, attention_of
-from specdec.verify.passes.base import Output, Part, Runner
+from specdec.verify.passes.base import Nodes, Output, Part, Runner
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.linear import few_row_linears
 
@@ -74,17 +74,22 @@ class Modules(Runner):
         return fits and text_config(self._model)._attn_implementation == NAME and any(part.write.starts)
 
     def _planned(self, part: Part) -> Output:
-        (rows, width), device, table = part.tokens.shape, part.tokens.device, part.write.table
-        if part.nodes is None:
-            lengths, (depths, ancestors) = part.write.starts, chain(rows, width, device)
-        else:
-            lengths, depths, ancestors, _ = part.nodes
+        device, table, (lengths, depths, ancestors, _) = part.tokens.device, part.write.table, as_nodes(part)
         committed = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
         table = None if table is None else table.to(device, torch.int32)
         equal = min(lengths) == max(lengths)
         plan = TreePlan(committed, ancestors, depths.to(torch.int32), max(lengths), equal, table)
         with attending(self._model, plan, self._inputs.windows) as mask:
             return self._call(part, self._inputs.positions(part), mask, follows_pages=True)
+
+
+def as_nodes(part: Part) -> Nodes:
+    """The place of a part's tokens in trees; plain text is a chain."""
+    if part.nodes is not None:
+        return part.nodes
+    rows, width = part.tokens.shape
+    depths, ancestors = chain(rows, width, part.tokens.device)
+    return Nodes(part.write.starts, depths, ancestors, 0)
 
 
 class ModelCall:

@@ -74,7 +74,7 @@ class Native(Runner):
             return "so long a text is read faster by another pass"
         return None
 
-    def stride(self, rows: int, read: int, most: int) -> int | None:
+    def stride(self, read: int, most: int) -> int | None:
         width = min(most, CHUNK)
         serves = self._pass is not None and not self._pass.own.hooked
         return width if serves and self._reads(width, read + width) else None
@@ -118,7 +118,7 @@ def _weights(layer: Any) -> list[Tensor | None]:
 
 
 def _readable(weight: Tensor) -> bool:
-    """Row by row from its address on (its shape is `DirectPass.fits`'s business)."""
+    """Row by row from its address on (its shape is `Parameters.fits`'s business)."""
     return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
