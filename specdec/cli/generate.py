@@ -61,11 +61,16 @@ def generate(
     screen = Screen(sys.stdout, kinds=show_draft)
     if show_draft:
         typer.echo(f"{Screen(sys.stderr, kinds=True).legend()}\n", err=True)
-    if echo:
-        screen.write(prompt)
     writer = Writer(loaded.tokenizer, screen)
+    ahead = [prompt] if echo else []
+
+    def show(trace: Any) -> None:
+        while ahead:  # with the first step: what a first call says of itself must not stand in the middle of the text
+            screen.write(ahead.pop())
+        writer(trace)
+
     try:
-        loaded.speculator.generate(**inputs, **decoding.arguments(), on_step=writer)
+        loaded.speculator.generate(**inputs, **decoding.arguments(), on_step=show)
     finally:
         writer.finish()
     assert loaded.speculator.report is not None

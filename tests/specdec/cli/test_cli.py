@@ -76,6 +76,22 @@ def test_text_goes_to_stdout_and_report_to_stderr(tiny_pair: Path) -> None:
     assert generate(tiny_pair, "--no-echo").stdout == plain(tiny_pair)[1] + "\n"
 
 
+def test_what_is_said_before_the_first_step_stands_before_the_text(
+    tiny_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = specdec.Speculator.generate
+
+    def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
+        print("a word about first use")
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(specdec.Speculator, "generate", telling)
+    done = generate(tiny_pair)
+    said, text = done.stdout.split("\n", 1)
+    assert said == "a word about first use"
+    assert text.startswith(PROMPT)
+
+
 def test_prompt_from_stdin_is_not_changed(tiny_pair: Path) -> None:
     prompt = "  x = 1\n\n"
     out = json.loads(generate(tiny_pair, "--json", prompt=None, stdin=prompt).stdout)
