@@ -219,7 +219,7 @@ class DecodeLoop(Batch):
         report = self.report
         report.ms_prefill, report.ms_total = self.ms.pop("prefill"), self.ms.pop("total")
         report.kv_bytes = self.cache.num_bytes()
-        report.kv_models = 1 + (self.drafter is not None and self.drafter.num_cache_layers > 0)
+        report.kv_models = 1 + (self.drafter is not None and self.drafter.keeps_kv)
         if self.plain is not None:
             report.processor_calls, report.processor_ms = self.plain.num_calls, self.plain.ms
         if self.drafter is not None:

@@ -1,0 +1,90 @@
+"""A second model made of the modules of a first one: it shares all parameters, and any part of it can be exchanged."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.support import text_config
+from specdec.verify.passes.linear import is_dense
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def refuse_spread(model: PreTrainedModel) -> None:
+    """Raises:
+    UnsupportedModelError: a model whose modules bring their weights in for every pass.
+    """
+    if any("_hf_hook" in vars(part) for part in model.modules()):
+        raise UnsupportedModelError(
+            f"draft 'self:...': {type(model).__name__} is spread over devices or offloaded (accelerate's hooks are on "
+            "its modules), and a copy of it would have to be spread, too. Load it whole onto one device, or draft with "
+            "'ngram' or another model."
+        )
+
+
+def mirrored(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same modules over the same parameters and buffers, with a configuration of its own.
+
+    Hooks are left behind: they are their owner's business, and would be called for drafts.
+    """
+    refuse_spread(model)
+    configs: dict[int, Any] = {}
+    copy.deepcopy(model.config, configs)
+    made: dict[int, Any] = {}
+    return _mirror(model, made, configs)
+
+
+def _mirror(part: nn.Module, made: dict[int, Any], configs: dict[int, Any]) -> Any:
+    if id(part) in made:
+        return made[id(part)]
+    own = made[id(part)] = object.__new__(type(part))
+    state = own.__dict__
+    state.update(vars(part))
+    for table in ("_parameters", "_buffers"):
+        state[table] = dict(state[table])
+    state.update({hooks: OrderedDict() for hooks in _HOOKS})
+    state.pop("_compiled_call_impl", None)
+    if type(part) is nn.Linear:
+        state.pop("forward", None)  # a faster one, for as long as somebody generates
+    state["_modules"] = {
+        name: None if child is None else _mirror(child, made, configs) for name, child in part._modules.items()
+    }
+    for name, value in vars(part).items():
+        if id(value) in configs and hasattr(value, "to_dict"):
+            state[name] = configs[id(value)]
+    return own
+
+
+def weighted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
+    """Every linear layer with plain weights: its parent, its name there, and the layer."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if type(child) in (nn.Linear, Conv1D) and is_dense(child.weight):
+                yield parent, name, child  # type: ignore[misc]
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """Where the list of a model's layers is: the module that holds it, and its name there.
+
+    Raises:
+        UnsupportedModelError: there is no such list.
+    """
+    count = int(text_config(model).num_hidden_layers)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.ModuleList) and len(child) == count and not isinstance(parent, nn.ModuleList):
+                return parent, name
+    raise UnsupportedModelError(
+        f"draft 'self:exit...' and 'self:skip...': {type(model).__name__} has no list of its {count} layers"
+    )
