@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
 
 SAMPLES = 16
@@ -118,12 +119,19 @@ class Weights:
 def fingerprint(model: nn.Module) -> str:
     """A few values of every weight, hashed: for what is kept of a model beyond this process."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in _weights(model):
         digest.update(name.encode())
         for part in _numbers(weight.detach()):
             some = part.flatten()[:: max(1, part.numel() // _VALUES)][:_VALUES]
             digest.update(some.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for name, part in model.named_modules():
+        if isinstance(part, PackedLinear):
+            yield from part.named_buffers(name)
 
 
 def _numbers(weight: Tensor) -> Iterator[Tensor]:
