@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
@@ -175,6 +176,8 @@ class DecodeLoop(Batch):
             budget = Budget(depth_limits(self.drafter.max_depth, left), self.drafter.max_nodes)
         else:
             budget = self.planner.budget(live, left, self.rows.lengths())
+        if step == 0 and self.drafter.shares_target_kv:  # there is none of the prompt yet: this step's pass writes it
+            budget = replace(budget, depths=(0,) * len(live))
         return self.propose(budget, step)
 
     @timed("verify")

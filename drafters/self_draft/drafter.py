@@ -67,8 +67,7 @@ class SelfDrafter(ModelDrafter):
             yield
 
     def _readable(self, budget: Budget, session: Session) -> tuple[list[bool], Budget]:
-        """Rows whose text the target itself has yet to read get no draft: a prompt that goes along with the first
-        step."""
+        """Rows whose text the target itself has yet to read get no draft."""
         idle, budget = super()._readable(budget, session)
         cache = session.cache
         lengths = cache.lengths[: cache.num_rows]

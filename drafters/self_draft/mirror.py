@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -66,25 +66,45 @@ def _mirror(part: nn.Module, made: dict[int, Any], configs: dict[int, Any]) -> A
     return own
 
 
-def weighted(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
-    """Every linear layer with plain weights: its parent, its name there, and the layer."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if type(child) in (nn.Linear, Conv1D) and is_dense(child.weight):
-                yield parent, name, child  # type: ignore[misc]
+def named_weighted(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Every linear layer with plain weights, by its path."""
+    return {
+        path: part
+        for path, part in model.named_modules()
+        if type(part) in (nn.Linear, Conv1D) and is_dense(part.weight)
+    }
 
 
-def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
-    """Where the list of a model's layers is: the module that holds it, and its name there.
+def weight_of(layer: nn.Linear | Conv1D) -> Tensor:
+    """`[out, in]`, contiguous; a `Conv1D` holds it the other way round."""
+    return (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).contiguous()
+
+
+def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Leave out all decoder layers but these, which go on reading the K/V of their own number.
+
+    Raises:
+        UnsupportedModelError: the model has no list of layers.
+    """
+    layers = decoder_layers(model)
+    only = nn.ModuleList([layers[i] for i in kept]).train(layers.training)
+    for parent in list(model.modules()):
+        parent._modules.update({name: only for name, child in parent._modules.items() if child is layers})
+    config = text_config(model)
+    config.num_hidden_layers = len(kept)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        config.layer_types = [kinds[i] for i in kept]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a model's layers.
 
     Raises:
         UnsupportedModelError: there is no such list.
     """
     count = int(text_config(model).num_hidden_layers)
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if isinstance(child, nn.ModuleList) and len(child) == count and not isinstance(parent, nn.ModuleList):
-                return parent, name
-    raise UnsupportedModelError(
-        f"draft 'self:exit...' and 'self:skip...': {type(model).__name__} has no list of its {count} layers"
-    )
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return part
+    raise UnsupportedModelError(f"draft 'self:...': {type(model).__name__} has no list of its {count} layers")

@@ -83,10 +83,10 @@ class Options(Drafter):
         self.heard: tuple[int, list[list[int]]] | None = None
         own = {id(drafter.model) for drafter in self._models() if not drafter.shares_target_kv}
         if len(own) > 1 or (own and self.shares_target_kv):
+            got = f"{len(own)} and the target itself" if self.shares_target_kv else f"{len(own)}"
             raise UnsupportedArgumentError(
                 "draft: expected at most one model among several drafters (they would share one K/V storage), got "
-                f"{'drafts of the target itself and a model' if self.shares_target_kv else len(own)}; combine one model "
-                "with 'ngram', or 'self' with 'ngram'"
+                f"{got}; combine one model with 'ngram', or forms of the target itself ('self:int8') with 'ngram'"
             )
 
     @property
