@@ -39,7 +39,7 @@ typedef struct {
     float *const *features;
     float *logits;
     float *hidden, *normed, *mixed, *attended, *acted, *own;
-    int64_t own_size, num_groups;
-    int64_t *seen, *counts, *row_of, *groups;
+    int64_t own_size, num_groups, stride;
+    int64_t *seen, *counts, *leads, *row_of, *groups;
     _Atomic int64_t *tickets;
 } Pass;
