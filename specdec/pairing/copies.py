@@ -6,7 +6,6 @@ Imports no torch: what is written is the caller's business.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -51,9 +50,7 @@ def kept_copy(file: Path, form: str, write: Callable[[Path], object]) -> Path | 
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(kept.parent)
         LOGGER.warning("specdec: first use of %s: a copy that loads fast is written to %s, once", file.name, kept)
-        with tempfile.TemporaryDirectory(
-            prefix=UNFINISHED, dir=kept.parent, ignore_cleanup_errors=True
-        ) as place:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=kept.parent, ignore_cleanup_errors=True) as place:
             write(Path(place))
             _seal(Path(place))
             _name(Path(place), kept)
