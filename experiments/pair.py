@@ -140,15 +140,25 @@ class Models:
         found = held_out_prompts(self.tokenizer, num, length, seed=seed)
         return list(torch.tensor(found, device=self.target.device).split(rows))
 
-    def own_prompts(self, prompts: list[Prompt], new_tokens: int) -> list[Tensor]:
-        """First turns as they stand, int64 `[1, tokens]` each; what does not fit the context loses its beginning."""
-        import torch
-
+    def turn_ids(self, prompt: Prompt, answers: Sequence[str], new_tokens: int, most: int | None = None) -> list[int]:
+        """The ids that turn `len(answers)` of a prompt starts from, cut on the left to `most` and to what fits."""
+        if prompt.ids is not None and not answers:
+            ids = list(prompt.ids)
+        elif prompt.chat and getattr(self.tokenizer, "chat_template", None):
+            messages = []
+            for asked, said in zip(prompt.turns, [*answers, None], strict=False):
+                messages.append({"role": "user", "content": asked})
+                if said is not None:
+                    messages.append({"role": "assistant", "content": said})
+            ids = list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        else:
+            pieces = [text for pair in zip(prompt.turns, [*answers, ""], strict=False) for text in pair]
+            ids = list(self.tokenizer("\n\n".join(piece for piece in pieces if piece)).input_ids)
         context = int(getattr(self.target.config.get_text_config(), "max_position_embeddings", 1 << 20))
-        if context <= new_tokens:
+        room = context - new_tokens if most is None else min(most, context - new_tokens)
+        if room < 1:
             raise ExperimentError(f"new_tokens={new_tokens} leaves no room in a context of {context} tokens")
-        texts = [list(self.tokenizer(prompt.turns[0]).input_ids)[new_tokens - context :] for prompt in prompts]
-        return [torch.tensor([ids], device=self.target.device) for ids in texts]
+        return ids[-room:]
 
 
 def own_prompts(files: Sequence[Path]) -> list[Prompt]:

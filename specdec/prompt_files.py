@@ -1,6 +1,7 @@
 """One prompt, and files of them in each form there is, with one clear error for everything that can be wrong.
 
-`jsonl`, ours: `question_id`, `category`, `turns`, continued without a chat template; or `prompt` alone.
+`jsonl`, ours: `question_id`, `category`, `turns`; or `prompt` alone. Continued as it stands, unless `"chat": true`
+beside it asks for the model's chat template.
 
 `spec-bench` (github.com/hemingkx/Spec-Bench, `data/spec_bench/question.jsonl`): the same keys. Domain: the six tasks
 Spec-Bench reports, its eight MT-bench categories taken together.
@@ -85,7 +86,7 @@ def read(path: Path, form: str) -> list[Prompt]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """A user's own prompts: a text file is one, continued as it stands; `.jsonl` has one a line, `{"prompt": TEXT}` or
-    the `jsonl` form.
+    the `jsonl` form, each with its chat template where it says `"chat": true`.
 
     Raises:
         WorkloadError: no such file, not such a file, or nothing in it.
@@ -104,8 +105,11 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt(entry: Any, where: str, form: str) -> Prompt:
     if not isinstance(entry, dict):
         raise WorkloadError(f"{where}: expected an object, got {type(entry).__name__}")
+    chat = entry.get("chat", False) if form == "jsonl" else True
+    if not isinstance(chat, bool):
+        raise WorkloadError(f"{where}: expected 'chat', true or false, got {chat!r}")
     if form == "jsonl" and isinstance(entry.get("prompt"), str) and entry["prompt"]:
-        return Prompt(where, "own", (entry["prompt"],))
+        return Prompt(where, "own", (entry["prompt"],), chat)
     known, turns, domain = entry.get("question_id"), entry.get("turns"), entry.get("category")
     if isinstance(known, bool) or not isinstance(known, (int, str)) or known == "":
         raise WorkloadError(f"{where}: expected 'question_id', a number or a name, got {known!r}")
@@ -117,7 +121,7 @@ def _prompt(entry: Any, where: str, form: str) -> Prompt:
         domain = "mt_bench" if domain in MT_BENCH else domain
         if domain not in TASKS:
             raise WorkloadError(f"{where}: expected a category of {', '.join((*MT_BENCH, *TASKS[1:]))}, got {domain!r}")
-    return Prompt(str(known), domain, tuple(turns), chat=form != "jsonl")
+    return Prompt(str(known), domain, tuple(turns), chat)
 
 
 def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:
