@@ -11,6 +11,7 @@ from specdec.experiments.frame import RunOptions, option
 from specdec.experiments.workloads import Prompt, WorkloadError, read_prompts
 from specdec.pairing import Pair
 from specdec.pairing.chosen import chosen_pair
+from specdec.prompt_files import prompt_ids
 from specdec.shipped import DEFAULT_PAIR
 from specdec.shown_errors import ExperimentError
 
@@ -28,6 +29,7 @@ Seed = Annotated[int, option("Seed of prompts and sampling.")]
 
 
 PROMPT_FILES = "Own prompts: a text, or JSON lines (.jsonl); repeat for more."
+Chat = Annotated[bool, option("Ask own prompts in the model's chat template, where it has one.", "--chat/--no-chat")]
 NewTokens = Annotated[int, option("Tokens to generate.", "--max-new-tokens", "-n")]
 
 
@@ -142,18 +144,7 @@ class Models:
 
     def turn_ids(self, prompt: Prompt, answers: Sequence[str], new_tokens: int, most: int | None = None) -> list[int]:
         """The ids that turn `len(answers)` of a prompt starts from, cut on the left to `most` and to what fits."""
-        if prompt.ids is not None and not answers:
-            ids = list(prompt.ids)
-        elif prompt.chat and getattr(self.tokenizer, "chat_template", None):
-            messages = []
-            for asked, said in zip(prompt.turns, [*answers, None], strict=False):
-                messages.append({"role": "user", "content": asked})
-                if said is not None:
-                    messages.append({"role": "assistant", "content": said})
-            ids = list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        else:
-            pieces = [text for pair in zip(prompt.turns, [*answers, ""], strict=False) for text in pair]
-            ids = list(self.tokenizer("\n\n".join(piece for piece in pieces if piece)).input_ids)
+        ids = prompt_ids(self.tokenizer, prompt, answers)
         context = int(getattr(self.target.config.get_text_config(), "max_position_embeddings", 1 << 20))
         room = context - new_tokens if most is None else min(most, context - new_tokens)
         if room < 1:
@@ -161,8 +152,8 @@ class Models:
         return ids[-room:]
 
 
-def own_prompts(files: Sequence[Path]) -> list[Prompt]:
-    """The prompts of a user's files.
+def own_prompts(files: Sequence[Path], chat: bool) -> list[Prompt]:
+    """The prompts of a user's files. chat: see Prompt.
 
     Raises:
         WorkloadError: see `read_prompts`; two files of one name, under which their results would be filed.
@@ -170,4 +161,4 @@ def own_prompts(files: Sequence[Path]) -> list[Prompt]:
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         raise WorkloadError(f"--prompt-file: expected files of different names, got {', '.join(names)}")
-    return [prompt for file in files for prompt in read_prompts(file)]
+    return [prompt for file in files for prompt in read_prompts(file, chat)]

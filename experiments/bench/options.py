@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from specdec.experiments.frame import option
-from specdec.experiments.pair import PROMPT_FILES, Device, Dtype, Models, NewTokens, PairOptions, Seed, own_prompts
+from specdec.experiments.pair import (
+    PROMPT_FILES,
+    Chat,
+    Device,
+    Dtype,
+    Models,
+    NewTokens,
+    PairOptions,
+    Seed,
+    own_prompts,
+)
 from specdec.experiments.workloads import SOURCES, Source
 from specdec.shown_errors import ExperimentError
 
@@ -35,6 +45,10 @@ class BenchOptions(PairOptions):
         tuple[str, ...], option(f"Instead of held-out prompts: some of {', '.join(SOURCES)}; repeat.", "--prompts")
     ] = ()
     prompt_files: Annotated[tuple[Path, ...], option(f"{PROMPT_FILES} In place of --prompts.", "--prompt-file")] = ()
+    chat: Chat = True
+    k: Annotated[
+        tuple[int, ...], option("Lengths of drafts (default: several for each way); repeat.", "--k", "-k")
+    ] = ()
     num_prompts: Annotated[int, option("Held-out prompts, or prompts of each source.")] = 8
     prompt_tokens: Annotated[int, option("Tokens of each held-out prompt.")] = 128
     new_tokens: NewTokens = 128
@@ -53,6 +67,8 @@ class BenchOptions(PairOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "num_prompts", "prompt_tokens", "batch", "rounds")
+        if self.k and min(self.k) < 1:
+            raise ExperimentError(f"k: expected lengths of drafts, at least 1 each, got {', '.join(map(str, self.k))}")
         self.at_least(2, "new_tokens")  # one token leaves nothing to speculate on
         self.at_least(0, "temperature")
         if (self.prompt_files or self.sources) and self.batch > 1:
@@ -68,7 +84,7 @@ class BenchOptions(PairOptions):
 
     def check(self) -> None:
         super().check()
-        own_prompts(self.prompt_files)
+        own_prompts(self.prompt_files, self.chat)
 
     def prompts(self, models: Models) -> list[Asked]:
         """What to generate from, one entry per call; of other prompts than the held-out ones the first turns."""
@@ -78,9 +94,9 @@ class BenchOptions(PairOptions):
             held_out = models.prompts(self.num_prompts, self.prompt_tokens, self.seed, self.batch)
             return [Asked(ids, f"stdlib-{self.seed}-{i}", "stdlib") for i, ids in enumerate(held_out)]
         if self.prompt_files:
-            found = own_prompts(self.prompt_files)[: 2 if self.quick else None]
+            found = own_prompts(self.prompt_files, self.chat)[: 2 if self.quick else None]
         else:
-            read = [Source.parse(text) for text in dict.fromkeys(self.sources)]
+            read = [replace(Source.parse(text), chat=self.chat) for text in dict.fromkeys(self.sources)]
             found = [one for source in read for one in source.load(models.tokenizer, self.num_prompts, self.seed)]
         device = models.target.device
         ids = [torch.tensor([models.turn_ids(prompt, [], self.new_tokens)], device=device) for prompt in found]
@@ -92,10 +108,18 @@ class BenchOptions(PairOptions):
         return replace(self, num_prompts=sum(len(one.ids) for one in prompts), prompt_tokens=longest)
 
     def to_dict(self, *left_out: str) -> dict[str, Any]:
-        found = super().to_dict("prompt_files", "sources", *left_out)
+        found = super().to_dict("prompt_files", "sources", "chat", "k", *left_out)
+        if self.k:
+            found["k"] = self.k
+        if self.has_own_prompts:
+            found["chat"] = self.chat
         if self.prompt_files:
             return found | {"prompt_files": [file.name for file in self.prompt_files]}
         return found | ({"prompts": [str(Source.parse(text)) for text in self.sources]} if self.sources else {})
+
+    @property
+    def has_own_prompts(self) -> bool:
+        return bool(self.prompt_files) or any(Source.parse(text).name == "file" for text in self.sources)
 
     @property
     def mode(self) -> str:

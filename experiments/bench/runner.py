@@ -17,6 +17,7 @@ from specdec.experiments.bench.ways import PLAIN, all_ways
 from specdec.experiments.display import console, progress
 from specdec.experiments.frame import append_lines, dated, started
 from specdec.experiments.ways import select
+from specdec.prompt_files import how_asked
 
 NO_MODEL = "the pair has no draft model; give --draft"
 
@@ -31,7 +32,7 @@ def run(options: BenchOptions) -> int:
         ValueError: an unknown way or pair.
     """
     options = options.effective()
-    ways = select(all_ways(options.quick), options.peers, always=PLAIN)
+    ways = select(all_ways(options.quick, options.k), options.peers, always=PLAIN)
     lacking = {way.name: NO_MODEL for way in ways if way.needs_model and not options.has_draft_model}
     skipped = lacking | {way.name: reason for way in ways if (reason := way.refusal(options)) is not None}
     if not options.peers:
@@ -74,6 +75,9 @@ def run(options: BenchOptions) -> int:
         print(json.dumps({kind: entries for kind, entries in written.items() if kind not in ("run", "prompt")}))
     else:
         page = console(160)
+        if options.has_own_prompts:
+            page.print(how_asked(models.tokenizer, options.chat))
         show(page, summaries, domains, {entry.peer: entry for entry in memory}, found, options, source)
-        page.print(f"wrote {path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
+        picture = path.with_suffix(".png").name if drawn else "no picture: pip install 'specdec-lm[viz]'"
+        page.print(f"wrote {path}" + (f" and {picture}" if drawn else f" ({picture})"))
     return int(any(d.peer.startswith("specdec") and not d.near_tie for d in found))

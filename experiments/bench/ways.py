@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from specdec.drafters import NgramDrafter
@@ -76,21 +76,28 @@ def specdec_planned(drafts: str) -> Way:
     return _specdec("planned", drafts, draft, needs_model="model" in drafts)
 
 
-def all_ways(quick: bool = False) -> list[Way]:
-    """Every setting of every way, plain generation first."""
+def all_ways(quick: bool = False, lengths: Sequence[int] = ()) -> list[Way]:
+    """Every setting of every way, plain generation first. lengths: of drafts, in place of each way's own."""
     if quick:
-        few = [hf_plain(), hf_assisted(4), prompt_lookup(10, 2), specdec_none(), specdec_model(4), specdec_ngram(5, 1)]
-        return [*few, llama_cpp("f32")]
+        return [
+            hf_plain(),
+            *(hf_assisted(k) for k in lengths or (4,)),
+            *(prompt_lookup(k, 2) for k in lengths or (10,)),
+            specdec_none(),
+            *(specdec_model(k) for k in lengths or (4,)),
+            *(specdec_ngram(k, 1) for k in lengths or (5,)),
+            llama_cpp("f32"),
+        ]
     return [
         hf_plain(),
-        *(hf_assisted(k) for k in (2, 3, 4, 5, 8)),
+        *(hf_assisted(k) for k in lengths or (2, 3, 4, 5, 8)),
         *(early_exit(share) for share in (0.25, 0.5)),
-        *(prompt_lookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
+        *(prompt_lookup(k, ngram) for ngram in (2, 3) for k in lengths or (5, 10)),
         specdec_none(),
-        *(specdec_model(k) for k in (2, 3, 4, 5, 8)),
-        *(specdec_ngram(k, branches) for k in (5, 10) for branches in (1, 2)),
+        *(specdec_model(k) for k in lengths or (2, 3, 4, 5, 8)),
+        *(specdec_ngram(k, branches) for k in lengths or (5, 10) for branches in (1, 2)),
         *(specdec_planned(drafts) for drafts in ("model", "model+ngram", "ngram")),
-        *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, 2, 10)),
+        *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, *(lengths or (2, 10)))),
         llama_cpp_file(),
     ]
 

@@ -17,10 +17,12 @@ STDLIB_TOKENS = 128
 
 @dataclass(frozen=True)
 class Source:
-    """A set of prompts. name: one of the kinds in SOURCES; path: its file, None where it needs none."""
+    """A set of prompts. name: one of the kinds in SOURCES; path: its file, None where it needs none; chat: of a user's
+    own file (`file`), see Prompt."""
 
     name: str
     path: Path | None = None
+    chat: bool = True
 
     @staticmethod
     def parse(text: str) -> Source:
@@ -55,7 +57,7 @@ class Source:
             ]
         if self.name == "file":
             assert self.path is not None
-            return read_prompts(self.path)
+            return read_prompts(self.path, self.chat)
         prompts = (
             read(Path(__file__).with_name(SHIPPED[self.name]), "jsonl")
             if self.path is None
