@@ -19,8 +19,8 @@ from specdec.experiments.bench.measure import ModelClock, Run, measure
 from specdec.experiments.bench.memory import _reset_peak, _status, measure_memory
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.runner import run
-from specdec.experiments.bench.stats import by_domain, summarise
-from specdec.experiments.bench.ways import PLAIN, all_ways, early_exit, hf_assisted, hf_plain, specdec_model
+from specdec.experiments.bench.stats import summarise
+from specdec.experiments.bench.ways import PLAIN, all_ways, hf_assisted, hf_plain, specdec_model
 from specdec.experiments.pair import Models
 from specdec.experiments.ways import Output, select
 from specdec.provenance import provenance
@@ -127,18 +127,6 @@ def test_assisted_drafts_exactly_k(folder: Path, pair: Models, k: int) -> None:
     assert draft.passes in (2 * k, 2 * k - 1)  # transformers drafts one fewer before the length limit
 
 
-def test_drafts_by_an_early_exit_are_no_passes_of_the_target(pair: Models) -> None:
-    ids = torch.randint(0, VOCAB, (1, 12))
-    clock, every = ModelClock(), []
-    hook = pair.target.register_forward_hook(lambda *_: every.append(1))
-    with clock.on(pair.target):
-        found = early_exit(0.5).ready(pair, OPTIONS)(ids, 0)
-    hook.remove()
-    assert found.ids.tolist() == hf_plain().ready(pair, OPTIONS)(ids, 0).ids.tolist()
-    assert 1 < clock.passes <= OPTIONS.new_tokens
-    assert len(every) > clock.passes  # control: transformers has drafted through the same module
-
-
 def test_order_rotates_and_every_pair_of_sides_meets(pair: Models) -> None:
     batches = [torch.randint(0, VOCAB, (1, 12)) for _ in range(3)]
     seen: list[str] = []
@@ -178,18 +166,6 @@ def test_ratios_survive_a_machine_that_slows_down() -> None:
     assert ours.speedup == pytest.approx((4, 4, 4))
     assert ours.speedup_assisted == pytest.approx((2, 2, 2))
     assert ours.ms_outside == pytest.approx(ours.ms_target)
-
-
-def test_each_kind_of_prompt_has_its_own_figures() -> None:
-    seconds = {("hf-plain", 0): 2.0, ("hf-plain", 1): 3.0, ("specdec-model-k4", 0): 1.0, ("specdec-model-k4", 1): 0.5}
-    runs = [run_of(peer, prompt, 0, spent) for (peer, prompt), spent in seconds.items()]
-    peers = [hf_plain(), hf_assisted(2), specdec_model(4)]  # one of them did not run
-    found = {(one.domain, one.peer): one for one in by_domain(peers, runs, ["code", "chat"])}
-    assert {key: (one.speedup.median, one.tokens_per_second.median) for key, one in found.items()} == {
-        ("code", "hf-plain"): (1, 5), ("code", "specdec-model-k4"): (2, 10),
-        ("chat", "hf-plain"): (1, pytest.approx(10 / 3)), ("chat", "specdec-model-k4"): (6, 20),
-    }  # fmt: skip
-    assert by_domain(peers, runs, ["code", "code"]) == []  # nothing that is not in the summary
 
 
 def test_tokens_per_pass_counts_one_row() -> None:
