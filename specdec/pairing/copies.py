@@ -49,7 +49,9 @@ def kept_copy(file: Path, form: str, write: Callable[[Path], object]) -> Path | 
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(kept.parent)
-        LOGGER.warning("specdec: first use of %s: a copy that loads fast is written to %s, once", file.name, kept)
+        LOGGER.warning(
+            "specdec: first use of %s: a copy that loads fast is written to %s (half a minute, once)", file.name, kept
+        )
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=kept.parent, ignore_cleanup_errors=True) as place:
             write(Path(place))
             _seal(Path(place))

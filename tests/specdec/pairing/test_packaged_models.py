@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import specdec
 from specdec.cli import app
 from specdec.pairing import PairError, find_pair
-from specdec.pairing.copies import SUMS, damage, kept_copy
+from specdec.pairing.copies import SUMS, damage
 from specdec.pairing.gguf import export_model
 from specdec.pairing.packaged import packaged_file
 from specdec.verify.folders import VARIABLE
@@ -156,50 +156,6 @@ def test_a_damaged_copy_is_made_again(
     assert SAID in caplog.text
     assert the_copy(cache) == copy  # and nothing else is left there
     assert damage(copy) is None
-
-
-def written(content: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / "model.safetensors").write_text(content)
-
-
-def test_of_two_processes_at_once_the_first_to_finish_is_used(gguf: Path, cache: Path) -> None:
-    def second(folder: Path) -> None:
-        written("second")(folder)
-        assert kept_copy(gguf, "form", written("first")) == cache / "models" / the_name(cache)
-
-    copy = kept_copy(gguf, "form", second)
-    assert copy == the_copy(cache)
-    assert (copy / "model.safetensors").read_text() == "first"
-    assert kept_copy(gguf, "another form", written("third")) != copy
-
-
-def the_name(cache: Path) -> str:
-    """Of the finished copy, beside those that are being written."""
-    [name] = [entry.name for entry in (cache / "models").iterdir() if not entry.name.startswith("building-")]
-    return name
-
-
-def test_of_two_processes_that_find_a_damaged_copy_one_repairs_it(gguf: Path, cache: Path) -> None:
-    copy = kept_copy(gguf, "form", written("old"))
-    assert copy is not None
-    (copy / "model.safetensors").write_text("damaged")
-
-    def second(folder: Path) -> None:
-        written("second")(folder)
-        assert kept_copy(gguf, "form", written("first")) == copy
-
-    assert kept_copy(gguf, "form", second) == the_copy(cache) == copy
-    assert (copy / "model.safetensors").read_text() == "first"
-
-
-def test_a_copy_that_could_not_be_written_leaves_nothing(gguf: Path, cache: Path) -> None:
-    def interrupted(folder: Path) -> None:
-        written("half")(folder)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        kept_copy(gguf, "form", interrupted)
-    assert list((cache / "models").iterdir()) == []
 
 
 @pytest.mark.usefixtures("package")
