@@ -50,7 +50,7 @@ def commands(page: Path) -> list[list[str]]:
     return [line for line in lines if line[:1] == ["specdec"]]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft and trl ask for it
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in one namespace that holds nothing before the page's first line, in an empty folder."""

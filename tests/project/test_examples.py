@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import runpy
 import sys
@@ -30,6 +31,7 @@ ARGUMENTS = {"llm_plugin": ["-m", "specdec", "-o", "max_new_tokens", "12", "def 
 def run(script: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", "off")
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:  # of a command line

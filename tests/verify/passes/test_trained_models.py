@@ -91,6 +91,18 @@ def test_other_forwards_are_called(other: str) -> None:
     compare(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpoints_leave_no_keys_to_verify_on() -> None:
+    model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
+    model.gradient_checkpointing_enable()
+    compare(model)  # in evaluation mode they are not made
+    model.train()
+    with pytest.raises(specdec.UnsupportedArgumentError, match=r"gradient checkpointing.* Call eval\(\)"):
+        specdec.Speculator(model, "ngram", k=3).generate(IDS, max_new_tokens=2)
+    model.gradient_checkpointing_disable()
+    compare(model)
+
+
 def compare(model: Any) -> None:
     found: Any = specdec.Speculator(model, "ngram", k=3).generate(IDS, max_new_tokens=12, do_sample=False)
     assert torch.equal(found, model.generate(IDS, max_new_tokens=12, do_sample=False))
