@@ -21,13 +21,19 @@ from specdec.cli.app import app
 
 LOG = ROOT / "experiments" / "LOG.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?(?:<!-- needs: (?P<package>\w+) -->\n)?"
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
 QUICK = {"cache", "doctor", "generate", "pairs"}
 SLOW = {"check", "warmup"}
 """Commands that are run as they stand; of the others, which measure for minutes, only the options are checked."""
 PROGRAMS = ("specdec", "make", "pip", "python", "accelerate", "torchrun", "jupytext")
 """What lines of shell begin with."""
 MOST_NOT_RUN = 5
+NOT_INSTALLED_HERE = {"lm_eval", "torchao", "trl"}
+"""Packages that `make test` does not install; blocks that need one run where it is there."""
 LONGEST_LINE = 160
 LONGEST_LINE_OF_THE_LOG = 200
 LONGEST_CODE = 92
@@ -56,6 +62,8 @@ def run_python(page: Path) -> None:
     """In their order, in one namespace that holds nothing before the page's first line."""
     names = {"__name__": "docs"}
     for match in blocks(page, "python"):
+        if match["package"] and importlib.util.find_spec(match["package"]) is None:
+            continue
         line = page.read_text()[: match.start("code")].count("\n")
         exec(compile("\n" * line + match["code"], str(page), "exec", dont_inherit=True), names)
 
@@ -108,7 +116,7 @@ def check_module(module: str, words: list[str]) -> None:
     assert options <= set(known[module]), f"python -m {module}: unknown {options - set(known[module])}"
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft and trl ask for it
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -191,6 +199,8 @@ def test_every_block_is_one_that_somebody_checks() -> None:
     every = [(page.name, match["reason"]) for page in PAGES for match in BLOCK.finditer(page.read_text())]
     skipped = [(name, reason) for name, reason in every if reason]
     assert len(skipped) <= MOST_NOT_RUN, skipped
+    needed = {match["package"] for page in PAGES for match in BLOCK.finditer(page.read_text())}
+    assert needed - {None} == NOT_INSTALLED_HERE
 
 
 def test_every_cited_section_of_the_algorithms_is_there() -> None:
