@@ -53,42 +53,52 @@ INLINE int64_t shared_by(const Block *b) {
 
 INLINE int64_t tile_of(const Block *b) { return TILE / b->m->head_dim > 16 ? TILE / b->m->head_dim / 4 * 4 : 16; }
 
+/* Scores of M queries against four slots. */
+INLINE void match(const int M, const int64_t size, const float *const *query, const number *const *row, float scaling,
+                  float *const *scores, int64_t at) {
+    vec total[4][4];
+    for (int m = 0; m < 4; m++)
+        for (int n = 0; n < 4; n++) total[m][n] = (vec){0};
+    int64_t k = 0;
+    for (; k + LANES <= size; k += LANES) {
+        vec x[4];
+        for (int m = 0; m < M; m++) x[m] = load(query[m] + k);
+        for (int n = 0; n < 4; n++) {
+            const vec y = get(row[n] + k);
+            for (int m = 0; m < M; m++) total[m][n] += x[m] * y;
+        }
+    }
+    quad dots[4];
+    sums_of(M, total, dots);
+    for (; k < size; k++)
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < 4; n++) dots[m][n] += query[m][k] * get_one(row[n] + k);
+    for (int m = 0; m < M; m++) *(quad *)(scores[m] + at) = dots[m] * scaling;
+}
+
 /* Scores of M queries against slots [from, to) of a list; up to three more numbers are written behind them.
  * next: slots that are fetched meanwhile, up to `end` of the list. */
-INLINE void match(const int M, const float *const *query, const float *keys, const int64_t *seen, int64_t from,
-                  int64_t to, int64_t next, int64_t end, int64_t size, float scaling, float *const *scores) {
-    for (int64_t i = from; i < to; i += 4, next += 4) {
-        const float *row[4];
-        for (int n = 0; n < 4; n++) {
-            row[n] = keys + seen[i + n < to ? i + n : to - 1];
-            if (next + n < end) fetch(keys + seen[next + n], size);
-        }
-        vec total[4][4];
-        for (int m = 0; m < 4; m++)
-            for (int n = 0; n < 4; n++) total[m][n] = (vec){0};
-        int64_t k = 0;
-        for (; k + LANES <= size; k += LANES) {
-            vec x[4];
-            for (int m = 0; m < M; m++) x[m] = load(query[m] + k);
-            for (int n = 0; n < 4; n++) {
-                const vec y = load(row[n] + k);
-                for (int m = 0; m < M; m++) total[m][n] += x[m] * y;
-            }
-        }
-        quad dots[4];
-        sums_of(M, total, dots);
-        for (int m = 0; m < M; m++) {
-            for (int n = 0; k < size && n < 4; n++)
-                for (int64_t d = k; d < size; d++) dots[m][n] += query[m][d] * row[n][d];
-            *(quad *)(scores[m] + i) = dots[m] * scaling;
-        }
+INLINE void match_run(const int M, const int64_t size, const float *const *query, const number *keys, const int64_t *seen,
+                      int64_t from, int64_t to, int64_t next, int64_t end, float scaling, float *const *scores) {
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4, next += 4) {
+        const number *row[4] = {keys + seen[i], keys + seen[i + 1], keys + seen[i + 2], keys + seen[i + 3]};
+        if (next + 4 <= end)
+            for (int n = 0; n < 4; n++) fetch(keys + seen[next + n], size * (int64_t)sizeof(number));
+        match(M, size, query, row, scaling, scores, i);
+    }
+    if (i < to) {
+        const number *row[4];
+        EACH(n, 4) row[n] = keys + seen[i + n < to ? i + n : i];
+        match(M, size, query, row, scaling, scores, i);
     }
 }
 
 /* Scores of queries [first, last) of a block against slots [from, to) of a list. */
 static void match_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to) {
     const int64_t size = b->m->head_dim, tile = tile_of(b), pieces = (last - first + 3) / 4;
-    const float *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride, scaling = (float)b->m->scaling;
+    const number *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride;
+    const float scaling = (float)b->m->scaling;
     for (int64_t start = from; start < to; start += tile) {
         const int64_t stop = start + tile < to ? start + tile : to;
         EACH(piece, pieces) {
@@ -100,26 +110,38 @@ static void match_all(const Block *b, int64_t first, int64_t last, const int64_t
                 query[m] = query_of(b, begin + m);
                 scores[m] = b->scores + (begin + m) * b->stride;
             }
-            switch (count) {
-#define CASE(M) case M: match(M, query, keys, seen, start, stop, stop, end, size, scaling, scores); break;
-                CASE(1) CASE(2) CASE(3) CASE(4)
-#undef CASE
+#define CASE(M) case M: match_run(M, SIZE, query, keys, seen, start, stop, stop, end, scaling, scores); break;
+#define SIZE 64
+            if (size == SIZE) {
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+                continue;
             }
+#undef SIZE
+#define SIZE 128
+            if (size == SIZE) {
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+                continue;
+            }
+#undef SIZE
+#define SIZE size
+            switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef SIZE
+#undef CASE
         }
     }
 }
 
 /* Sums of values so far, plus those of slots [from, to), in N vectors of M queries; the first slot begins them. */
-INLINE void weigh(const int M, const int N, const float *const *weights, const float *values, const int64_t *seen,
+INLINE void weigh(const int M, const int N, const float *const *weights, const number *values, const int64_t *seen,
                   int64_t from, int64_t to, int64_t next, int64_t end, float *const *out, int64_t d) {
     vec total[MOST][SPAN];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) total[m][n] = from ? load(out[m] + d + n * LANES) : (vec){0};
     for (int64_t i = from; i < to; i++, next++) {
-        const float *row = values + seen[i] + d;
-        if (next < end) fetch(values + seen[next] + d, N * LANES);
+        const number *row = values + seen[i] + d;
+        if (next < end) fetch(values + seen[next] + d, N * LANES * sizeof(number));
         vec y[SPAN];
-        for (int n = 0; n < N; n++) y[n] = load(row + n * LANES);
+        for (int n = 0; n < N; n++) y[n] = get(row + n * LANES);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) total[m][n] += weights[m][i] * y[n];
     }
@@ -131,7 +153,7 @@ INLINE void weigh(const int M, const int N, const float *const *weights, const f
 static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to,
                       int64_t begin, int64_t stop) {
     const int64_t tile = tile_of(b), pieces = (last - first + MOST - 1) / MOST;
-    const float *values = b->p->values[b->layer] + b->kv * b->p->head_stride;
+    const number *values = b->p->values[b->layer] + b->kv * b->p->head_stride;
     for (int64_t start = from; start < to || start == 0; start += tile) {
         const int64_t near = start + tile < to ? start + tile : to;
         EACH(piece, pieces) {
@@ -157,7 +179,7 @@ static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t
             for (; d < stop; d++)
                 EACH(m, count) {
                     float total = start ? out[m][d] : 0;
-                    for (int64_t i = start; i < near; i++) total += weights[m][i] * values[seen[i] + d];
+                    for (int64_t i = start; i < near; i++) total += weights[m][i] * get_one(values + seen[i] + d);
                     out[m][d] = total;
                 }
         }

@@ -151,8 +151,10 @@ static void arrange(const Model *m, Pass *p) {
     EACH(r, p->rows) {
         const Row *row = p->row + r;
         EACH(j, row->width) p->row_of[row->first + j] = r;
-        const int64_t pieces = (row->width + together - 1) / together, read = row->mask ? row->read : row->start + row->width;
-        if (read + 2 * LANES > p->stride) p->stride = read + 2 * LANES;
+        const int64_t pieces = (row->width + together - 1) / together;
+        const int64_t read = row->mask ? row->read : row->start + row->width;
+        const int64_t stride = (read + LANES - 1) / LANES * LANES + LANES;
+        if (stride > p->stride) p->stride = stride;
         EACH(i, pieces) {
             int64_t *group = p->groups + 2 * p->num_groups++, begin = row->width * i / pieces;
             group[0] = row->first + begin;
@@ -167,8 +169,8 @@ const int specdec_threaded = 1;
 const int specdec_threaded = 0;
 #endif
 
-/* Runs the pass. ENTRY: a name that other versions of these sources do not have (build.py). tickets: 10 per layer and 3 more. Returns 0, or 1 + the index of a token that has no embedding (then
- * nothing was done). */
+/* Runs the pass. ENTRY: a name that other versions of these sources do not have (build.py). tickets: 10 per layer and 3
+ * more. Returns 0, or 1 + the index of a token that has no embedding (then nothing was done). */
 int64_t ENTRY(const Model *m, Pass *p) {
     Gate gate = {0, 0};
     EACH(i, p->tokens) if (p->ids[i] < 0 || p->ids[i] >= m->embedded) return i + 1;

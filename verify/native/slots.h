@@ -27,13 +27,10 @@ static void look(const Pass *p, int64_t token) {
             }
         }
     }
-    p->counts[token] = p->leads[token] = row->mask ? count : row->start + j + 1;
-    if (row->mask) {
-        const float *mask = row->mask + j * row->mask_stride;
-        int64_t lead = 0;
-        while (lead < count && mask[lead] > -1e30f) lead++;
-        p->leads[token] = lead;
-    }
+    int64_t lead = row->mask ? 0 : row->start + j + 1;
+    while (row->mask && lead < count && row->mask[j * row->mask_stride + lead] > -1e30f) lead++;
+    p->counts[token] = row->mask ? count : lead;
+    p->leads[token] = lead;
 }
 
 static void rotate(float *x, const float *angles, int64_t size) {
@@ -61,6 +58,6 @@ static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, i
     }
     const int64_t target = p->targets ? p->targets[token] : address(p, row, slot);
     if (target < 0) return;
-    float *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
+    number *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
     memcpy(cache + target + (head - heads) % kv * p->head_stride, x, (size_t)size * 4);
 }
