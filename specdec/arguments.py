@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
-from specdec.drafters.self_draft import SelfDrafter
+from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, SelfDrafter
 from specdec.drafters.self_draft.forms import PREFIX
 from specdec.forks import settle
 from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model

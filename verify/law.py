@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.nucleus import TopP
 from specdec.verify.purity import PREFIX_FREE, ROW_FREE, is_pure
 from specdec.verify.rows import Rows
 
@@ -36,7 +37,7 @@ class SamplingLaw:
         kinds = {type(processor) for processor in asked}
         self.processors: Any  # a LogitsProcessorList; its stubs insist on LongTensor
         self.processors = LogitsProcessorList(
-            [_PerRowConstraint(p) if isinstance(p, hf.PrefixConstrainedLogitsProcessor) else p for p in asked]
+            [_OURS[type(processor)](processor) if type(processor) in _OURS else processor for processor in asked]
         )
         self.prefix_free = kinds <= PREFIX_FREE
         self.row_free = kinds <= ROW_FREE
@@ -184,6 +185,13 @@ class _PerRowConstraint(hf.LogitsProcessor):
             one: Any = hf.PrefixConstrainedLogitsProcessor(ask, num_beams=1)
             out[row] = one(input_ids[row : row + 1], scores[row : row + 1])[0]
         return out
+
+
+_OURS: dict[type, Callable[[Any], hf.LogitsProcessor]] = {
+    hf.PrefixConstrainedLogitsProcessor: _PerRowConstraint,
+    hf.TopPLogitsWarper: TopP,
+}
+"""What stands in for processors of transformers, and gives the same scores."""
 
 
 def _asked_about(allowed: Callable[[int, Tensor], list[int]], row: int, _: int, ids: Tensor) -> list[int]:

@@ -1,151 +1,279 @@
-/* From projected queries, keys and values to attended ones: rotation, the cache, and which slots a token sees. */
+/* Attention: scores, softmax, sums of values. Each key and value is read once for a block of queries: those of all heads
+ * that share it, of several tokens.
+ *
+ * Whatever else is in its block, a query's sums are over the slots it sees, in their order. */
 #pragma once
-#include "model.h"
-#include "products.h"
+#include "slots.h"
 
-INLINE int64_t address(const Pass *p, const Row *row, int64_t slot) {
-    return row->table[slot / p->page_size] * p->page_stride + slot % p->page_size * p->slot_stride;
+#define QUERIES 24 /* of a block, unless one token has more: they meet a tile of keys while it lies in the first cache */
+#define TILE 4096  /* numbers in such a tile */
+#define LONG 512   /* slots from which threads share the reading of one text */
+
+/* Queries of tokens [token, token + count) of one row, in all heads that share one of keys and values.
+ * scores: a line of `stride` numbers a query; there is room behind the scores, and the last number is the query's scale. */
+typedef struct {
+    const Model *m;
+    const Pass *p;
+    int64_t layer, kv, token, count, group, queries, stride;
+    float *scores, *out;
+} Block;
+
+/* out: of the first token, all heads. */
+INLINE Block block_of(const Model *m, const Pass *p, int64_t layer, int64_t kv, int64_t token, int64_t count,
+                      float *scores, float *out) {
+    const int64_t group = m->heads / m->kv_heads;
+    return (Block){m, p, layer, kv, token, count, group, count * group, p->stride, scores, out};
 }
 
-INLINE int64_t *seen_by(const Pass *p, const Row *row, int64_t token) {
-    return p->seen + row->lists + (row->mask ? (token - row->first) * row->read : 0);
+/* Tokens whose queries make up one block. */
+INLINE int64_t tokens_together(const Model *m) {
+    const int64_t group = m->heads / m->kv_heads;
+    return group < QUERIES ? QUERIES / group : 1;
 }
 
-/* Which slots a token sees, as places in the cache, in the order of the slots. Tokens of a text share one list. */
-static void look(const Pass *p, int64_t token) {
-    const Row *row = p->row + p->row_of[token];
-    const int64_t j = token - row->first, stop = row->mask ? row->read : row->start + row->width;
-    int64_t *seen = seen_by(p, row, token), count = 0;
-    if (row->mask || j == 0) {
-        const float *mask = row->mask + j * row->mask_stride;
-        for (int64_t page = 0, s = 0; s < stop; page++) {
-            int64_t place = row->table[page] * p->page_stride, end = s + p->page_size < stop ? s + p->page_size : stop;
-            for (; s < end; s++, place += p->slot_stride) {
-                seen[count] = place;
-                count += !row->mask || mask[s] > -1e30f;
+INLINE const float *query_of(const Block *b, int64_t i) {
+    const int64_t all = b->m->heads + 2 * b->m->kv_heads, head = b->kv * b->group + i % b->group;
+    return b->p->mixed + ((b->token + i / b->group) * all + head) * b->m->head_dim;
+}
+
+INLINE float *out_of(const Block *b, int64_t i) {
+    const int64_t head = b->kv * b->group + i % b->group;
+    return b->out + (i / b->group * b->m->heads + head) * b->m->head_dim;
+}
+
+/* Slots that stand first in the lists of all tokens of a block. */
+INLINE int64_t shared_by(const Block *b) {
+    int64_t lead = b->p->leads[b->token];
+    for (int64_t i = 1; i < b->count; i++) {
+        const int64_t own = b->p->leads[b->token + i];
+        lead = own < lead ? own : lead;
+    }
+    return lead;
+}
+
+INLINE int64_t tile_of(const Block *b) { return TILE / b->m->head_dim > 16 ? TILE / b->m->head_dim / 4 * 4 : 16; }
+
+/* Scores of M queries against four slots. */
+INLINE void match(const int M, const int64_t size, const float *const *query, const number *const *row, float scaling,
+                  float *const *scores, int64_t at) {
+    vec total[4][4];
+    for (int m = 0; m < 4; m++)
+        for (int n = 0; n < 4; n++) total[m][n] = (vec){0};
+    int64_t k = 0;
+    for (; k + LANES <= size; k += LANES) {
+        vec x[4];
+        for (int m = 0; m < M; m++) x[m] = load(query[m] + k);
+        for (int n = 0; n < 4; n++) {
+            const vec y = get(row[n] + k);
+            for (int m = 0; m < M; m++) total[m][n] += x[m] * y;
+        }
+    }
+    quad dots[4];
+    sums_of(M, total, dots);
+    for (; k < size; k++)
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < 4; n++) dots[m][n] += query[m][k] * get_one(row[n] + k);
+    for (int m = 0; m < M; m++) *(quad *)(scores[m] + at) = dots[m] * scaling;
+}
+
+/* Scores of M queries against slots [from, to) of a list; up to three more numbers are written behind them.
+ * next: slots that are fetched meanwhile, up to `end` of the list. */
+INLINE void match_run(const int M, const int64_t size, const float *const *query, const number *keys, const int64_t *seen,
+                      int64_t from, int64_t to, int64_t next, int64_t end, float scaling, float *const *scores) {
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4, next += 4) {
+        const number *row[4] = {keys + seen[i], keys + seen[i + 1], keys + seen[i + 2], keys + seen[i + 3]};
+        if (next + 4 <= end)
+            for (int n = 0; n < 4; n++) fetch(keys + seen[next + n], size * (int64_t)sizeof(number));
+        match(M, size, query, row, scaling, scores, i);
+    }
+    if (i < to) {
+        const number *row[4];
+        EACH(n, 4) row[n] = keys + seen[i + n < to ? i + n : i];
+        match(M, size, query, row, scaling, scores, i);
+    }
+}
+
+/* Scores of queries [first, last) of a block against slots [from, to) of a list. */
+static void match_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to) {
+    const int64_t size = b->m->head_dim, tile = tile_of(b), pieces = (last - first + 3) / 4;
+    const number *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride;
+    const float scaling = (float)b->m->scaling;
+    for (int64_t start = from; start < to; start += tile) {
+        const int64_t stop = start + tile < to ? start + tile : to;
+        EACH(piece, pieces) {
+            const int64_t begin = first + (last - first) * piece / pieces, end = piece ? 0 : to;
+            const int64_t count = first + (last - first) * (piece + 1) / pieces - begin;
+            const float *query[4];
+            float *scores[4];
+            EACH(m, count) {
+                query[m] = query_of(b, begin + m);
+                scores[m] = b->scores + (begin + m) * b->stride;
             }
-        }
-    }
-    p->counts[token] = row->mask ? count : row->start + j + 1;
-}
-
-/* Do `count` tokens from `token` on see nothing but leading slots, one more each? Then each list begins with those before. */
-static int nested(const Pass *p, int64_t token, int64_t count) {
-    const Row *row = p->row + p->row_of[token];
-    if (!row->mask) return 1;
-    EACH(i, count) {
-        const int64_t seen = p->counts[token + i];
-        const float *mask = row->mask + (token + i - row->first) * row->mask_stride;
-        if (seen != p->counts[token] + i) return 0;
-        EACH(s, seen) if (!(mask[s] > -1e30f)) return 0;
-    }
-    return 1;
-}
-
-static void rotate(float *x, const float *angles, int64_t size) {
-    int64_t half = size / 2;
-    const float *sines = angles + size;
-    EACH(i, half) {
-        float a = x[i], b = x[i + half];
-        x[i] = a * angles[i] + b * sines[i];
-        x[i + half] = b * angles[i + half] + a * sines[i + half];
-    }
-}
-
-/* Normalises and rotates head `head` (queries, then keys, then values) of a token; keys and values go to the cache. */
-static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t head) {
-    int64_t size = m->head_dim, heads = m->heads, kv = m->kv_heads;
-    const float *const *w = m->weights + layer * NUM_WEIGHTS;
-    float *x = p->mixed + token * (heads + 2 * kv) * size + head * size;
-    const Row *row = p->row + p->row_of[token];
-    const int64_t slot = row->start + token - row->first;
-    if (head < heads + kv) {
-        const float *weight = head < heads ? w[Q_NORM] : w[K_NORM];
-        if (weight) norm(x, weight, size, (float)m->epsilon, x);
-        rotate(x, p->angles + (p->places ? p->places[token] : slot) * 2 * size, size);
-        if (head < heads) return;
-    }
-    const int64_t target = p->targets ? p->targets[token] : address(p, row, slot);
-    if (target < 0) return;
-    float *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
-    memcpy(cache + target + (head - heads) % kv * p->head_stride, x, (size_t)size * 4);
-}
-
-/* out[g] = sum over slots of weights[g] * values, N vectors wide: together over the slots all tokens see, then each. */
-INLINE void weigh(const int G, const int N, const float *weights, int64_t w_stride, const float *values,
-                  const int64_t *seen, const int64_t *counts, float *out, int64_t out_stride, const float *scales) {
-    vec total[MOST][4];
-    for (int g = 0; g < G; g++)
-        for (int n = 0; n < N; n++) total[g][n] = (vec){0};
-    EACH(i, counts[0]) {
-        const float *v = values + seen[i];
-        for (int g = 0; g < G; g++)
-            for (int n = 0; n < N; n++) total[g][n] += weights[g * w_stride + i] * load(v + n * LANES);
-    }
-    for (int g = 0; g < G; g++) {
-        for (int64_t i = counts[0]; i < counts[g]; i++)
-            for (int n = 0; n < N; n++) total[g][n] += weights[g * w_stride + i] * load(values + seen[i] + n * LANES);
-        for (int n = 0; n < N; n++) store(out + g * out_stride + n * LANES, total[g][n] * scales[g]);
-    }
-}
-
-/* Head `head` of G tokens whose lists are nested (or of one). out: the first token's. scores: working memory. */
-INLINE void attend(const int G, const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t head, float *out,
-                   float *scores) {
-    const int64_t size = m->head_dim, shift = head / (m->heads / m->kv_heads) * p->head_stride;
-    const int64_t q_stride = (m->heads + 2 * m->kv_heads) * size, out_stride = m->heads * size;
-    const int64_t *seen = seen_by(p, p->row + p->row_of[token], token + G - 1), *counts = p->counts + token;
-    const int64_t count = counts[G - 1], stride = count + LANES;
-    const float *query = p->mixed + token * q_stride + head * size;
-    const float *keys = p->keys[layer] + shift, *values = p->values[layer] + shift;
-    float dots[MOST][BROAD], scales[MOST];
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        const float *rows[4] = {keys + seen[i], keys + seen[i + 1], keys + seen[i + 2], keys + seen[i + 3]};
-        block(G, 4, query, q_stride, rows, size, 0, dots);
-        for (int g = 0; g < G; g++)
-            for (int j = 0; j < 4; j++) scores[g * stride + i + j] = dots[g][j] * (float)m->scaling;
-    }
-    for (; i < count; i++) {
-        const float *one = keys + seen[i];
-        block(G, 1, query, q_stride, &one, size, 0, dots);
-        for (int g = 0; g < G; g++) scores[g * stride + i] = dots[g][0] * (float)m->scaling;
-    }
-    for (int g = 0; g < G; g++) {
-        float *own = scores + g * stride, most = -INFINITY;
-        EACH(j, counts[g]) most = own[j] > most ? own[j] : most;
-        for (i = counts[g]; i % LANES; i++) own[i] = -INFINITY;
-        vec total = {0};
-        for (i = 0; i < counts[g]; i += LANES) {
-            vec e = exponential(load(own + i) - most);
-            store(own + i, e);
-            total += e;
-        }
-        scales[g] = counts[g] ? 1.f / sum(total) : 0.f;
-    }
-    int64_t d = 0;
-    for (; d + SPAN * LANES <= size; d += SPAN * LANES)
-        weigh(G, SPAN, scores, stride, values + d, seen, counts, out + d, out_stride, scales);
-    for (; d + LANES <= size; d += LANES)
-        weigh(G, 1, scores, stride, values + d, seen, counts, out + d, out_stride, scales);
-    for (; d < size; d++)
-        for (int g = 0; g < G; g++) {
-            float one = 0;
-            EACH(j, counts[g]) one += scores[g * stride + j] * values[seen[j] + d];
-            out[g * out_stride + d] = one * scales[g];
-        }
-}
-
-static void attend_some(const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t count, int64_t head,
-                        float *scores) {
-    float *out = p->attended + (token * m->heads + head) * m->head_dim;
-    if (!nested(p, token, count)) {
-        EACH(i, count) attend(1, m, p, layer, token + i, head, out + i * m->heads * m->head_dim, scores);
-        return;
-    }
-    switch (count) {
-#define CASE(G) case G: attend(G, m, p, layer, token, head, out, scores); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#define CASE(M) case M: match_run(M, SIZE, query, keys, seen, start, stop, stop, end, scaling, scores); break;
+#define SIZE 64
+            if (size == SIZE) {
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+                continue;
+            }
+#undef SIZE
+#define SIZE 128
+            if (size == SIZE) {
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+                continue;
+            }
+#undef SIZE
+#define SIZE size
+            switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef SIZE
 #undef CASE
+        }
     }
+}
+
+/* Sums of values so far, plus those of slots [from, to), in N vectors of M queries; the first slot begins them. */
+INLINE void weigh(const int M, const int N, const float *const *weights, const number *values, const int64_t *seen,
+                  int64_t from, int64_t to, int64_t next, int64_t end, float *const *out, int64_t d) {
+    vec total[MOST][SPAN];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) total[m][n] = from ? load(out[m] + d + n * LANES) : (vec){0};
+    for (int64_t i = from; i < to; i++, next++) {
+        const number *row = values + seen[i] + d;
+        if (next < end) fetch(values + seen[next] + d, N * LANES * sizeof(number));
+        vec y[SPAN];
+        for (int n = 0; n < N; n++) y[n] = get(row + n * LANES);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) total[m][n] += weights[m][i] * y[n];
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(out[m] + d + n * LANES, total[m][n]);
+}
+
+/* Numbers [d, stop) of the values of slots [from, to) for queries [first, last) of a block. */
+static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to,
+                      int64_t begin, int64_t stop) {
+    const int64_t tile = tile_of(b), pieces = (last - first + MOST - 1) / MOST;
+    const number *values = b->p->values[b->layer] + b->kv * b->p->head_stride;
+    for (int64_t start = from; start < to || start == 0; start += tile) {
+        const int64_t near = start + tile < to ? start + tile : to;
+        EACH(piece, pieces) {
+            const int64_t one = first + (last - first) * piece / pieces, end = piece ? 0 : to;
+            const int64_t count = first + (last - first) * (piece + 1) / pieces - one;
+            const float *weights[MOST];
+            float *out[MOST];
+            EACH(m, count) {
+                weights[m] = b->scores + (one + m) * b->stride;
+                out[m] = out_of(b, one + m);
+            }
+            int64_t d = begin;
+#define CASE(M) case M: weigh(M, N, weights, values, seen, start, near, near, end, out, d); break;
+#define N SPAN
+            for (; d + N * LANES <= stop; d += N * LANES)
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef N
+#define N 1
+            for (; d + N * LANES <= stop; d += N * LANES)
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef N
+#undef CASE
+            for (; d < stop; d++)
+                EACH(m, count) {
+                    float total = start ? out[m][d] : 0;
+                    for (int64_t i = start; i < near; i++) total += weights[m][i] * get_one(values + seen[i] + d);
+                    out[m][d] = total;
+                }
+        }
+    }
+}
+
+/* Piece `piece` of `pieces` of a block's scores: of the slots that all tokens see, and with the last piece of the others.
+ * A later token of a text sees what the one before it sees and a slot more: all are matched with the last one's. */
+static void score(const Block *b, int64_t piece, int64_t pieces) {
+    const Pass *p = b->p;
+    const Row *row = p->row + p->row_of[b->token];
+    const int64_t last = b->token + b->count - 1, shared = row->mask ? shared_by(b) : p->counts[last];
+    match_all(b, 0, b->queries, seen_by(p, row, last), shared / 4 * piece / pieces * 4,
+              piece + 1 < pieces ? shared / 4 * (piece + 1) / pieces * 4 : shared);
+    if (row->mask && piece + 1 == pieces)
+        EACH(t, b->count)
+            match_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), shared,
+                      p->counts[b->token + t]);
+}
+
+/* Scores of one query to weights that are still to be scaled. */
+static void soften_one(const Block *b, int64_t query) {
+    const int64_t count = b->p->counts[b->token + query / b->group];
+    float *own = b->scores + query * b->stride, most = -INFINITY;
+    for (int64_t i = count; i % LANES; i++) own[i] = -INFINITY;
+    vec high = all(-INFINITY), total = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec x = load(own + i);
+        high = pick(x > high, x, high);
+    }
+    for (int i = 0; i < LANES; i++) most = high[i] > most ? high[i] : most;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec e = exponential(load(own + i) - most);
+        store(own + i, e);
+        total += e;
+    }
+    own[b->stride - 1] = count ? 1.f / sum(total) : 0.f;
+}
+
+/* Piece `piece` of `pieces` of a block's queries. */
+static void soften(const Block *b, int64_t piece, int64_t pieces) {
+    for (int64_t i = b->queries * piece / pieces; i < b->queries * (piece + 1) / pieces; i++) soften_one(b, i);
+}
+
+/* Numbers [from, to) of what a block attends to, from its weights. */
+static void weigh_block(const Block *b, int64_t from, int64_t to) {
+    const Pass *p = b->p;
+    const Row *row = p->row + p->row_of[b->token];
+    const int64_t shared = shared_by(b);
+    weigh_all(b, 0, b->queries, seen_by(p, row, b->token), 0, shared, from, to);
+    EACH(t, b->count) {
+        const int64_t count = p->counts[b->token + t];
+        if (count > shared)
+            weigh_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), shared, count, from, to);
+    }
+    EACH(i, b->queries) {
+        float *out = out_of(b, i);
+        const float scale = b->scores[i * b->stride + b->stride - 1];
+        for (int64_t d = from; d < to; d++) out[d] *= scale;
+    }
+}
+
+/* Block i of a pass: blocks of tokens, and for each the heads of keys and values. Its scores lie at `scores`, or where all
+ * threads find them. */
+INLINE Block numbered(const Model *m, const Pass *p, int64_t layer, int64_t i, float *scores) {
+    const int64_t *tokens = p->groups + i % p->num_groups * 2, kv = i / p->num_groups, group = m->heads / m->kv_heads;
+    if (!scores) scores = p->own + (kv * p->tokens + tokens[0]) * group * p->stride;
+    return block_of(m, p, layer, kv, tokens[0], tokens[1], scores, p->attended + tokens[0] * m->heads * m->head_dim);
+}
+
+/* Into how many pieces threads split the slots of a block, and its numbers: 0 where there are blocks enough, or too many for
+ * their scores to lie side by side, or too little to read. */
+typedef struct {
+    int64_t slots, queries, numbers;
+} Split;
+
+static Split split_of(const Model *m, const Pass *p, int64_t threads) {
+    const int64_t blocks = m->kv_heads * p->num_groups, vectors = m->head_dim / LANES;
+    if (threads == 1 || blocks >= 8 * threads || p->stride < LONG) return (Split){0, 0, 0};
+    if (m->heads * p->tokens * p->stride > threads * p->own_size) return (Split){0, 0, 0};
+    Split split = {8 * threads / blocks + 1, 4 * threads / blocks + 1, 1};
+    while (2 * split.numbers <= vectors && blocks * split.numbers % threads && blocks * split.numbers < 8 * threads)
+        split.numbers *= 2;
+    return split;
+}
+
+/* Piece i of what a block attends to: whole vectors, and with the last piece what is left. */
+static void gather(const Block *b, int64_t piece, int64_t pieces) {
+    const int64_t size = b->m->head_dim, vectors = size / LANES;
+    weigh_block(b, vectors * piece / pieces * LANES, piece + 1 < pieces ? vectors * (piece + 1) / pieces * LANES : size);
+}
+
+static void attend(const Block *b) {
+    score(b, 0, 1);
+    soften(b, 0, 1);
+    gather(b, 0, 1);
 }

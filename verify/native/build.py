@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from specdec.verify.first_use import say_first_use
+from specdec.verify.first_use import first_use
 
 SOURCE = Path(__file__).with_name("llama.c")
 """The file to compile; it includes the headers beside it."""
@@ -118,8 +118,7 @@ def _key(compiler: list[str], flags: list[str], version: bytes) -> str:
 
 def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
     """Compile into a file of its own first: another process may be doing the same, and this one may be killed."""
-    say_first_use()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as place:
+    with first_use(), tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as place:
         built, linked = Path(place) / "llama.o", Path(place) / "llama.so"
         # Linked without OpenMP's library: its symbols are found in the one torch has loaded, and with them its threads.
         for command in (

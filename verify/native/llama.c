@@ -43,6 +43,8 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
     const int64_t hidden = m->hidden, size = m->head_dim, heads = m->heads, kv = m->kv_heads, inner = m->inner;
     const int64_t wide = (heads + 2 * kv) * size;
     const int few = p->num_kept < p->tokens && !p->features[m->layers];
+    const int64_t blocks = kv * p->num_groups;
+    const Split split = split_of(m, p, threads);
     int64_t tokens = p->tokens;
     float *own = p->own + thread * p->own_size;
     _Atomic int64_t *ticket = p->tickets;
@@ -77,19 +79,37 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
         }
         NEXT;
         if (last) {
-            SHARE(from, to, heads * p->num_kept, 1) {
-                for (int64_t j = from; j < to; j++)
-                    attend(1, m, p, layer, p->kept[j / heads], j % heads, p->attended + j * size, own);
+            SHARE(from, to, kv * p->num_kept, 1) {
+                for (int64_t i = from; i < to; i++) {
+                    float *out = p->attended + i / kv * heads * size;
+                    const Block block = block_of(m, p, layer, i % kv, p->kept[i / kv], 1, own, out);
+                    attend(&block);
+                }
             }
             if (thread == 0)
                 EACH(i, p->num_kept)
                     memmove(p->hidden + i * hidden, p->hidden + p->kept[i] * hidden, (size_t)hidden * 4);
             tokens = p->num_kept;
+        } else if (split.slots) {
+            SHARE(from, to, blocks * split.slots, 1) {
+                const Block block = numbered(m, p, layer, from / split.slots, 0);
+                score(&block, from % split.slots, split.slots);
+            }
+            NEXT;
+            SHARE(from, to, blocks * split.queries, 1) {
+                const Block block = numbered(m, p, layer, from / split.queries, 0);
+                soften(&block, from % split.queries, split.queries);
+            }
+            NEXT;
+            SHARE(from, to, blocks * split.numbers, 1) {
+                const Block block = numbered(m, p, layer, from / split.numbers, 0);
+                gather(&block, from % split.numbers, split.numbers);
+            }
         } else {
-            SHARE(from, to, heads * p->num_groups, heads * p->num_groups / (8 * threads) + 1) {
+            SHARE(from, to, blocks, blocks / (8 * threads) + 1) {
                 for (int64_t i = from; i < to; i++) {
-                    const int64_t *group = p->groups + i % p->num_groups * 2;
-                    attend_some(m, p, layer, group[0], group[1], i / p->num_groups, own);
+                    const Block block = numbered(m, p, layer, i, own);
+                    attend(&block);
                 }
             }
         }
@@ -125,12 +145,16 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
 }
 
 /* Which row each token belongs to, and neighbours that attend together. */
-static void arrange(Pass *p) {
-    p->num_groups = 0;
+static void arrange(const Model *m, Pass *p) {
+    const int64_t together = tokens_together(m);
+    p->num_groups = p->stride = 0;
     EACH(r, p->rows) {
         const Row *row = p->row + r;
         EACH(j, row->width) p->row_of[row->first + j] = r;
-        const int64_t pieces = (row->width + MOST - 1) / MOST;
+        const int64_t pieces = (row->width + together - 1) / together;
+        const int64_t read = row->mask ? row->read : row->start + row->width;
+        const int64_t stride = (read + LANES - 1) / LANES * LANES + LANES;
+        if (stride > p->stride) p->stride = stride;
         EACH(i, pieces) {
             int64_t *group = p->groups + 2 * p->num_groups++, begin = row->width * i / pieces;
             group[0] = row->first + begin;
@@ -145,13 +169,13 @@ const int specdec_threaded = 1;
 const int specdec_threaded = 0;
 #endif
 
-/* Runs the pass. ENTRY: a name that other versions of these sources do not have (build.py). tickets: 8 per layer and 3 more. Returns 0, or 1 + the index of a token that has no embedding (then
- * nothing was done). */
+/* Runs the pass. ENTRY: a name that other versions of these sources do not have (build.py). tickets: 10 per layer and 3
+ * more. Returns 0, or 1 + the index of a token that has no embedding (then nothing was done). */
 int64_t ENTRY(const Model *m, Pass *p) {
     Gate gate = {0, 0};
     EACH(i, p->tokens) if (p->ids[i] < 0 || p->ids[i] >= m->embedded) return i + 1;
-    EACH(i, 8 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);
-    arrange(p);
+    EACH(i, 10 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);
+    arrange(m, p);
 #if defined(_OPENMP)
     if (p->threads > 1) {
 #pragma omp parallel num_threads((int)p->threads)

@@ -37,7 +37,6 @@ class Pass(ctypes.Structure):
         *((name, Word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
         *((name, Pointer) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
         *((name, Pointer) for name in ("features", "logits", "hidden", "normed", "mixed", "attended", "acted", "own")),
-        ("own_size", Word),
-        ("num_groups", Word),
-        *((name, Pointer) for name in ("seen", "counts", "row_of", "groups", "tickets")),
+        *((name, Word) for name in ("own_size", "num_groups", "stride")),
+        *((name, Pointer) for name in ("seen", "counts", "leads", "row_of", "groups", "tickets")),
     ]

@@ -50,8 +50,10 @@ INLINE float sum(vec x) {
 
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define PICK_WIDE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (iquad){__VA_ARGS__})
+#define PICK_WIDE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
 INLINE quad sums(vec a, vec b, vec c, vec d) {
@@ -59,6 +61,36 @@ INLINE quad sums(vec a, vec b, vec c, vec d) {
     quad ab = PICK(q, r, 0, 4, 1, 5) + PICK(q, r, 2, 6, 3, 7);
     quad cd = PICK(s, t, 0, 4, 1, 5) + PICK(s, t, 2, 6, 3, 7);
     return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
+}
+
+/* Sums of M x 4 vectors, M <= 4, those of x[m] in out[m]: the same additions, of 16 sums at once. */
+INLINE void sums_of(const int M, vec x[4][4], quad out[4]) {
+#if LANES == 16
+#define QUADS(a, b, c, d) \
+    4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, \
+    4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3
+#define EACH_QUAD(a, b, c, d) \
+    a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#define HALVES(a, b) (PICK_WIDE(a, b, QUADS(0, 2, 4, 6)) + PICK_WIDE(a, b, QUADS(1, 3, 5, 7)))
+    if (M > 1) {
+        vec own[4];
+        for (int n = 0; n < 4; n++) {
+            const vec low = HALVES(x[0][n], x[1][n]), high = HALVES(x[2][n], x[3][n]);
+            own[n] = HALVES(low, high);
+        }
+#define PAIRS(a, b) (PICK_WIDE(a, b, EACH_QUAD(0, 16, 1, 17)) + PICK_WIDE(a, b, EACH_QUAD(2, 18, 3, 19)))
+        const vec ab = PAIRS(own[0], own[1]), cd = PAIRS(own[2], own[3]);
+        const vec all = PICK_WIDE(ab, cd, EACH_QUAD(0, 1, 16, 17)) + PICK_WIDE(ab, cd, EACH_QUAD(2, 3, 18, 19));
+        for (int m = 0; m < M; m++) out[m] = ((const quad *)&all)[m];
+        return;
+    }
+#endif
+    for (int m = 0; m < M; m++) out[m] = sums(x[m][0], x[m][1], x[m][2], x[m][3]);
+}
+
+/* Asks for what will be read soon. */
+INLINE void fetch(const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
 }
 
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }

@@ -22,8 +22,8 @@ from specdec.verify.passes.parameters import Parameters, Shape
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
-_TOGETHER = 6
-"""Tokens that attend together (MOST of llama.c)."""
+_QUERIES = 24
+"""Heads of tokens that attend together, at least those of one token (QUERIES of attention.h)."""
 
 
 class Native(Runner):
@@ -145,7 +145,7 @@ class NativePass:
         )
         self._kv = (structures.Pointer * (2 * shape.layers))()
         self._wanted = (structures.Pointer * (shape.layers + 1))()
-        self._tickets = torch.zeros(8 * shape.layers + 3, dtype=torch.int64)
+        self._tickets = torch.zeros(10 * shape.layers + 3, dtype=torch.int64)
         self._like = own.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
         self._angles = self._like.new_empty(0)
         self._room, self._threads = (0, 0, 0), 0
@@ -232,13 +232,13 @@ class NativePass:
         tokens, lists, read = self._room = (need[0], need[1] * 5 // 4, need[2] * 5 // 4)
         self._threads = threads
         wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        own = max(_TOGETHER * (read + _ROOM), tokens * _ROOM) + _ROOM
+        own = max(max(_QUERIES, shape.heads // shape.kv_heads) * (read + _ROOM), tokens * _ROOM) + _ROOM
         sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
         self._floats = [self._like.new_empty(tokens * size + _ROOM) for size in sizes]
         self._floats.append(self._like.new_empty(own * threads))
-        self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, 2 * tokens)]
+        self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, tokens, 2 * tokens)]
         run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own = map(_address, self._floats)
-        run.seen, run.counts, run.row_of, run.groups = map(_address, self._words)
+        run.seen, run.counts, run.leads, run.row_of, run.groups = map(_address, self._words)
         run.own_size = own
 
 
