@@ -18,12 +18,13 @@ from specdec.drafters.self_draft.sparse import input_sizes, keep_neurons, prune
 from specdec.drafters.self_draft.stored import store, stored, stored_path
 from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
 from specdec.kv.support import check_model, text_config
-from specdec.verify.first_use import say_first_use
+from specdec.verify.first_use import first_use
 from specdec.verify.packed import Packed, PackedLinear
 from specdec.verify.weights import Weights, fingerprint
 
 GROUP = 64
 """Neighbours in a row that share a scale."""
+_KNOWN = ("torch.", "transformers.", "specdec.")
 OUTER = (1 / 8, 1 / 10)
 """Shares of the decoder layers, the first and the last ones, that "int4" keeps in 8 bits."""
 
@@ -45,6 +46,7 @@ class LeanCopy:
         self._texts = None if calibration is None else _checked(calibration)
         self._sizes: dict[str, Tensor] = {}
         self.model = self._made(first=True)
+        self._try()
         self.num_made = 1
         self._weights = Weights([self.target])
 
@@ -59,6 +61,21 @@ class LeanCopy:
         if self._weights.changed():
             vars(self.model).update(vars(self._made(first=False)))
             self.num_made += 1
+
+    @torch.no_grad()
+    def _try(self) -> None:
+        """One pass, where modules are neither torch's nor transformers': they may ask a layer for what it has not."""
+        if all(type(part).__module__.startswith(_KNOWN) for part in self.model.modules()):
+            return
+        device: Any = self.model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+        try:
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"draft 'self:{self.form.name}': expected modules that a copy of {type(self.model).__name__} can have as "
+                f"well, got some that fail in it ({type(error).__name__}: {error}). Merge adapters into the weights, or "
+                "draft with another form, 'ngram' or a model"
+            ) from error
 
     @torch.no_grad()
     def _made(self, first: bool) -> PreTrainedModel:
@@ -76,8 +93,8 @@ class LeanCopy:
             put(model, self._in_four_bits(model, first))
         else:
             if first:
-                say_first_use()
-                self._sizes = input_sizes(model, self._calibration())
+                with first_use():
+                    self._sizes = input_sizes(model, self._calibration())
             (keep_neurons if form.kind == "hot" else prune)(model, form.number, self._sizes)
         return model
 
@@ -98,8 +115,6 @@ class LeanCopy:
         packed = {name: rounded(layer, 8 if layer in outer else 4) for name, layer in layers.items()}
         if not calibrate:
             return packed
-        say_first_use()
-
         def fit(name: str, layer: Any, given: Inputs) -> Tensor:
             packed[name] = gptq(weight_of(layer), given, 4, GROUP)
             return packed[name].dequantized()
@@ -109,7 +124,8 @@ class LeanCopy:
             for name, layer in layers.items()
             if layer not in outer
         }
-        fit_in_order(model, self._calibration(), fits)
+        with first_use():
+            fit_in_order(model, self._calibration(), fits)
         if path is not None:
             store(path, packed)
         return packed
@@ -125,7 +141,8 @@ def _outer(model: PreTrainedModel) -> set[nn.Module]:
 
 def rounded(layer: Any, bits: int) -> Packed:
     """A linear layer's weight, every number rounded to its nearest code."""
-    return Packed.rounded(weight_of(layer), bits, GROUP, symmetric=bits == 8)
+    whole_rows = bits == 8 and layer.weight.is_cuda  # torch's own product there takes no groups
+    return Packed.rounded(weight_of(layer), bits, None if whole_rows else GROUP, symmetric=bits == 8)
 
 
 def put(model: PreTrainedModel, weights: dict[str, Packed]) -> None:
@@ -134,7 +151,8 @@ def put(model: PreTrainedModel, weights: dict[str, Packed]) -> None:
         parent, _, name = path.rpartition(".")
         table = model.get_submodule(parent)._modules
         layer: Any = table[name]
-        table[name] = PackedLinear(_moved(packed, layer.weight.device), layer.bias).eval()
+        packed = _moved(packed, layer.weight.device)
+        table[name] = PackedLinear(packed, layer.bias, torch_products=layer.weight.is_cuda).eval()
 
 
 def _moved(packed: Packed, device: torch.device) -> Packed:

@@ -67,12 +67,16 @@ def _mirror(part: nn.Module, made: dict[int, Any], configs: dict[int, Any]) -> A
 
 
 def named_weighted(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer with plain weights, by its path."""
-    return {
-        path: part
-        for path, part in model.named_modules()
-        if type(part) in (nn.Linear, Conv1D) and is_dense(part.weight)
-    }
+    """Every linear layer with plain weights, by its path; of layers with adapters the one that was there before."""
+    found: dict[str, nn.Linear | Conv1D] = {}
+    adapted: tuple[str, ...] = ()
+    for path, part in model.named_modules():
+        if type(part).__module__.startswith("peft."):
+            adapted += (f"{path}.",)
+        elif type(part) in (nn.Linear, Conv1D) and is_dense(part.weight):
+            if not path.startswith(adapted) or path.endswith(".base_layer"):
+                found[path] = part  # type: ignore[assignment]
+    return found
 
 
 def weight_of(layer: nn.Linear | Conv1D) -> Tensor:

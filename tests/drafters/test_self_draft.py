@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import specdec
 from specdec import BestFirst, DySpec, Speculator
 from specdec.drafters.self_draft import SelfDrafter
-from specdec.kv.versions import cached
+from specdec.kv.versions import CACHE_KEYWORD, cache_of, cached
 from specdec.monitor import Monitor
 
 FORMS = ("int8", "int4", "exit1", "skip0", "hot50", "wanda50")
@@ -141,7 +141,7 @@ def test_a_conversation_goes_on_from_its_cache(form: str) -> None:
     spec = Speculator(target, drafter(form).shaped(k=3))
     first: Any = spec.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
     more = torch.cat([first.sequences, torch.tensor([[7, 8]])], 1)
-    second = spec.generate(more, max_new_tokens=6, past_key_values=first.past_key_values)
+    second = spec.generate(more, max_new_tokens=6, **{CACHE_KEYWORD: cache_of(first)})
     assert torch.equal(second, plain(target, more, torch.ones_like(more), 6))
     assert spec.report is not None
     assert spec.report.num_drafter_faults == 0
