@@ -108,13 +108,12 @@ def check_line(words: list[str]) -> None:
         assert set((asked[1] or "").split(",")) <= {*extras, ""}, f"{shlex.join(words)}: no such extra"
     elif program == "jupytext":
         assert all(list(ROOT.glob(word)) for word in rest if not word.startswith("-"))
-    elif rest[:1] != ["-m"] and program == "python":
+    elif rest[0].endswith(".py"):
         assert (ROOT / rest[0]).is_file(), f"{shlex.join(words)}: no such script"
-    elif "-m" in rest:  # python, accelerate launch, torchrun
+    else:  # python, accelerate launch, torchrun
+        assert "-m" in rest, f"{shlex.join(words)}: neither a script nor a module"
         module, asked_of_it = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
         check_module(module, asked_of_it)
-    else:
-        assert (ROOT / rest[0]).is_file(), f"{shlex.join(words)}: no such script"
 
 
 def check_module(module: str, words: list[str]) -> None:
