@@ -12,7 +12,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#include "attention.h"
+#include "blocks.h"
 #include "threads.h"
 
 INLINE void norm_all(const Model *m, const Pass *p, const float *weight, int64_t from, int64_t to) {
@@ -140,25 +140,6 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
             linear(p->normed + first * hidden, stop - first, hidden, m->head, m->head_bias, hidden, from, to, logits,
                    m->vocab, SET);
             logits += (stop - first) * m->vocab;
-        }
-    }
-}
-
-/* Which row each token belongs to, and neighbours that attend together. */
-static void arrange(const Model *m, Pass *p) {
-    const int64_t together = tokens_together(m);
-    p->num_groups = p->stride = 0;
-    EACH(r, p->rows) {
-        const Row *row = p->row + r;
-        EACH(j, row->width) p->row_of[row->first + j] = r;
-        const int64_t pieces = (row->width + together - 1) / together;
-        const int64_t read = row->mask ? row->read : row->start + row->width;
-        const int64_t stride = (read + LANES - 1) / LANES * LANES + LANES;
-        if (stride > p->stride) p->stride = stride;
-        EACH(i, pieces) {
-            int64_t *group = p->groups + 2 * p->num_groups++, begin = row->width * i / pieces;
-            group[0] = row->first + begin;
-            group[1] = row->width * (i + 1) / pieces - begin;
         }
     }
 }

@@ -77,7 +77,7 @@ class Native(Runner):
     def stride(self, read: int, most: int) -> int | None:
         width = min(most, CHUNK)
         serves = self._pass is not None and not self._pass.own.hooked
-        return width if serves and self._reads(width, read + width) else None
+        return width if serves and self._reads(most, read + most) else None
 
     def _reads(self, width: int, read: int) -> bool:
         assert self._pass is not None

@@ -29,15 +29,15 @@ def native_is_slower(own: Parameters, tokens: int, read: int, runners: Callable[
     """Whether a pass over `tokens` tokens of text, the last of `read` slots, is better not run natively.
 
     Products of many rows, and attention over long texts, are where a library's kernels catch up; where, depends on the
-    machine and on the sizes. Measured once per process, sizes and power of two of `read`: two passes each over 512
-    tokens of one layer, a few hundredths of what the text itself costs.
+    machine and on the sizes. Measured once per process, sizes and power of two of the slots that the token in the middle
+    sees: two passes each over 512 tokens of one layer, a few hundredths of what the text itself costs.
 
     Args:
         runners: of the native pass and of the direct one over such parameters.
     """
     if tokens < ALWAYS_NATIVE:
         return False
-    slots = max(CHUNK, 1 << (read - 1).bit_length())
+    slots = max(CHUNK, 1 << (read - tokens // 2 - 1).bit_length())
     key = (own.shape, torch.get_num_threads(), slots)
     if key not in _slower:
         try:
