@@ -36,18 +36,27 @@ INLINE Block numbered(const Model *m, const Pass *p, int64_t layer, int64_t i, f
     return block_of(m, p, layer, kv, tokens[0], tokens[1], scores, p->attended + tokens[0] * m->heads * m->head_dim);
 }
 
-/* Into how many pieces threads split the slots of a block, its queries, and the numbers of its values: 0 where there
- * are blocks enough, too many for their scores to lie side by side, or too little to read. */
+/* How threads share a few blocks that read a long text: pieces of a block's slots and of its queries; whole blocks of
+ * values for every thread, and pieces of each that is left over. No slots: there are blocks enough, too many for their
+ * scores to lie side by side, or too little to read. */
 typedef struct {
-    int64_t slots, queries, numbers;
+    int64_t slots, queries, whole, numbers;
 } Split;
 
 static Split split_of(const Model *m, const Pass *p, int64_t threads) {
     const int64_t blocks = m->kv_heads * p->num_groups, vectors = m->head_dim / LANES;
-    if (threads == 1 || blocks >= 8 * threads || p->stride < LONG) return (Split){0, 0, 0};
-    if (m->heads * p->tokens * p->stride > threads * p->own_size) return (Split){0, 0, 0};
-    Split split = {8 * threads / blocks + 1, 4 * threads / blocks + 1, 1};
-    while (2 * split.numbers <= vectors && blocks * split.numbers % threads && blocks * split.numbers < 8 * threads)
-        split.numbers *= 2;
+    if (threads == 1 || blocks >= 8 * threads || p->stride < LONG) return (Split){0, 0, 0, 0};
+    if (m->heads * p->tokens * p->stride > threads * p->own_size) return (Split){0, 0, 0, 0};
+    Split split = {8 * threads / blocks + 1, 4 * threads / blocks + 1, blocks / threads * threads, 1};
+    const int64_t left = blocks - split.whole;
+    while (2 * split.numbers <= vectors && left * split.numbers % threads) split.numbers *= 2;
     return split;
+}
+
+/* Item i of the values: [*piece] of [*pieces] of the block that is returned. */
+INLINE int64_t values_of(const Split *split, int64_t i, int64_t *piece, int64_t *pieces) {
+    const int64_t part = i - split->whole;
+    *pieces = part < 0 ? 1 : split->numbers;
+    *piece = part < 0 ? 0 : part % split->numbers;
+    return part < 0 ? i : split->whole + part / split->numbers;
 }

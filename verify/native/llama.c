@@ -101,9 +101,10 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
                 soften(&block, from % split.queries, split.queries);
             }
             NEXT;
-            SHARE(from, to, blocks * split.numbers, 1) {
-                const Block block = numbered(m, p, layer, from / split.numbers, 0);
-                gather(&block, from % split.numbers, split.numbers);
+            SHARE(from, to, split.whole + (blocks - split.whole) * split.numbers, 1) {
+                int64_t piece, pieces;
+                const Block block = numbered(m, p, layer, values_of(&split, from, &piece, &pieces), 0);
+                gather(&block, piece, pieces);
             }
         } else {
             SHARE(from, to, blocks, blocks / (8 * threads) + 1) {

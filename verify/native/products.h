@@ -36,13 +36,13 @@ INLINE void block(const int M, const int N, const float *x, int64_t x_stride, co
 /* What becomes of a product. */
 enum { SET, ADD };
 
-/* N columns from `n` on for M tokens. */
-INLINE void column(const int M, const int N, const float *x, int64_t x_stride, const float *w, const float *bias,
+/* N columns from `n` on for M tokens. ahead: whether to ask for the weights of the next ones. */
+INLINE void column(const int M, const int N, const int ahead, const float *x, int64_t x_stride, const float *w, const float *bias,
                    int64_t size, int64_t n, float *out, int64_t out_stride, int mode) {
     const float *rows[BROAD];
     float p[MOST][BROAD];
     for (int i = 0; i < N; i++) rows[i] = w + (n + i) * size;
-    block(M, N, x, x_stride, rows, size, N * size, p);
+    block(M, N, x, x_stride, rows, size, ahead ? N * size : 0, p);
     for (int m = 0; m < M; m++) {
         float *o = out + m * out_stride + n;
         if (bias)
@@ -53,12 +53,12 @@ INLINE void column(const int M, const int N, const float *x, int64_t x_stride, c
     }
 }
 
-INLINE void panel(const int M, const float *x, int64_t x_stride, const float *w, const float *bias, int64_t size,
+INLINE void panel(const int M, const int ahead, const float *x, int64_t x_stride, const float *w, const float *bias, int64_t size,
                   int64_t from, int64_t to, float *out, int64_t out_stride, int mode) {
     const int N = WIDE(M);
     int64_t n = from;
-    for (; n + N <= to; n += N) column(M, N, x, x_stride, w, bias, size, n, out, out_stride, mode);
-    for (; n < to; n++) column(M, 1, x, x_stride, w, bias, size, n, out, out_stride, mode);
+    for (; n + N <= to; n += N) column(M, N, ahead, x, x_stride, w, bias, size, n, out, out_stride, mode);
+    for (; n < to; n++) column(M, 1, ahead, x, x_stride, w, bias, size, n, out, out_stride, mode);
 }
 
 /* Columns [from, to) of out = x @ w.T (+ bias): few tokens at a time, so that they stay in cache, and under them a
@@ -75,11 +75,16 @@ static void linear(const float *x, int64_t tokens, int64_t x_stride, const float
                 const int64_t first = start + some * i / pieces, count = start + some * (i + 1) / pieces - first;
                 const float *a = x + first * x_stride;
                 float *o = out + first * out_stride;
-                switch (count) {
-#define CASE(M) case M: panel(M, a, x_stride, w, bias, size, n, end, o, out_stride, mode); break;
-                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#define CASE(M) case M: panel(M, AHEAD, a, x_stride, w, bias, size, n, end, o, out_stride, mode); break;
+#define AHEAD 1
+                if (pieces == 1)
+                    switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef AHEAD
+#define AHEAD 0 /* many tokens wait for their operands, not for memory */
+                else
+                    switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef AHEAD
 #undef CASE
-                }
             }
         }
     }
