@@ -29,7 +29,7 @@ def native_is_slower(own: Parameters, tokens: int, read: int, runners: Callable[
     """Whether a pass over `tokens` tokens of text, the last of `read` slots, is better not run natively.
 
     Products of many rows, and attention over long texts, are where a library's kernels catch up; where, depends on the
-    machine and on the sizes. Measured once per process, sizes and power of two of the slots that the token in the middle
+    machine and on the sizes. Measured once per process, sizes and power of two of the slots that a token in the middle
     sees: two passes each over 512 tokens of one layer, a few hundredths of what the text itself costs. What begins a
     text, which is read without a mask, is measured by its own beginning.
 
