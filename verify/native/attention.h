@@ -63,10 +63,11 @@ INLINE void match(const int M, const int64_t size, const float *const *query, co
     }
     quad dots[4];
     sums_of(M, total, dots);
-    for (; k < size; k++)
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < 4; n++) dots[m][n] += query[m][k] * get_one(row[n] + k);
-    for (int m = 0; m < M; m++) *(quad *)(scores[m] + at) = dots[m] * scaling;
+    for (int m = 0; m < M; m++) {
+        for (int n = 0; k < size && n < 4; n++)
+            for (int64_t d = k; d < size; d++) dots[m][n] += query[m][d] * get_one(row[n] + d);
+        *(quad *)(scores[m] + at) = dots[m] * scaling;
+    }
 }
 
 /* Scores of M queries against slots [from, to) of a list; up to three more numbers are written behind them.
