@@ -103,6 +103,8 @@ def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
         return None
     if not library().threaded and torch.get_num_threads() > 1:
         return None
+    if any(product.packed is not None for product in (own.head, *(p for layer in own.layers for p in layer.products))):
+        return None
     weights = [weight for layer in own.layers for weight in _weights(layer)]
     ends = [own.embed, own.norm.weight, own.head.weight, own.head.bias]
     if not all(weight is None or _readable(weight) for weight in (*weights, *ends)):
