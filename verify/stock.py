@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from specdec.verify.attention.register import NAME, fitting_attention
+from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
 
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Model classes whose layers have this shape; one with a sliding window is left to its modules (see `Forward`)."""
 _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
-_LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList)
+_LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList, PackedLinear)
 _FUSED_FORWARD, _FUSED_HOME = "add_fused_lm_head.<locals>._fused_forward", os.path.join("trl", "trainer", "utils.py")
 _HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
 
@@ -47,7 +48,7 @@ def is_stock(model: PreTrainedModel) -> bool:
         return False
     home = sys.modules[kind.__module__]
     stock = {getattr(home, family + part) for part in _PARTS}
-    used = (*(part.forward for part in (*stock, *_LEAVES[:-1])), *(getattr(home, name) for name in _FUNCTIONS))
+    used = (*(part.forward for part in (*stock, *_LEAVES[:3])), *(getattr(home, name) for name in _FUNCTIONS))
     if not all(original(function) for function in used):  # patched for all models of the family
         return False
     if any(type(part) not in (*_LEAVES, *stock) or _changed(part) for part in model.modules()):

@@ -208,7 +208,7 @@ static void soften_one(const Block *b, int64_t query) {
     for (int i = 0; i < LANES; i++) most = high[i] > most ? high[i] : most;
     for (int64_t i = 0; i < count; i += LANES) {
         const vec e = exponential(load(own + i) - most);
-        store(own + i, e);
+        store(own + i, nearest(e));
         total += e;
     }
     own[b->stride - 1] = count ? 1.f / sum(total) : 0.f;
@@ -233,7 +233,9 @@ static void weigh_block(const Block *b, int64_t from, int64_t to) {
     EACH(i, b->queries) {
         float *out = out_of(b, i);
         const float scale = b->scores[i * b->stride + b->stride - 1];
-        for (int64_t d = from; d < to; d++) out[d] *= scale;
+        int64_t d = from;
+        for (; d + LANES <= to; d += LANES) store(out + d, nearest(load(out + d) * scale));
+        for (; d < to; d++) out[d] = nearest_one(out[d] * scale);
     }
 }
 
