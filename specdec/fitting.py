@@ -27,7 +27,7 @@ def _refuse_checkpoints(target: PreTrainedModel) -> None:
     if any(part.training and getattr(part, "gradient_checkpointing", False) for part in target.modules()):
         raise UnsupportedArgumentError(
             f"{type(target).__name__} is in training mode with gradient checkpointing, where its layers keep no keys "
-            "and values, and drafts are verified on those. Call eval() or gradient_checkpointing_disable() on it before."
+            "and values, and drafts are verified on those. Call eval() or gradient_checkpointing_disable() first."
         )
 
 

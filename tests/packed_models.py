@@ -33,6 +33,11 @@ def dequantized(model: Any) -> Any:
     return _changed(model, plain)
 
 
+def converted(model: Any, dtype: torch.dtype) -> Any:
+    """A copy in another dtype."""
+    return copy.deepcopy(model).to(dtype).eval()
+
+
 def _changed(model: Any, change: Any) -> Any:
     with torch.no_grad():
         out = copy.deepcopy(model)

@@ -130,7 +130,7 @@ class Packed:
         groups = _grouped(self.integers().float(), self.group) * self.scales[..., None]
         if self.offsets is not None:
             groups += self.offsets[..., None]
-        return groups.flatten(1)[:, : self.shape[1]].to(dtype)
+        return groups.flatten(1)[:, : self.shape[1]].to(dtype).contiguous()
 
 
 class PackedLinear(nn.Module):
@@ -141,8 +141,8 @@ class PackedLinear(nn.Module):
 
     Args:
         packed: the weight. bias: `[out]`, or None. A change of the model's dtype leaves the scales in float32.
-        integer: activations are rounded, too: token by token and group by group to int8, so that products are of
-            integers. It changes what the layer computes: for drafters, never for a target.
+        integer: activations are rounded, too (`rounded_activations`), so that products are of integers. It changes what
+            the layer computes: for drafters, never for a target.
         torch_products: multiply by torch's own packed products where they take this format (8 bits with whole rows, 4
             bits with groups of 32 to 256, no `integer`). They round scales to the dtype of the input.
     """
@@ -172,7 +172,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         if self.integer:
-            x = rounded_activations(x, self.group)
+            x = rounded_activations(x)
         elif self.torch_products and self._torch_takes(x):
             out = self._by_torch(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias
@@ -218,10 +218,10 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}, bias={self.bias is not None}"
 
 
-def rounded_activations(x: Tensor, group: int) -> Tensor:
-    """What is left of activations `[..., in]` that are rounded to int8, each group of each token by its own scale, max
-    |x| / 127. A token's depend on itself alone."""
-    groups = _grouped(x.float(), group)
+def rounded_activations(x: Tensor) -> Tensor:
+    """What is left of activations `[..., in]` that are rounded to int8, every 32 numbers of a token by a scale of their
+    own, max |x| / 127. A token's depend on itself alone."""
+    groups = _grouped(x.float(), BLOCK)
     scales = groups.abs().amax(-1, keepdim=True) / _MOST[8]
     return ((groups / _never_zero(scales)).round_() * scales).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 

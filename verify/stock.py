@@ -71,7 +71,7 @@ def original(function: Any) -> bool:
 
 def _changed(part: nn.Module) -> bool:
     own = part.__dict__
-    if part.training and (getattr(part, "attention_dropout", 0) or getattr(part, "gradient_checkpointing", False)):
+    if part.training and (getattr(part, "attention_dropout", False) or getattr(part, "gradient_checkpointing", False)):
         return True
     if isinstance(part, nn.Embedding) and part.max_norm is not None:
         return True
@@ -88,7 +88,7 @@ def is_trainers(forward: Any, part: nn.Module) -> bool:
     It computes the loss where it is asked to (`fused_lm_head=True`); otherwise it calls the forward it found, by TRL's
     documentation ("so generation is unchanged"). That must have been the class's own.
     """
-    function = getattr(forward, "__func__", None)
+    function: Any = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
     if code is None or code.co_qualname != _FUSED_FORWARD or not code.co_filename.endswith(_FUSED_HOME):
         return False

@@ -115,6 +115,7 @@ class LeanCopy:
         packed = {name: rounded(layer, 8 if layer in outer else 4) for name, layer in layers.items()}
         if not calibrate:
             return packed
+
         def fit(name: str, layer: Any, given: Inputs) -> Tensor:
             packed[name] = gptq(weight_of(layer), given, 4, GROUP)
             return packed[name].dequantized()

@@ -83,7 +83,7 @@ def check_fences(page: Path) -> None:
     assert {match["language"] for match in found} <= {"python", "sh", "", "toml", "json", "text"}
     for match in found:
         if match["language"] in ("toml", "json"):
-            {"toml": tomllib, "json": json}[match["language"]].loads(match["code"])  # type: ignore[attr-defined]
+            {"toml": tomllib, "json": json}[match["language"]].loads(match["code"])
 
 
 def check_line(words: list[str]) -> None:
@@ -97,16 +97,23 @@ def check_line(words: list[str]) -> None:
         assert rest[0] in targets, f"make {rest[0]}: no such target"
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        asked = re.fullmatch(r"(?:specdec-lm|\.)(?:\[([\w,]+)\])?", rest[1])
-        assert asked, f"{shlex.join(words)}: not this library"
+        (what,) = [word for word in rest[1:] if not word.startswith("-")]
+        asked = re.fullmatch(r"(?:specdec-lm|\.)(?:\[([\w,]+)\])?", what)
+        ours = {re.split("[=>]", one)[0] for extra in extras.values() for one in extra}
+        assert asked or re.split("[=>]", what)[0] in ours, (
+            f"{shlex.join(words)}: neither this library nor of its extras"
+        )
+        if asked is None:
+            return
         assert set((asked[1] or "").split(",")) <= {*extras, ""}, f"{shlex.join(words)}: no such extra"
     elif program == "jupytext":
         assert all(list(ROOT.glob(word)) for word in rest if not word.startswith("-"))
-    elif "-m" in rest:  # python, accelerate launch, torchrun
+    elif rest[0].endswith(".py"):
+        assert (ROOT / rest[0]).is_file(), f"{shlex.join(words)}: no such script"
+    else:  # python, accelerate launch, torchrun
+        assert "-m" in rest, f"{shlex.join(words)}: neither a script nor a module"
         module, asked_of_it = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
         check_module(module, asked_of_it)
-    else:
-        assert (ROOT / rest[0]).is_file(), f"{shlex.join(words)}: no such script"
 
 
 def check_module(module: str, words: list[str]) -> None:

@@ -124,11 +124,11 @@ def test_a_format_that_torch_has_no_product_for_is_dequantized() -> None:
 def test_integer_products_round_activations() -> None:
     own, x = Packed.rounded(normal(32, 96), 8, 32), normal(3, 96, seed=1)
     layer = PackedLinear(own, integer=True)
-    rounded = rounded_activations(x, 32)
+    rounded = rounded_activations(x)
     steps = x.unflatten(1, (3, 32)).abs().amax(2) / 127
     assert bool(((rounded - x).unflatten(1, (3, 32)).abs() <= 0.501 * steps[..., None]).all())
     assert torch.equal(layer(x), rounded @ own.dequantized().t())
-    assert torch.equal(rounded_activations(x[1:2], 32), rounded[1:2])
+    assert torch.equal(rounded_activations(x[1:2]), rounded[1:2])
 
 
 def test_a_change_of_dtype_leaves_the_scales_alone() -> None:

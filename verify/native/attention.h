@@ -1,16 +1,15 @@
-/* Attention: scores, softmax, sums of values. Each key and value is read once for a block of queries: those of all heads
- * that share it, of several tokens.
+/* Attention: scores, softmax, sums of values. Each key and value is read once for a block of queries: of all heads that
+ * share it, of several tokens.
  *
  * Whatever else is in its block, a query's sums are over the slots it sees, in their order. */
 #pragma once
 #include "slots.h"
 
-#define QUERIES 24 /* of a block, unless one token has more: they meet a tile of keys while it lies in the first cache */
+#define QUERIES 24 /* of a block, unless one token has more: they meet a tile of keys while the first cache holds it */
 #define TILE 4096  /* numbers in such a tile */
-#define LONG 512   /* slots from which threads share the reading of one text */
 
 /* Queries of tokens [token, token + count) of one row, in all heads that share one of keys and values.
- * scores: a line of `stride` numbers a query; there is room behind the scores, and the last number is the query's scale. */
+ * scores: a line of `stride` numbers a query, with room behind the scores; the last number is the query's scale. */
 typedef struct {
     const Model *m;
     const Pass *p;
@@ -23,12 +22,6 @@ INLINE Block block_of(const Model *m, const Pass *p, int64_t layer, int64_t kv, 
                       float *scores, float *out) {
     const int64_t group = m->heads / m->kv_heads;
     return (Block){m, p, layer, kv, token, count, group, count * group, p->stride, scores, out};
-}
-
-/* Tokens whose queries make up one block. */
-INLINE int64_t tokens_together(const Model *m) {
-    const int64_t group = m->heads / m->kv_heads;
-    return group < QUERIES ? QUERIES / group : 1;
 }
 
 INLINE const float *query_of(const Block *b, int64_t i) {
@@ -70,16 +63,18 @@ INLINE void match(const int M, const int64_t size, const float *const *query, co
     }
     quad dots[4];
     sums_of(M, total, dots);
-    for (; k < size; k++)
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < 4; n++) dots[m][n] += query[m][k] * get_one(row[n] + k);
-    for (int m = 0; m < M; m++) *(quad *)(scores[m] + at) = dots[m] * scaling;
+    for (int m = 0; m < M; m++) {
+        for (int n = 0; k < size && n < 4; n++)
+            for (int64_t d = k; d < size; d++) dots[m][n] += query[m][d] * get_one(row[n] + d);
+        *(quad *)(scores[m] + at) = dots[m] * scaling;
+    }
 }
 
 /* Scores of M queries against slots [from, to) of a list; up to three more numbers are written behind them.
  * next: slots that are fetched meanwhile, up to `end` of the list. */
-INLINE void match_run(const int M, const int64_t size, const float *const *query, const number *keys, const int64_t *seen,
-                      int64_t from, int64_t to, int64_t next, int64_t end, float scaling, float *const *scores) {
+INLINE void match_run(const int M, const int64_t size, const float *const *query, const number *keys,
+                      const int64_t *seen, int64_t from, int64_t to, int64_t next, int64_t end, float scaling,
+                      float *const *scores) {
     int64_t i = from;
     for (; i + 4 <= to; i += 4, next += 4) {
         const number *row[4] = {keys + seen[i], keys + seen[i + 1], keys + seen[i + 2], keys + seen[i + 3]};
@@ -186,8 +181,8 @@ static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t
     }
 }
 
-/* Piece `piece` of `pieces` of a block's scores: of the slots that all tokens see, and with the last piece of the others.
- * A later token of a text sees what the one before it sees and a slot more: all are matched with the last one's. */
+/* Piece `piece` of `pieces` of a block's scores: of the slots that all tokens see, and with the last piece the others.
+ * A token of a text sees what the one before it sees and a slot more: all are matched with what the last one sees. */
 static void score(const Block *b, int64_t piece, int64_t pieces) {
     const Pass *p = b->p;
     const Row *row = p->row + p->row_of[b->token];
@@ -213,7 +208,7 @@ static void soften_one(const Block *b, int64_t query) {
     for (int i = 0; i < LANES; i++) most = high[i] > most ? high[i] : most;
     for (int64_t i = 0; i < count; i += LANES) {
         const vec e = exponential(load(own + i) - most);
-        store(own + i, e);
+        store(own + i, nearest(e));
         total += e;
     }
     own[b->stride - 1] = count ? 1.f / sum(total) : 0.f;
@@ -238,38 +233,16 @@ static void weigh_block(const Block *b, int64_t from, int64_t to) {
     EACH(i, b->queries) {
         float *out = out_of(b, i);
         const float scale = b->scores[i * b->stride + b->stride - 1];
-        for (int64_t d = from; d < to; d++) out[d] *= scale;
+        int64_t d = from;
+        for (; d + LANES <= to; d += LANES) store(out + d, nearest(load(out + d) * scale));
+        for (; d < to; d++) out[d] = nearest_one(out[d] * scale);
     }
-}
-
-/* Block i of a pass: blocks of tokens, and for each the heads of keys and values. Its scores lie at `scores`, or where all
- * threads find them. */
-INLINE Block numbered(const Model *m, const Pass *p, int64_t layer, int64_t i, float *scores) {
-    const int64_t *tokens = p->groups + i % p->num_groups * 2, kv = i / p->num_groups, group = m->heads / m->kv_heads;
-    if (!scores) scores = p->own + (kv * p->tokens + tokens[0]) * group * p->stride;
-    return block_of(m, p, layer, kv, tokens[0], tokens[1], scores, p->attended + tokens[0] * m->heads * m->head_dim);
-}
-
-/* Into how many pieces threads split the slots of a block, and its numbers: 0 where there are blocks enough, or too many for
- * their scores to lie side by side, or too little to read. */
-typedef struct {
-    int64_t slots, queries, numbers;
-} Split;
-
-static Split split_of(const Model *m, const Pass *p, int64_t threads) {
-    const int64_t blocks = m->kv_heads * p->num_groups, vectors = m->head_dim / LANES;
-    if (threads == 1 || blocks >= 8 * threads || p->stride < LONG) return (Split){0, 0, 0};
-    if (m->heads * p->tokens * p->stride > threads * p->own_size) return (Split){0, 0, 0};
-    Split split = {8 * threads / blocks + 1, 4 * threads / blocks + 1, 1};
-    while (2 * split.numbers <= vectors && blocks * split.numbers % threads && blocks * split.numbers < 8 * threads)
-        split.numbers *= 2;
-    return split;
 }
 
 /* Piece i of what a block attends to: whole vectors, and with the last piece what is left. */
 static void gather(const Block *b, int64_t piece, int64_t pieces) {
-    const int64_t size = b->m->head_dim, vectors = size / LANES;
-    weigh_block(b, vectors * piece / pieces * LANES, piece + 1 < pieces ? vectors * (piece + 1) / pieces * LANES : size);
+    const int64_t vectors = b->m->head_dim / LANES, end = vectors * (piece + 1) / pieces * LANES;
+    weigh_block(b, vectors * piece / pieces * LANES, piece + 1 < pieces ? end : b->m->head_dim);
 }
 
 static void attend(const Block *b) {

@@ -1,21 +1,20 @@
-/* What run.py hands over: a model's weights, and one pass. */
+/* What native.py hands over: a model's weights, and one pass. */
 #pragma once
 #include <stdatomic.h>
-#include "vectors.h"
+#include "numbers.h"
 
-/* A number of keys and values as it is kept; LANES of them, and one, as they are reckoned with. */
-typedef float number;
-INLINE vec get(const number *p) { return load(p); }
-INLINE float get_one(const number *p) { return *p; }
+enum { Q, K, V, O, GATE, UP, DOWN, NUM_WEIGHTS };
+enum { NORM_BEFORE = NUM_WEIGHTS, NORM_AFTER, Q_NORM, K_NORM, NUM_VECTORS };
 
-enum { Q, K, V, O, GATE, UP, DOWN, Q_BIAS, K_BIAS, V_BIAS, O_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS,
-       NORM_BEFORE, NORM_AFTER, Q_NORM, K_NORM, NUM_WEIGHTS };
-
-/* weights: NUM_WEIGHTS pointers per layer, 0 where a layer has none. */
+/* weights: NUM_WEIGHTS per layer. vectors: NUM_VECTORS pointers per layer, first the biases in the order of the weights,
+ * 0 where a layer has none. */
 typedef struct {
     int64_t layers, hidden, heads, kv_heads, head_dim, inner, vocab, embedded;
-    const float *const *weights;
-    const float *embed, *norm, *head, *head_bias;
+    const Weight *weights;
+    const float *const *vectors;
+    const number *embed;
+    const float *norm, *head_bias;
+    Weight head;
     double epsilon, scaling;
 } Model;
 
@@ -45,7 +44,8 @@ typedef struct {
     float *const *features;
     float *logits;
     float *hidden, *normed, *mixed, *attended, *acted, *own;
-    int64_t own_size, num_groups, stride;
+    float *room; /* tokens prepared for products, room_size floats for each thread */
+    int64_t room_size, own_size, num_groups, stride;
     int64_t *seen, *counts, *leads, *row_of, *groups;
     _Atomic int64_t *tickets;
 } Pass;

@@ -88,9 +88,9 @@ INLINE void sums_of(const int M, vec x[4][4], quad out[4]) {
     for (int m = 0; m < M; m++) out[m] = sums(x[m][0], x[m][1], x[m][2], x[m][3]);
 }
 
-/* Asks for what will be read soon. */
+/* Asks for what will be read soon, into a cache that can wait for more lines at once than the first. */
 INLINE void fetch(const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
 }
 
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
