@@ -88,7 +88,8 @@ def make_draft(
         )
     if not several and (draft is None or tree is not None or isinstance(k, int) or _as_it_is(draft, k)):
         return make_drafter(draft, target, k, tree)
-    given: Any = [form for one in (draft if several else [draft]) for form in _forms(one)]
+    chosen_from: Any = draft if several else [draft]
+    given: Any = [form for one in chosen_from for form in _forms(one)]
     drafters = [make_drafter(one, target, None, None) for one in given]
     chosen = [
         one if isinstance(source, Drafter) else longest_chain(one, most_nodes)

@@ -72,9 +72,9 @@ class LeanCopy:
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
         except Exception as error:
             raise UnsupportedModelError(
-                f"draft 'self:{self.form.name}': expected modules that a copy of {type(self.model).__name__} can have as "
-                f"well, got some that fail in it ({type(error).__name__}: {error}). Merge adapters into the weights, or "
-                "draft with another form, 'ngram' or a model"
+                f"draft 'self:{self.form.name}': expected modules that work in a copy of {type(self.model).__name__}, "
+                f"got some that do not ({type(error).__name__}: {error}). Merge adapters into the weights, or draft "
+                "with another form, 'ngram' or a model"
             ) from error
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ NEW = 16
 
 
 @lru_cache(maxsize=32)
-def drafter(form: str, family: str = FAMILY, dtype: str = "fp64") -> SelfDrafter:
+def drafter(form: str, family: str = FAMILY, dtype: str = "fp64") -> Any:
     target = models.target(family, dtype)
     texts = list(models.prompts((16, 16), target.config.get_text_config().vocab_size, 9)[0])
     return SelfDrafter(target, form, calibration=texts)
@@ -71,10 +71,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", [{}, {"cache": "paged", "page_size": 4}], ids=["contiguous", "paged"])
 @pytest.mark.parametrize(("form", "shape"), [*((form, "chain") for form in FORMS), *(("exit1", one) for one in SHAPES)])
 def test_greedy_texts_of_a_padded_batch_and_the_kv_behind_them(form: str, shape: str, layout: dict[str, Any]) -> None:
-    target = models.target(FAMILY)
+    target: Any = models.target(FAMILY)
     ids, mask = models.prompts((5, 9, 1, 7), VOCAB, 3)
     audit = Audit()
-    spec = Speculator(target, drafter(form).shaped(**SHAPES[shape]), monitor=audit, **layout)
+    spec: Any = Speculator(target, drafter(form).shaped(**SHAPES[shape]), monitor=audit, **layout)
     assert torch.equal(spec.generate(ids, attention_mask=mask, max_new_tokens=NEW), plain(target, ids, mask))
     assert spec.report is not None
     assert spec.report.num_drafter_faults == 0, spec.report.last_drafter_fault
@@ -93,7 +93,7 @@ def test_every_family_drafts_for_itself(family: str) -> None:
     ids, mask = models.prompts(lengths, target.config.get_text_config().vocab_size, 3)
     wanted = plain(target, ids, mask)
     for form in ("int8", "int4", "exit1", "skip0", "wanda50"):
-        spec = Speculator(target, drafter(form, family).shaped(k=3))
+        spec: Any = Speculator(target, drafter(form, family).shaped(k=3))
         assert torch.equal(spec.generate(ids, attention_mask=mask, max_new_tokens=NEW), wanted), form
         assert spec.report is not None
         assert spec.report.num_drafter_faults == 0, spec.report.last_drafter_fault
@@ -104,10 +104,10 @@ def test_every_family_drafts_for_itself(family: str) -> None:
 
 def test_the_first_draft_is_made_when_the_prompt_has_been_read() -> None:
     """The prompt is read once, by the first step's pass of the target, whose K/V the drafts need."""
-    target = models.target(FAMILY)
+    target: Any = models.target(FAMILY)
     ids, mask = models.prompts((9,), VOCAB, 3)
     drafted: list[list[int]] = []
-    spec = Speculator(target, drafter("int8").shaped(k=3))
+    spec: Any = Speculator(target, drafter("int8").shaped(k=3))
     spec.generate(ids, attention_mask=mask, max_new_tokens=8, on_step=lambda trace: drafted.append(trace.drafted))
     assert drafted[0] == [0]
     assert drafted[1] == [3]
@@ -115,12 +115,13 @@ def test_the_first_draft_is_made_when_the_prompt_has_been_read() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_coupled_texts_are_the_undrafted_ones(form: str) -> None:
-    target = models.target(FAMILY)
+    target: Any = models.target(FAMILY)
     ids, mask = models.prompts((5, 9), VOCAB, 4)
     given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": True, "seed": 3}
-    wanted = Speculator(target, None, rule="coupled").generate(ids, **given)
+    plainly: Any = Speculator(target, None, rule="coupled")
+    wanted = plainly.generate(ids, **given)
     for shape in ("chain", "tree"):
-        spec = Speculator(target, drafter(form).shaped(**SHAPES[shape]), rule="coupled")
+        spec: Any = Speculator(target, drafter(form).shaped(**SHAPES[shape]), rule="coupled")
         assert torch.equal(spec.generate(ids, **given), wanted)
 
 
@@ -129,16 +130,17 @@ def test_strict_texts_are_the_undrafted_ones(form: str) -> None:
     target = models.target(FAMILY, "fp32")
     ids, mask = models.prompts((5, 9), VOCAB, 5)
     given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW}
-    wanted = Speculator(target, None, exactness="strict").generate(ids, **given)
-    spec = Speculator(target, drafter(form, dtype="fp32").shaped(k=4), exactness="strict")
+    plainly: Any = Speculator(target, None, exactness="strict")
+    wanted = plainly.generate(ids, **given)
+    spec: Any = Speculator(target, drafter(form, dtype="fp32").shaped(k=4), exactness="strict")
     assert torch.equal(spec.generate(ids, **given), wanted)
 
 
 @pytest.mark.parametrize("form", ["int8", "exit1"])
 def test_a_conversation_goes_on_from_its_cache(form: str) -> None:
-    target = models.target(FAMILY)
+    target: Any = models.target(FAMILY)
     ids, _ = models.prompts((8,), VOCAB, 6)
-    spec = Speculator(target, drafter(form).shaped(k=3))
+    spec: Any = Speculator(target, drafter(form).shaped(k=3))
     first: Any = spec.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
     more = torch.cat([first.sequences, torch.tensor([[7, 8]])], 1)
     second = spec.generate(more, max_new_tokens=6, **{CACHE_KEYWORD: cache_of(first)})
@@ -149,13 +151,15 @@ def test_a_conversation_goes_on_from_its_cache(form: str) -> None:
 
 def test_several_texts_of_one_prompt() -> None:
     """The prompt is read once and shared; each text drafts on its own."""
-    target = models.target(FAMILY)
+    target: Any = models.target(FAMILY)
     ids, mask = models.prompts((7,), VOCAB, 8)
-    for layout in ({}, {"cache": "paged", "page_size": 4}):
-        spec = Speculator(target, drafter("int8").shaped(k=3), rule="coupled", **layout)
+    layouts: tuple[dict[str, Any], ...] = ({}, {"cache": "paged", "page_size": 4})
+    for layout in layouts:
+        spec: Any = Speculator(target, drafter("int8").shaped(k=3), rule="coupled", **layout)
         given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": True, "seed": 1}
         out = spec.generate(ids, num_return_sequences=4, **given)
-        wanted = Speculator(target, None, rule="coupled").generate(ids, num_return_sequences=4, **given)
+        plainly: Any = Speculator(target, None, rule="coupled")
+    wanted = plainly.generate(ids, num_return_sequences=4, **given)
         assert torch.equal(out, wanted)
 
 
@@ -170,10 +174,10 @@ def test_a_draft_that_fails_leaves_no_trace() -> None:
                 raise RuntimeError("on purpose")
             return tree
 
-    target = models.target(FAMILY)
+    target: Any = models.target(FAMILY)
     ids, mask = models.prompts((5, 9), VOCAB, 3)
     audit = Audit()
-    spec = Speculator(target, Failing(target, "int8", k=3), monitor=audit)
+    spec: Any = Speculator(target, Failing(target, "int8", k=3), monitor=audit)
     with pytest.warns(specdec.drafters.DrafterFaultWarning, match="on purpose"):
         out = spec.generate(ids, attention_mask=mask, max_new_tokens=NEW)
     assert torch.equal(out, plain(target, ids, mask))
@@ -184,7 +188,7 @@ def test_a_draft_that_fails_leaves_no_trace() -> None:
 def test_planned_with_ngrams(draft: Any) -> None:
     target = models.target(FAMILY, "fp32")
     ids, mask = models.prompts((9, 12), VOCAB, 3, period=4)
-    spec = Speculator(target, draft)
+    spec: Any = Speculator(target, draft)
     assert spec.drafter is not None
     assert spec.drafter.name == {"self": "self:int8+self:int4"}.get(str(draft), spec.drafter.name)
     for _ in range(2):

@@ -110,9 +110,9 @@ def test_a_model_writes_the_same_texts_every_time() -> None:
 @pytest.mark.parametrize("form", ["int8", "int4", "exit2", "hot50", "wanda50"])
 def test_a_copy_follows_the_targets_weights(form: str) -> None:
     target = fresh()
-    spec = Speculator(target, SelfDrafter(target, form, k=3, calibration=TEXTS))
+    spec: Any = Speculator(target, SelfDrafter(target, form, k=3, calibration=TEXTS))
     ids, mask = models.prompts((7,), models.VOCAB, 2)
-    drafter: Any = spec.drafter and spec.drafter.inner
+    drafter = spec.drafter.inner
     spec.generate(ids, attention_mask=mask, max_new_tokens=12)
     assert drafter.copy.num_made == 1
     other = models.llama(seed=5, hidden=64, layers=3, num_key_value_heads=2)

@@ -35,7 +35,7 @@ def engine(**options: Any) -> Engine:
 
 def alone(prompt: list[int], draft: str, setting: dict[str, Any], new: int, seed: int) -> list[int]:
     options = dict(setting)
-    spec = Speculator(TARGET, DRAFTERS[draft], rule=options.pop("rule", "auto"))
+    spec: Any = Speculator(TARGET, DRAFTERS[draft], rule=options.pop("rule", "auto"))
     ids = torch.tensor([prompt])
     seeded = {"seed": seed} if options["do_sample"] else {}
     out = spec.generate(ids, max_new_tokens=new, **options, **seeded)
@@ -96,7 +96,7 @@ def test_published_pages_hold_the_targets_own_kv() -> None:
 
 
 def test_an_engines_copies_follow_the_targets_weights() -> None:
-    target = models.llama(seed=1, num_key_value_heads=2)
+    target: Any = models.llama(seed=1, num_key_value_heads=2)
     served = Engine(target, SelfDrafter(target, "int8", k=3), num_pages=40, page_size=4)
     served.submit(HEAD, max_new_tokens=6).result()
     target.load_state_dict(models.llama(seed=2, num_key_value_heads=2).state_dict())
