@@ -159,7 +159,7 @@ def test_several_texts_of_one_prompt() -> None:
         given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": True, "seed": 1}
         out = spec.generate(ids, num_return_sequences=4, **given)
         plainly: Any = Speculator(target, None, rule="coupled")
-    wanted = plainly.generate(ids, num_return_sequences=4, **given)
+        wanted = plainly.generate(ids, num_return_sequences=4, **given)
         assert torch.equal(out, wanted)
 
 
