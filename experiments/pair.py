@@ -11,6 +11,7 @@ from specdec.experiments.frame import RunOptions, option
 from specdec.experiments.workloads import Prompt, WorkloadError, read_prompts
 from specdec.pairing import Pair
 from specdec.pairing.chosen import chosen_pair
+from specdec.prompt_files import prompt_ids
 from specdec.shipped import DEFAULT_PAIR
 from specdec.shown_errors import ExperimentError
 
@@ -28,6 +29,7 @@ Seed = Annotated[int, option("Seed of prompts and sampling.")]
 
 
 PROMPT_FILES = "Own prompts: a text, or JSON lines (.jsonl); repeat for more."
+Chat = Annotated[bool, option("Ask own prompts in the model's chat template, where it has one.", "--chat/--no-chat")]
 NewTokens = Annotated[int, option("Tokens to generate.", "--max-new-tokens", "-n")]
 
 
@@ -140,19 +142,18 @@ class Models:
         found = held_out_prompts(self.tokenizer, num, length, seed=seed)
         return list(torch.tensor(found, device=self.target.device).split(rows))
 
-    def own_prompts(self, prompts: list[Prompt], new_tokens: int) -> list[Tensor]:
-        """First turns as they stand, int64 `[1, tokens]` each; what does not fit the context loses its beginning."""
-        import torch
-
+    def turn_ids(self, prompt: Prompt, answers: Sequence[str], new_tokens: int, most: int | None = None) -> list[int]:
+        """The ids that turn `len(answers)` of a prompt starts from, cut on the left to `most` and to what fits."""
+        ids = prompt_ids(self.tokenizer, prompt, answers)
         context = int(getattr(self.target.config.get_text_config(), "max_position_embeddings", 1 << 20))
-        if context <= new_tokens:
+        room = context - new_tokens if most is None else min(most, context - new_tokens)
+        if room < 1:
             raise ExperimentError(f"new_tokens={new_tokens} leaves no room in a context of {context} tokens")
-        texts = [list(self.tokenizer(prompt.turns[0]).input_ids)[new_tokens - context :] for prompt in prompts]
-        return [torch.tensor([ids], device=self.target.device) for ids in texts]
+        return ids[-room:]
 
 
-def own_prompts(files: Sequence[Path]) -> list[Prompt]:
-    """The prompts of a user's files.
+def own_prompts(files: Sequence[Path], chat: bool) -> list[Prompt]:
+    """The prompts of a user's files. chat: see Prompt.
 
     Raises:
         WorkloadError: see `read_prompts`; two files of one name, under which their results would be filed.
@@ -160,4 +161,4 @@ def own_prompts(files: Sequence[Path]) -> list[Prompt]:
     names = [file.name for file in files]
     if len(set(names)) < len(names):
         raise WorkloadError(f"--prompt-file: expected files of different names, got {', '.join(names)}")
-    return [prompt for file in files for prompt in read_prompts(file)]
+    return [prompt for file in files for prompt in read_prompts(file, chat)]

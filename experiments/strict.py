@@ -167,10 +167,10 @@ def cost(dtype: str, batch: int, num_prompts: int, tokens: int) -> dict[str, Any
     }
     speeds: dict[tuple[str, str], list[float]] = {key: [] for key in speculators}
     differing = 0
-    for ids in options.prompts(pair):
+    for asked in options.prompts(pair):
         texts = []
         for (name, exactness), speculator in speculators.items():
-            out: Any = speculator.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+            out: Any = speculator.generate(input_ids=asked.ids, max_new_tokens=tokens, do_sample=False)
             assert speculator.report is not None
             speeds[name, exactness].append(speculator.report.tokens_per_second)
             texts += [out] if exactness == "strict" else []

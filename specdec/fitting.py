@@ -1,4 +1,4 @@
-"""Lengths and masks that a target would decode differently from plain `generate`: refused before any work."""
+"""Lengths, masks and modes in which a target would decode differently from plain `generate`: refused before work."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ def refuse_unfit(target: PreTrainedModel, request: Request) -> None:
 
     Raises:
         UnsupportedArgumentError: a text that may outgrow the positions below which rotary frequencies do not depend on
-            the length of the pass; or a mask with holes where a sliding window may close.
+            the length of the pass; a mask with holes where a sliding window may close; or a model that checkpoints.
     """
+    _refuse_checkpoints(target)
     _refuse_lengths(target, request)
     _refuse_holes(target, request)
+
+
+def _refuse_checkpoints(target: PreTrainedModel) -> None:
+    if any(part.training and getattr(part, "gradient_checkpointing", False) for part in target.modules()):
+        raise UnsupportedArgumentError(
+            f"{type(target).__name__} is in training mode with gradient checkpointing, where its layers keep no keys "
+            "and values, and drafts are verified on those. Call eval() or gradient_checkpointing_disable() first."
+        )
 
 
 def _refuse_lengths(target: PreTrainedModel, request: Request) -> None:

@@ -95,6 +95,7 @@ class DecodeLoop(Batch):
         self.stops = dict.fromkeys(rows.live, self.stop)
         self.record = self._record if self.collector.keeps else None
         self.report = SpecReport(num_rows=rows.batch_size, num_prompt_tokens=sum(rows.num_tokens))
+        self.report.num_cached_tokens = request.num_cached_tokens
         self.report.drafter = "none" if drafter is None else drafter.name
         self.report.rule = rule if self.rule is None else self.rule.name
         self.report.lossless = self.rule is None or self.rule.lossless

@@ -1,6 +1,7 @@
 """One prompt, and files of them in each form there is, with one clear error for everything that can be wrong.
 
-`jsonl`, ours: `question_id`, `category`, `turns`, continued without a chat template; or `prompt` alone.
+`jsonl`, ours: `question_id`, `category`, `turns`; or `prompt` alone. Continued as it stands, unless `"chat": true`
+beside it asks for the model's chat template.
 
 `spec-bench` (github.com/hemingkx/Spec-Bench, `data/spec_bench/question.jsonl`): the same keys. Domain: the six tasks
 Spec-Bench reports, its eight MT-bench categories taken together.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ class Prompt:
             raise WorkloadError(f"prompt {self.id!r}: expected at least one turn, none of them empty")
 
 
-def read(path: Path, form: str) -> list[Prompt]:
-    """All prompts of a file in a form.
+def read(path: Path, form: str, chat: bool = False) -> list[Prompt]:
+    """All prompts of a file in a form. chat: of `jsonl` lines that do not say it themselves.
 
     Raises:
         WorkloadError: a file or line of another form, placeholder rows, an id that occurs twice, no prompts.
@@ -68,7 +69,7 @@ def read(path: Path, form: str) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     masked = 0
     for where, entry in rows:
-        prompt = _prompt(entry, where, form)
+        prompt = _prompt(entry, where, form, chat)
         if prompt.id in found:
             raise WorkloadError(f"{name}: the id {prompt.id!r} occurs twice; results are filed under it")
         found[prompt.id] = prompt
@@ -83,29 +84,62 @@ def read(path: Path, form: str) -> list[Prompt]:
     return list(found.values())
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """A user's own prompts: a text file is one, continued as it stands; `.jsonl` has one a line, `{"prompt": TEXT}` or
-    the `jsonl` form.
+def read_prompts(path: Path, chat: bool = False) -> list[Prompt]:
+    """A user's own prompts: a text file is one; `.jsonl` has one a line, `{"prompt": TEXT}` or the `jsonl` form.
+
+    chat: see Prompt; of lines that do not say `"chat"` themselves.
 
     Raises:
         WorkloadError: no such file, not such a file, or nothing in it.
     """
     if path.suffix == ".jsonl":
-        return read(path, "jsonl")
+        return read(path, "jsonl", chat)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise WorkloadError(f"prompts: could not read {path.name!r}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise WorkloadError(f"prompts: expected a text file in UTF-8, got {path.name!r}") from None
-    return [Prompt(path.name, path.stem, (text,))]
+    return [Prompt(path.name, path.stem, (text,), chat=chat)]
 
 
-def _prompt(entry: Any, where: str, form: str) -> Prompt:
+def prompt_ids(tokenizer: Any, prompt: Prompt, answers: Sequence[str] = ()) -> list[int]:
+    """The ids that turn `len(answers)` of a prompt starts from, the earlier turns and their answers before it."""
+    if prompt.ids is not None and not answers:
+        return list(prompt.ids)
+    if prompt.chat and has_template(tokenizer):
+        messages = []
+        for asked, said in zip(prompt.turns, [*answers, None], strict=False):
+            messages.append({"role": "user", "content": asked})
+            if said is not None:
+                messages.append({"role": "assistant", "content": said})
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    pieces = [text for pair in zip(prompt.turns, [*answers, ""], strict=False) for text in pair]
+    return list(tokenizer("\n\n".join(piece for piece in pieces if piece)).input_ids)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether a model was trained on conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def how_asked(tokenizer: Any, chat: bool) -> str:
+    """One line on what own prompts became, for whoever gave them."""
+    if not has_template(tokenizer):
+        return "own prompts: continued as they stand (this model has no chat template)"
+    if chat:
+        return "own prompts: asked in the model's chat template (--no-chat continues them as they stand)"
+    return "own prompts: continued as they stand (--chat asks them in the model's chat template)"
+
+
+def _prompt(entry: Any, where: str, form: str, chat: bool) -> Prompt:
     if not isinstance(entry, dict):
         raise WorkloadError(f"{where}: expected an object, got {type(entry).__name__}")
+    chat = entry.get("chat", chat) if form == "jsonl" else True
+    if not isinstance(chat, bool):
+        raise WorkloadError(f"{where}: expected 'chat', true or false, got {chat!r}")
     if form == "jsonl" and isinstance(entry.get("prompt"), str) and entry["prompt"]:
-        return Prompt(where, "own", (entry["prompt"],))
+        return Prompt(where, "own", (entry["prompt"],), chat)
     known, turns, domain = entry.get("question_id"), entry.get("turns"), entry.get("category")
     if isinstance(known, bool) or not isinstance(known, (int, str)) or known == "":
         raise WorkloadError(f"{where}: expected 'question_id', a number or a name, got {known!r}")
@@ -117,7 +151,7 @@ def _prompt(entry: Any, where: str, form: str) -> Prompt:
         domain = "mt_bench" if domain in MT_BENCH else domain
         if domain not in TASKS:
             raise WorkloadError(f"{where}: expected a category of {', '.join((*MT_BENCH, *TASKS[1:]))}, got {domain!r}")
-    return Prompt(str(known), domain, tuple(turns), chat=form != "jsonl")
+    return Prompt(str(known), domain, tuple(turns), chat)
 
 
 def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Any]]:

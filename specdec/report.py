@@ -41,7 +41,8 @@ class SpecReport(DraftTotals):
     `per_position_acceptance[d]` is conditional on depth d having been reached with a proposal there. Token counts are
     before stop rules cut the last run, except `num_emitted_tokens`.
     `ms_first_draft`, `ms_first_verify`: what the first step took of `ms_draft` and `ms_verify`: as a rule it reads the
-    prompt, and `ms_prefill` is what was read before it. `kv_models`: models whose K/V `kv_bytes` holds.
+    prompt, and `ms_prefill` is what was read before it. `num_cached_tokens`: prompt tokens whose K/V the caller's cache
+    held, and which the target did not read again. `kv_models`: models whose K/V `kv_bytes` holds.
     In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
     took when the mode was probed: the price of strictness.
     `rule` is the rule that decided; `lossless` is False when it changes the law.
@@ -61,6 +62,7 @@ class SpecReport(DraftTotals):
     ms_plain_pass: float = 0.0
     num_rows: int = 0
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_emitted_tokens: int = 0
     num_steps: int = 0
     num_row_steps: int = 0
@@ -203,7 +205,10 @@ class SpecReport(DraftTotals):
         return said + " (after the first step)" * first
 
     def _prefill(self) -> str:
-        said = f"{self.num_prompt_tokens} prompt tokens: {self.ms_prefill:.1f} ms before the first step"
+        said = f"{self.num_prompt_tokens} prompt tokens"
+        if self.num_cached_tokens:
+            said += f", {self.num_cached_tokens} of them reused from the cache"
+        said += f": {self.ms_prefill:.1f} ms before the first step"
         return said + f", {self.ms_first_draft:.1f} of drafting and {self.ms_first_verify:.1f} of verifying in it"
 
 

@@ -73,6 +73,13 @@ class Request:
         return columns if chunk is None else (columns - 1) % chunk + 1
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens of all rows, padding not counted, whose K/V the caller's cache holds."""
+        if self.real is None:
+            return self.input_ids.shape[0] * self.cached
+        return int(self.real[:, : self.cached].sum())
+
+    @property
     def keeps_hidden_states(self) -> bool:
         return self.wants_dict and bool(self.config.output_hidden_states)
 

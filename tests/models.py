@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 VOCAB = 41
 PAD, BOS, EOS = 0, 1, 2
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _rope(kind: str, **fields: Any) -> dict[str, Any]:

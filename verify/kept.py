@@ -12,10 +12,11 @@ from typing import NamedTuple
 _WHAT = {
     "cost table": re.compile(r"costs-[0-9a-f]{24}\.json"),
     "compiled pass": re.compile(r"native/[0-9a-f]{24}\.so(\.sum)?"),
-    "left over": re.compile(r"tmp\w+\.part|native/building-\w+/[\w.]+"),
+    "model": re.compile(r"models/[0-9a-f]{24}/[\w.-]+"),
+    "left over": re.compile(r"tmp\w+\.part|(native|models)/building-\w+/[\w.-]+"),
 }
 """Names that the library gives its files, seen from the folder. Whatever is called otherwise is somebody else's."""
-_FOLDERS = re.compile(r"native|native/building-\w+")
+_FOLDERS = re.compile(r"(native|models)(/building-\w+)?|models/[0-9a-f]{24}")
 
 
 class Kept(NamedTuple):
@@ -68,8 +69,8 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    native = folder / "native"
-    for path in (native, *(() if native.is_symlink() else _entries(native))):
+    tops = [folder / name for name in ("native", "models")]
+    for path in (*tops, *(inner for top in tops if not top.is_symlink() for inner in _entries(top))):
         if _FOLDERS.fullmatch(path.relative_to(folder).as_posix()) and path.is_dir() and not path.is_symlink():
             yield path
 

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as criteria
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.stock import original
+from specdec.verify.stock import is_trainers, original
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ def in_plain_order(processors: Iterable[object], criteria: Iterable[object], row
 def callers_code(model: PreTrainedModel) -> str | None:
     """What the caller has put on a model and every pass of it runs: a hook, or a forward in place of a module's own.
 
-    Those of torch, transformers and accelerate (offloading, sharding, compilation) are theirs.
+    Those of torch, transformers and accelerate (offloading, sharding, compilation), and TRL's, are theirs.
     """
     everywhere = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
     if any(not _known(hook) for hooks in everywhere for hook in hooks.values()):
@@ -132,7 +132,12 @@ def callers_code(model: PreTrainedModel) -> str | None:
             not _known(hook) for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]) for hook in hooks.values()
         ):
             return f"a forward hook {where}"
-        if "forward" in own and "_hf_hook" not in own and not _known(own["forward"]):
+        if (
+            "forward" in own
+            and "_hf_hook" not in own
+            and not _known(own["forward"])
+            and not is_trainers(own["forward"], part)
+        ):
             return f"another forward {where}"
     return None
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.experiments.accept.measure import generating, seed_of, turn_ids
+from specdec.experiments.accept.measure import generating, seed_of
 from specdec.experiments.accept.options import AcceptOptions
 from specdec.experiments.accept.store import Store
 from specdec.experiments.accept.summary import summarise
@@ -27,7 +27,7 @@ def log_unit(
 
     The text is decoded with a seed of its own, so that it is not the text of any cell it will be compared with.
     """
-    ids = turn_ids(models, prompt, [], options)
+    ids = models.turn_ids(prompt, [], options.new_tokens, options.prompt_tokens)
     given = torch.tensor([ids], device=models.target.device)
     seed = seed_of(options, prompt, -1)
     out = generating(speculator, temperature, options)(given, seed).ids

@@ -13,7 +13,6 @@ from specdec.experiments.accept.watch import Watch
 from specdec.experiments.pair import Models
 from specdec.experiments.ways import Generate, speculating
 from specdec.experiments.workloads import Prompt
-from specdec.shown_errors import ExperimentError
 from specdec.speculator import Speculator
 from specdec.trace import StepTrace
 
@@ -37,31 +36,10 @@ def run_unit(
     turns: list[dict[str, Any]] = []
     answers: list[str] = []
     for number in range(len(prompt.turns)):
-        ids = turn_ids(models, prompt, answers, options)
+        ids = models.turn_ids(prompt, answers, options.new_tokens, options.prompt_tokens)
         turns.append(_turn(models, speculator, cell, ids, seed_of(options, prompt, number), options))
         answers.append(models.tokenizer.decode(turns[-1]["token_ids"], skip_special_tokens=True))
     return {"cell": str(cell), "prompt": prompt.id, "domain": prompt.domain, "turns": turns}
-
-
-def turn_ids(models: Models, prompt: Prompt, answers: list[str], options: AcceptOptions) -> list[int]:
-    """The ids that turn `len(answers)` starts from, cut on the left to what fits."""
-    if prompt.ids is not None and not answers:
-        ids = list(prompt.ids)
-    elif prompt.chat and getattr(models.tokenizer, "chat_template", None):
-        messages = []
-        for asked, said in zip(prompt.turns, [*answers, None], strict=False):
-            messages.append({"role": "user", "content": asked})
-            if said is not None:
-                messages.append({"role": "assistant", "content": said})
-        ids = list(models.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    else:
-        pieces = [text for pair in zip(prompt.turns, [*answers, ""], strict=False) for text in pair]
-        ids = list(models.tokenizer("\n\n".join(piece for piece in pieces if piece)).input_ids)
-    context = int(getattr(models.target.config.get_text_config(), "max_position_embeddings", 1 << 20))
-    room = min(options.prompt_tokens, context - options.new_tokens)
-    if room < 1:
-        raise ExperimentError(f"new_tokens={options.new_tokens} leaves no room in a context of {context} tokens")
-    return ids[-room:]
 
 
 def generating(speculator: Speculator, temperature: float, options: AcceptOptions) -> Generate:

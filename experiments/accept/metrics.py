@@ -127,14 +127,19 @@ class Runs:
         ratios = [_speed(entry) / plain[entry["prompt"]] for entry in entries if plain.get(entry["prompt"])]
         return Spread.of(ratios) if ratios else None
 
-    def by_output_position(self, cell: Cell, width: int = 16) -> list[tuple[int, float, int]]:
+    def by_output_position(self, cell: Cell, width: int = 16) -> list[tuple[int, Mean, int]]:
         """(first output position of a bin, emitted tokens per step that began in it, number of steps)."""
-        bins: dict[int, list[int]] = {}
-        for turn in (turn for entry in self.of(cell) for turn in entry["turns"]):
-            emitted = [accepted + 1 for accepted in turn["accepted"]]
-            for at, count in zip(accumulate([0, *emitted]), emitted, strict=False):
-                bins.setdefault(at // width, []).append(count)
-        return [(number * width, float(np.mean(runs)), len(runs)) for number, runs in sorted(bins.items())]
+        bins: dict[int, dict[str, list[int]]] = {}
+        for entry in self.of(cell):
+            for turn in entry["turns"]:
+                emitted = [accepted + 1 for accepted in turn["accepted"]]
+                for at, count in zip(accumulate([0, *emitted]), emitted, strict=False):
+                    bins.setdefault(at // width, {}).setdefault(entry["prompt"], []).append(count)
+        found = []
+        for number, prompts in sorted(bins.items()):
+            steps = [len(counts) for counts in prompts.values()]
+            found.append((number * width, ratio([sum(counts) for counts in prompts.values()], steps), sum(steps)))
+        return found
 
     def domains(self) -> list[str]:
         return list(dict.fromkeys(entry["domain"] for entry in self.entries))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from specdec.experiments.accept.setting import EXAMPLES, PLAIN, Setting
 from specdec.experiments.display import lacking
 from specdec.experiments.frame import Options, argument, option
-from specdec.experiments.pair import PROMPT_FILES, Dtype, NewTokens, PairOptions, Seed, own_prompts
+from specdec.experiments.pair import PROMPT_FILES, Chat, Dtype, NewTokens, PairOptions, Seed, own_prompts
 from specdec.experiments.workloads import SOURCES, Source
 from specdec.shown_errors import ExperimentError
 
@@ -39,6 +39,7 @@ class AcceptOptions(PairOptions):
     settings: Annotated[
         tuple[str, ...], option(f"What drafts (default: some of what the pair has); repeat. {EXAMPLES}", *SETTING)
     ] = ()
+    k: Annotated[tuple[int, ...], option("Chains of that length, as by --setting model:k=N; repeat.", "--k", "-k")] = ()
     rules: Annotated[tuple[str, ...], option("Rules to compare (default: the best few per setting).", "--rule")] = ()
     max_rules: Annotated[int, option("Rules per setting when none are named.")] = 3
     temperatures: Annotated[
@@ -48,6 +49,7 @@ class AcceptOptions(PairOptions):
     num_prompts: Annotated[int, option("Prompts of each source.")] = 4
     prompt_tokens: Annotated[int, option("Longer prompts lose their beginning.")] = 512
     prompt_files: Annotated[tuple[Path, ...], option(f"{PROMPT_FILES} In place of --prompts.", "--prompt-file")] = ()
+    chat: Chat = True
     new_tokens: NewTokens = 48
     top_k: Annotated[int, option("Of the sampling law; 0 cuts nothing.")] = 0
     top_p: Annotated[float, option("Of the sampling law; 1 cuts nothing.")] = 1.0
@@ -71,13 +73,13 @@ class AcceptOptions(PairOptions):
             )
         if not self.prompts:
             raise ExperimentError("expected at least one source of prompts")
-        for text in self.settings:
+        for text in (*self.settings, *(f"model:k={length}" for length in self.k)):
             Setting.parse(text)
         self.sources()
 
     def check(self) -> None:
         super().check()
-        own_prompts(self.prompt_files)
+        own_prompts(self.prompt_files, self.chat)
         if self.report:
             need_for_report("; or leave it out with --no-report")
         if not self.has_draft_model and (needing := [str(one) for one in self.parsed_settings() if one.needs_model]):
@@ -85,17 +87,23 @@ class AcceptOptions(PairOptions):
 
     def parsed_settings(self) -> list[Setting]:
         """All settings, each once, without plain decoding (which always runs)."""
-        usual = DEFAULT_SETTINGS if self.has_draft_model else NGRAM_SETTINGS
-        found = dict.fromkeys(Setting.parse(text) for text in self.settings or usual)
+        drafter, usual = ("model", DEFAULT_SETTINGS) if self.has_draft_model else ("ngram", NGRAM_SETTINGS)
+        asked = (*self.settings, *(f"{drafter}:k={length}" for length in self.k))
+        found = dict.fromkeys(Setting.parse(text) for text in asked or usual)
         return [setting for setting in found if setting != PLAIN]
 
     def sources(self) -> list[Source]:
         if self.prompt_files:
-            return [Source("file", file) for file in self.prompt_files]
-        return [Source.parse(text) for text in dict.fromkeys(self.prompts)]
+            return [Source("file", file, self.chat) for file in self.prompt_files]
+        return [replace(Source.parse(text), chat=self.chat) for text in dict.fromkeys(self.prompts)]
+
+    @property
+    def has_own_prompts(self) -> bool:
+        return any(source.name == "file" for source in self.sources())
 
     def to_dict(self, *left_out: str) -> dict[str, Any]:
-        found = {**super().to_dict("prompt_files", *left_out), "pair": Path(self.pair).name}
+        left_out = (*left_out, "prompt_files", "k", *(() if self.has_own_prompts else ("chat",)))
+        found = {**super().to_dict(*left_out), "pair": Path(self.pair).name}
         found["settings"] = tuple(map(str, self.parsed_settings()))
         if self.prompt_files:
             found["prompts"] = tuple(map(str, self.sources()))

@@ -19,6 +19,7 @@ from specdec.experiments.display import console, tracked
 from specdec.experiments.frame import started
 from specdec.experiments.pair import Models
 from specdec.experiments.workloads import Prompt
+from specdec.prompt_files import how_asked
 from specdec.speculator import Speculator
 from specdec.verify.passes.linear import FORMS
 
@@ -75,7 +76,8 @@ def run(options: AcceptOptions) -> int:
     share.wait()
     if share.rank:
         return 0
-    return _finish(options, store, skipped, len(todo))
+    asked = [how_asked(models.tokenizer, options.chat)] if options.has_own_prompts else []
+    return _finish(options, store, [*(f"not run: {line}" for line in skipped), *asked], len(todo))
 
 
 Unit = tuple[Cell | None, float, Prompt]
@@ -151,14 +153,14 @@ def _work(options: AcceptOptions, models: Models, store: Store, units: list[Unit
         store.append(kind, entry)
 
 
-def _finish(options: AcceptOptions, store: Store, skipped: list[str], done: int) -> int:
+def _finish(options: AcceptOptions, store: Store, remarks: list[str], done: int) -> int:
     from specdec.experiments.accept.metrics import Runs
 
     runs = Runs.read(store)
     page = console(180)
     show(page, runs)
-    for line in skipped:
-        page.print(f"not run: {line}")
+    for line in remarks:
+        page.print(line)
     if options.report:
         from specdec.experiments.accept.report.page import write_report
 

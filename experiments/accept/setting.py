@@ -116,6 +116,11 @@ class Setting:
             return int(self.get("num_nodes", 60))
         return sum(accumulate(self.widths or (), mul))
 
+    @property
+    def num_levels(self) -> int:
+        """Passes of the draft model per step, at most; n-grams need none."""
+        return int(self.get("depth", 7)) if self.kind == "best-first" else len(self.widths or ())
+
     def build(self, draft: Any) -> Any:
         """The Drafter (None for "none"). Imports torch.
 

@@ -1,4 +1,5 @@
-"""llama.cpp as a way to generate: the pair's target as a GGUF file, through llama-cpp-python (extra `llamacpp`)."""
+"""llama.cpp as a way to generate, through llama-cpp-python (extra `llamacpp`): the pair's target written as a GGUF
+file, or the GGUF file that it is in."""
 
 from __future__ import annotations
 
@@ -16,9 +17,13 @@ from torch import Tensor
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.pair import Models
 from specdec.experiments.ways import Generate, Output, Passes, Way
+from specdec.hardware import has_feature
 from specdec.pairing.gguf import export_model, refusal
+from specdec.pairing.loading import found_at
+from specdec.pairing.packaged import packaged_file
 
-COMPARABLE = {"f32": ("float32",), "f16": ("float32", "float16")}
+FILE = "file"
+COMPARABLE = {"f32": ("float32",), "f16": ("float32", "float16"), FILE: ("float32",)}
 """Dtypes of a run in which a way with such weights says something about the same target."""
 MIN_BATCH = 512
 
@@ -41,6 +46,32 @@ def llama_cpp(dtype: str, lookup: int = 0) -> Way:
     return Way(name, ready, family, partial(_refusal, dtype), calls_modules=False, optional=True)
 
 
+def llama_cpp_file() -> Way:
+    """llama.cpp with the GGUF file that the target is in, its weights as they are there, K/V in f16.
+
+    The other ways compute with the same weights widened to float32; llama.cpp's products of quantised ones round the
+    activations to 8 bits, so its greedy text may leave theirs by more than a near tie.
+    """
+
+    def ready(models: Models, options: BenchOptions) -> Generate:
+        path = _own_file(options)
+        assert path is not None
+        return _generate(load(path, FILE, 0, options), options)
+
+    name = f"llama-cpp-{FILE}"
+    return Way(name, ready, name, partial(_refusal, FILE), calls_modules=False, optional=True)
+
+
+def _own_file(options: BenchOptions) -> Path | None:
+    """The GGUF file on this machine that the target is in, None where it is in none."""
+    pair = options.chosen_pair()
+    if pair.target.package is not None:
+        return packaged_file(pair.target)
+    if pair.target.gguf_file is None or pair.target.path is None:
+        return None
+    return Path(pair.location(pair.target)) / pair.target.gguf_file
+
+
 def _refusal(dtype: str, options: BenchOptions) -> str | None:
     if options.batch != 1:
         return f"llama-cpp-python generates one text at a time; use batch 1, not {options.batch}"
@@ -52,11 +83,13 @@ def _refusal(dtype: str, options: BenchOptions) -> str | None:
         import llama_cpp  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # the last two: its shared library does not load
         return f"llama-cpp-python cannot be imported ({error}); pip install 'specdec-lm[llamacpp]'"
-    chosen = options.chosen_pair()
-    if chosen.target.gguf_file is not None:
-        return "the target is a GGUF file; its weights are widened here, and compared with those of models in folders"
-    folder = Path(chosen.location(chosen.target))
-    return refusal(folder) if folder.is_dir() else f"{folder.as_posix()} is not a folder on this machine"
+    if dtype == FILE:
+        return None if _own_file(options) is not None else "the target is in no GGUF file on this machine"
+    place = found_at(options.chosen_pair(), "target")
+    folder = Path(place.name)
+    if not folder.is_dir():
+        return f"{folder.as_posix()} is not a folder on this machine"
+    return refusal(folder, place.gguf_file)
 
 
 def _generate(llama: Any, options: BenchOptions) -> Generate:
@@ -79,13 +112,15 @@ def load(path: Path, dtype: str, lookup: int, options: BenchOptions) -> Any:
     import llama_cpp
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-    kv = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16}[dtype]
+    kv = llama_cpp.GGML_TYPE_F32 if dtype == "f32" else llama_cpp.GGML_TYPE_F16
     batch = max(MIN_BATCH, options.prompt_tokens)
+    # Where llama-cpp-python 0.3.36 multiplies quantised weights by AMX it crashes on prompts, but not token by token.
+    crashes = dtype == FILE and has_feature("amx_int8")
     return llama_cpp.Llama(
         str(path),
         n_ctx=options.prompt_tokens + options.new_tokens + lookup,  # its last draft may reach beyond the end
         n_batch=batch,
-        n_ubatch=batch,  # the prompt in one pass
+        n_ubatch=1 if crashes else batch,  # the prompt in one pass
         n_threads=options.threads,
         n_threads_batch=options.threads,
         type_k=kv,  # f16 unless told, whatever the weights are

@@ -184,7 +184,7 @@ def run(options: ToolOptions) -> int:
     details = {**asked.to_dict(), "k": options.k, "weights": dtype}
     source = started(asked, asked.seed, pair=folder.name, options=details)
     models = asked.load()
-    prompts = [models.tokenizer.decode(ids[0]) for ids in asked.prompts(models)]
+    prompts = [models.tokenizer.decode(one.ids[0]) for one in asked.prompts(models)]
     runs: list[ToolRun] = []
     with TemporaryDirectory() as files:
         target, draft = export_pair(folder, Path(files), dtype)

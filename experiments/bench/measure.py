@@ -49,12 +49,14 @@ class Run:
 
 class ModelClock:
     """Counts and times a model's forward passes, about a microsecond each: with hooks where the model's modules are
-    called, else where specdec reports its passes (hooks would keep it from its fastest way)."""
+    called, else where specdec reports its passes (hooks would keep it from its fastest way). Passes through a part of
+    the layers, by which transformers drafts with an early exit, are not counted."""
 
     def __init__(self) -> None:
         self.passes = 0
         self.seconds = 0.0
         self._start = 0.0
+        self._num_layers = 0
 
     @contextmanager
     def on(self, model: Any, calls_modules: bool = True) -> Iterator[None]:
@@ -66,6 +68,7 @@ class ModelClock:
             with observing(lambda used, seconds: self._add(seconds) if used is model else None):
                 yield
             return
+        self._num_layers = model.config.get_text_config().num_hidden_layers
         before = model.register_forward_pre_hook(self._before)
         after = model.register_forward_hook(self._after)
         try:
@@ -78,7 +81,8 @@ class ModelClock:
         self._start = perf_counter()
 
     def _after(self, module: Any, inputs: Any, output: Any) -> None:
-        self._add(perf_counter() - self._start)
+        if module.config.get_text_config().num_hidden_layers == self._num_layers:
+            self._add(perf_counter() - self._start)
 
     def _add(self, seconds: float) -> None:
         self.seconds += seconds

@@ -50,8 +50,8 @@ def _in_child(name: str, options: BenchOptions) -> Memory:
 
     torch.set_num_threads(options.threads)
     models = options.load()
-    (way,) = select(all_ways(options.quick), [name])
-    ids = options.prompts(models)[0]
+    (way,) = select(all_ways(options.quick, options.k), [name])
+    ids = options.prompts(models)[0].ids
     generate = way.ready(models, options)
     # The warm-up makes one-time costs (thread pools, kernels' scratch, lazily read weights) part of `loaded`.
     generate(ids[:, :8], options.seed)

@@ -11,6 +11,7 @@ from specdec.experiments.display import grouped, new_figure
 COLOURS = {
     "hf-plain": "#8c8c8c",
     "hf-assisted": "#e69f00",
+    "hf-early-exit": "#b36b00",
     "hf-prompt-lookup": "#d55e00",
     "specdec-none": "#56b4e9",
     "specdec-model": "#0072b2",
@@ -20,6 +21,7 @@ COLOURS = {
     "llama-cpp-f32-lookup": "#8fce00",
     "llama-cpp-f16": "#00544a",
     "llama-cpp-f16-lookup": "#b8a500",
+    "llama-cpp-file": "#6a3d2a",
 }
 """Told apart by most kinds of colour blindness, too (after Okabe and Ito)."""
 FAINT = 0.4

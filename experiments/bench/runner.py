@@ -12,11 +12,12 @@ from specdec.experiments.bench.memory import measure_memory
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.plot import plot
 from specdec.experiments.bench.show import show
-from specdec.experiments.bench.stats import summarise
+from specdec.experiments.bench.stats import by_domain, summarise
 from specdec.experiments.bench.ways import PLAIN, all_ways
 from specdec.experiments.display import console, progress
 from specdec.experiments.frame import append_lines, dated, started
 from specdec.experiments.ways import select
+from specdec.prompt_files import how_asked
 
 NO_MODEL = "the pair has no draft model; give --draft"
 
@@ -31,7 +32,7 @@ def run(options: BenchOptions) -> int:
         ValueError: an unknown way or pair.
     """
     options = options.effective()
-    ways = select(all_ways(options.quick), options.peers, always=PLAIN)
+    ways = select(all_ways(options.quick, options.k), options.peers, always=PLAIN)
     lacking = {way.name: NO_MODEL for way in ways if way.needs_model and not options.has_draft_model}
     skipped = lacking | {way.name: reason for way in ways if (reason := way.refusal(options)) is not None}
     if not options.peers:
@@ -40,8 +41,9 @@ def run(options: BenchOptions) -> int:
     pair = options.chosen_pair().name
     source = started(options, options.seed, options.device, pair=pair, options=options.to_dict())
     models = options.load()
-    batches = options.prompts(models)
-    options = options.of(batches)
+    asked = options.prompts(models)
+    options = options.of(asked)
+    batches = [one.ids for one in asked]
     path = dated(options.out, "bench", "jsonl")
     written: dict[str, list[dict[str, Any]]] = {}
 
@@ -51,12 +53,15 @@ def run(options: BenchOptions) -> int:
         append_lines(path, kind, written[kind])
 
     write("provenance", [source])
+    write("prompt", ({**one._asdict(), "prompt": i, "ids": one.ids.tolist()} for i, one in enumerate(asked)))
     with progress(len(runnable) * (1 + options.rounds * len(batches))) as advance:
         runs, found = measure(models, runnable, batches, options, advance)
     write("run", ({**asdict(run), "tokens_per_second": run.tokens_per_second} for run in runs))
     write("difference", map(asdict, found))
     summaries = summarise(ways, runs, found, skipped)
     write("summary", (summary.to_dict() for summary in summaries))
+    domains = by_domain(ways, runs, [one.domain for one in asked])
+    write("domain", (domain.to_dict() for domain in domains))
     best = [summary.peer for summary in summaries if summary.best and options.memory]
     with progress(len(best), "memory of") as advance:
         memory = measure_memory(best, options, advance)
@@ -67,9 +72,12 @@ def run(options: BenchOptions) -> int:
     )
     drawn = plot(summaries, title, path.with_suffix(".png"))
     if options.json:
-        print(json.dumps({kind: entries for kind, entries in written.items() if kind != "run"}))
+        print(json.dumps({kind: entries for kind, entries in written.items() if kind not in ("run", "prompt")}))
     else:
         page = console(160)
-        show(page, summaries, {entry.peer: entry for entry in memory}, found, options, source)
-        page.print(f"wrote {path}" + (f" and {path.with_suffix('.png').name}" if drawn else ""))
+        if options.has_own_prompts:
+            page.print(how_asked(models.tokenizer, options.chat))
+        show(page, summaries, domains, {entry.peer: entry for entry in memory}, found, options, source)
+        picture = path.with_suffix(".png").name if drawn else "no picture: pip install 'specdec-lm[viz]'"
+        page.print(f"wrote {path}" + (f" and {picture}" if drawn else f" ({picture})"))
     return int(any(d.peer.startswith("specdec") and not d.near_tie for d in found))

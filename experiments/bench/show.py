@@ -11,13 +11,14 @@ from rich.table import Table
 from specdec.experiments.bench.equality import Difference
 from specdec.experiments.bench.memory import Memory
 from specdec.experiments.bench.options import BenchOptions
-from specdec.experiments.bench.stats import Summary
+from specdec.experiments.bench.stats import DomainSummary, Summary
 from specdec.experiments.bench.ways import UNDRAFTED
 
 
 def show(
     console: Console,
     summaries: Sequence[Summary],
+    domains: Sequence[DomainSummary],
     memory: Mapping[str, Memory],
     differences: Sequence[Difference],
     options: BenchOptions,
@@ -31,6 +32,8 @@ def show(
     console.print(f"{source['gpu'] or source['cpu']}, torch {source['versions']['torch']}, "
                   f"transformers {source['versions']['transformers']}")  # fmt: skip
     console.print(_speed_table(summaries, options))
+    if domains:
+        console.print(_domain_table(summaries, domains))
     console.print(_cost_table(summaries, memory))
     for line in verdict_lines(summaries, differences, options):
         console.print(line)
@@ -51,6 +54,16 @@ def _speed_table(summaries: Sequence[Summary], options: BenchOptions) -> Table:
             " ".join(f"{rate:.2f}" for rate in s.acceptance_by_position[:5]) or "-", equal,
             style="bold" if s.best else None,
         )  # fmt: skip
+    return table
+
+
+def _domain_table(summaries: Sequence[Summary], domains: Sequence[DomainSummary]) -> Table:
+    names = list(dict.fromkeys(one.domain for one in domains))
+    table = _table("Tokens/s by kind of prompt (median [quartiles])", names)
+    found = {(one.peer, one.domain): one.tokens_per_second.text("{:.1f}") for one in domains}
+    for s in summaries:
+        if s.best:
+            table.add_row(s.peer, *(found[s.peer, name] for name in names))
     return table
 
 

@@ -46,8 +46,7 @@ class Summary:
     best: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        spreads = {name: value._asdict() for name, value in vars(self).items() if isinstance(value, Spread)}
-        return {**asdict(self), **spreads}
+        return _written(self)
 
 
 def ratios(runs: Sequence[Run], reference: Sequence[Run]) -> list[float]:
@@ -89,6 +88,49 @@ def summarise(
     return out
 
 
+@dataclass(frozen=True)
+class DomainSummary:
+    """One way's results on the prompts of one domain; fields as in Summary."""
+
+    domain: str
+    peer: str
+    tokens_per_second: Spread
+    speedup: Spread
+    tokens_per_pass: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return _written(self)
+
+
+def by_domain(ways: Sequence[Way], runs: Sequence[Run], domains: Sequence[str]) -> list[DomainSummary]:
+    """One entry per domain and way that ran, in the order of `ways`; none where all prompts are of one domain.
+
+    Args:
+        domains: of each prompt.
+    """
+    known = dict.fromkeys(domains)
+    if len(known) < 2:
+        return []
+    found = []
+    for domain in known:
+        here = [run for run in runs if domains[run.prompt] == domain]
+        plain = [run for run in here if run.peer == PLAIN]
+        for way in ways:
+            if own := [run for run in here if run.peer == way.name]:
+                speed, speedup = Spread.of(run.tokens_per_second for run in own), Spread.of(ratios(own, plain))
+                found.append(DomainSummary(domain, way.name, speed, speedup, _per_pass(own)))
+    return found
+
+
+def _written(summary: Summary | DomainSummary) -> dict[str, Any]:
+    spreads = {name: value._asdict() for name, value in vars(summary).items() if isinstance(value, Spread)}
+    return {**asdict(summary), **spreads}
+
+
+def _per_pass(runs: Sequence[Run]) -> float:
+    return sum(run.tokens / run.rows for run in runs) / sum(run.passes for run in runs)
+
+
 def _speed(summary: Summary) -> float:
     assert summary.speedup is not None
     return summary.speedup.median
@@ -104,7 +146,7 @@ def _one(way: Way, runs: Sequence[Run], plain: Sequence[Run], differences: Seque
         family=way.family,
         tokens_per_second=Spread.of(run.tokens_per_second for run in runs),
         speedup=Spread.of(ratios(runs, plain)),
-        tokens_per_pass=sum(run.tokens / run.rows for run in runs) / sum(run.passes for run in runs),
+        tokens_per_pass=_per_pass(runs),
         ms_target=per_pass(run.target_seconds for run in runs),
         ms_draft=per_pass(run.draft_seconds for run in runs),
         ms_outside=per_pass(run.seconds - run.target_seconds - run.draft_seconds for run in runs),

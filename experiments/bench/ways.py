@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from specdec.drafters import NgramDrafter
-from specdec.experiments.bench.llamacpp import llama_cpp
+from specdec.experiments.bench.llamacpp import llama_cpp, llama_cpp_file
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.pair import Models
 from specdec.experiments.ways import Generate, Way, assisted, speculating, transformers_own
@@ -26,6 +26,17 @@ def hf_assisted(k: int) -> Way:
         f"{ASSISTED}-k{k}", lambda models, options: assisted(models.target, models.draft, k, *_lengths(options)),
         ASSISTED, _one_row, needs_model=True,
     )  # fmt: skip
+
+
+def early_exit(share: float) -> Way:
+    """transformers' drafts by the target's own first layers, `share` of them; how many, and from which confidence on,
+    as transformers has it by default."""
+
+    def ready(models: Models, options: BenchOptions) -> Generate:
+        layers = max(1, round(share * models.target.config.get_text_config().num_hidden_layers))
+        return transformers_own(models.target, *_lengths(options), assistant_early_exit=layers)
+
+    return Way(f"hf-early-exit-{share:.0%}".rstrip("%"), ready, "hf-early-exit", _one_row)
 
 
 def prompt_lookup(k: int, ngram: int) -> Way:
@@ -65,20 +76,29 @@ def specdec_planned(drafts: str) -> Way:
     return _specdec("planned", drafts, draft, needs_model="model" in drafts)
 
 
-def all_ways(quick: bool = False) -> list[Way]:
-    """Every setting of every way, plain generation first."""
+def all_ways(quick: bool = False, lengths: Sequence[int] = ()) -> list[Way]:
+    """Every setting of every way, plain generation first. lengths: of drafts, in place of each way's own."""
     if quick:
-        few = [hf_plain(), hf_assisted(4), prompt_lookup(10, 2), specdec_none(), specdec_model(4), specdec_ngram(5, 1)]
-        return [*few, llama_cpp("f32")]
+        return [
+            hf_plain(),
+            *(hf_assisted(k) for k in lengths or (4,)),
+            *(prompt_lookup(k, 2) for k in lengths or (10,)),
+            specdec_none(),
+            *(specdec_model(k) for k in lengths or (4,)),
+            *(specdec_ngram(k, 1) for k in lengths or (5,)),
+            llama_cpp("f32"),
+        ]
     return [
         hf_plain(),
-        *(hf_assisted(k) for k in (2, 3, 4, 5, 8)),
-        *(prompt_lookup(k, ngram) for k, ngram in ((5, 2), (10, 2), (5, 3), (10, 3))),
+        *(hf_assisted(k) for k in lengths or (2, 3, 4, 5, 8)),
+        *(early_exit(share) for share in (0.25, 0.5)),
+        *(prompt_lookup(k, ngram) for ngram in (2, 3) for k in lengths or (5, 10)),
         specdec_none(),
-        *(specdec_model(k) for k in (2, 3, 4, 5, 8)),
-        *(specdec_ngram(k, branches) for k in (5, 10) for branches in (1, 2)),
+        *(specdec_model(k) for k in lengths or (2, 3, 4, 5, 8)),
+        *(specdec_ngram(k, branches) for k in lengths or (5, 10) for branches in (1, 2)),
         *(specdec_planned(drafts) for drafts in ("model", "model+ngram", "ngram")),
-        *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, 2, 10)),
+        *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, *(lengths or (2, 10)))),
+        llama_cpp_file(),
     ]
 
 

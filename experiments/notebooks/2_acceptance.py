@@ -40,10 +40,8 @@ from specdec.experiments.accept.report.texts import marked
 from specdec.experiments.accept.runner import run
 from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.store import Store
-from specdec.pairing import find_pair
-from specdec.pairing.loading import load_pair
 
-target, draft, tokenizer = load_pair(find_pair("stdlib-python"))
+target, draft, tokenizer = specdec.load_pair("stdlib-python")
 spec = specdec.Speculator(target, draft, k=5)
 
 # %% [markdown]
@@ -86,7 +84,7 @@ greedy = coloured(PROMPT, do_sample=False)
 # the text goes on from there with the target's own token.
 #
 # Small models repeat themselves when they always take the likeliest token, and a text that repeats itself is easy to
-# draft. Sampled text is harder. A drafted token $x$ is kept with probability $\min(1, p(x)/q(x))$, so what counts is
+# draft. Sampled text is harder. A drafted token `x` is kept with probability `min(1, p(x)/q(x))`, so what counts is
 # how much the two laws overlap, not whether they agree on the likeliest token:
 
 # %%

@@ -34,7 +34,7 @@ from specdec.experiments.accept.runner import run
 from specdec.experiments.accept.scores import Logs
 from specdec.experiments.accept.store import Store
 from specdec.pairing import find_pair, pair_names
-from specdec.pairing.loading import load_pair, load_tokenizer, shared_ids
+from specdec.pairing.loading import load_tokenizer, shared_ids
 from specdec.pairing.roofline import Setting, chain_tokens, estimate
 from specdec.shipped import pair_folder
 
@@ -107,10 +107,10 @@ for title in ("Speed-up by k", "What a step costs and gives", "By domain"):
     plt.show()
 
 # %% [markdown]
-# Behind such a line is a formula. If a drafted token is kept with probability $\alpha$, a chain of $k$ emits $\tau =
-# \frac{1-\alpha^{k+1}}{1-\alpha}$ tokens per step on average. If a draft pass costs $c$ and checking the chain costs
-# $v$, both in passes of the target over one token, the gain is $\tau / (v + c k)$. On a GPU that waits for its memory
-# $v$ is nearly 1; on a CPU it grows with $k$.
+# Behind such a line is a formula. If a drafted token is kept with probability `a`, a chain of `k` emits
+# `tau = (1 - a^(k+1)) / (1 - a)` tokens per step on average. If a draft pass costs `c` and checking the chain costs
+# `v`, both in passes of the target over one token, the gain is `tau / (v + c k)`. On a GPU that waits for its memory
+# `v` is nearly 1; on a CPU it grows with `k`.
 
 # %%
 cells = {str(cell.setting): runs.stats(cell) for cell in runs.cells()}
@@ -132,7 +132,7 @@ assert cells["model:k=1"].tokens_per_step.value < chain.tokens_per_step.value
 # which drafter, how deep, or plainly. Give several drafters and it chooses between them, too.
 
 # %%
-target, draft, tokenizer = load_pair(find_pair("stdlib-python"))
+target, draft, tokenizer = specdec.load_pair("stdlib-python")
 spec = specdec.Speculator(target, [draft, "ngram"])
 for prompt in (
     "NAMES = {\n    1: 'one',\n    2: 'two',\n    3: 'three',\n",

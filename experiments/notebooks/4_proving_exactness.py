@@ -29,15 +29,13 @@ from specdec.experiments.laws.false_drafters import TellsRawLaw
 from specdec.lab.reference import Reference
 from specdec.lab.stats import detectable_tv, g_test
 from specdec.lab.tiny import noisy_copy, tiny_llama
-from specdec.pairing import find_pair
-from specdec.pairing.loading import load_pair
 
 # %% [markdown]
 # ## One token
 #
-# Draw $x$ from the drafter's law $q$. Keep it with probability $\min(1, p(x)/q(x))$; otherwise draw from the residual
-# $\max(p - q, 0)$, normalised. A token $y$ then comes out with probability $\min(p(y), q(y)) + \max(p(y) - q(y), 0) =
-# p(y)$, whatever $q$ is.
+# Draw `x` from the drafter's law `q`. Keep it with probability `min(1, p(x)/q(x))`; otherwise draw from the residual
+# `max(p - q, 0)`, normalised. A token `y` then comes out with probability
+# `min(p(y), q(y)) + max(p(y) - q(y), 0) = p(y)`, whatever `q` is.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -147,7 +145,7 @@ plt.show()
 # excludes that: every token's logits are the same bits whatever was drafted around it.
 
 # %%
-big, small, tokenizer = load_pair(find_pair("stdlib-python"))
+big, small, tokenizer = specdec.load_pair("stdlib-python")
 inputs = tokenizer("class Stack:\n    def push(self, item):", return_tensors="pt")
 plain = big.generate(**inputs, max_new_tokens=20, do_sample=False)
 for settings in ({"k": 2}, {"k": 5}, {"tree": (2, 2, 1)}):

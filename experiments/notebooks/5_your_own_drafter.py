@@ -30,12 +30,10 @@ from specdec import Drafter
 from specdec.drafters import Budget, DrafterFaultWarning, Session
 from specdec.experiments.corpus import held_out_prompts, training_texts
 from specdec.lab.tiny import tiny_llama
-from specdec.pairing import find_pair
-from specdec.pairing.loading import load_pair
 from specdec.verify import DraftTree
 from specdec.verify.draft_kind import DraftKind
 
-target, draft, tokenizer = load_pair(find_pair("stdlib-python"))
+target, draft, tokenizer = specdec.load_pair("stdlib-python")
 
 # %% [markdown]
 # ## A trigram table

@@ -33,7 +33,6 @@ import specdec
 from specdec.pairing import Drafting, PairError, find_pair
 from specdec.pairing.create import new_pair
 from specdec.pairing.export import ENGINES, export_pair
-from specdec.pairing.loading import load_pair
 from specdec.pairing.registry import pair_text
 from specdec.pairing.roofline import Setting, estimate
 from specdec.shipped import pair_folder
@@ -83,7 +82,7 @@ print(spec.tokenizer.decode(alone))
 # trace in it.
 
 # %%
-target, draft, tokenizer = load_pair(find_pair(file))
+target, draft, tokenizer = specdec.load_pair(file)
 texts = ["def main(argv=None):", "class Node:", "import os\n", "for line in file:", "def main(argv=None):", "return"]
 with specdec.Engine(target, draft, k=3, max_rows=4) as engine:
     handles = [engine.submit(tokenizer(text).input_ids, **{**sampling, "seed": 11 + i}) for i, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""Where prompts come from, by name: `shipped`, `stdlib`, or a form and a file (SOURCES)."""
+"""Where prompts come from, by name: `shipped`, `instructions`, `stdlib`, or a form and a file (SOURCES)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any
 
 from specdec.prompt_files import Prompt, WorkloadError, read, read_prompts
 
-SHIPPED = Path(__file__).with_name("prompts.jsonl")
-SOURCES = ("shipped", "stdlib", "spec-bench:FILE", "speed-bench:FILE", "jsonl:FILE", "file:FILE")
+SHIPPED = {"shipped": "prompts.jsonl", "instructions": "instructions.jsonl"}
+"""Our own: beginnings of texts (code, edit, prose, list); what chat models are asked (summary, code, edit, chat)."""
+SOURCES = (*SHIPPED, "stdlib", "spec-bench:FILE", "speed-bench:FILE", "jsonl:FILE", "file:FILE")
 STDLIB_TOKENS = 128
 """Length of a prompt from a held-out library file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A set of prompts. name: one of the kinds in SOURCES; path: its file, None where it needs none."""
+    """A set of prompts. name: one of the kinds in SOURCES; path: its file, None where it needs none; chat: of a user's
+    own file (`file`), see Prompt."""
 
     name: str
     path: Path | None = None
+    chat: bool = True
 
     @staticmethod
     def parse(text: str) -> Source:
@@ -54,8 +57,12 @@ class Source:
             ]
         if self.name == "file":
             assert self.path is not None
-            return read_prompts(self.path)
-        prompts = read(SHIPPED, "jsonl") if self.path is None else read(self.path, self.name)
+            return read_prompts(self.path, self.chat)
+        prompts = (
+            read(Path(__file__).with_name(SHIPPED[self.name]), "jsonl")
+            if self.path is None
+            else read(self.path, self.name)
+        )
         return prompts if num is None else _spread(prompts, num)
 
     def __str__(self) -> str:

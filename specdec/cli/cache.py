@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 cache = typer.Typer(
-    help="What this library keeps on this machine: cost tables and compiled passes. Models are the hub's (`hf cache`).",
+    help="What this library keeps on this machine: cost tables, compiled passes, and copies of models "
+    "from GGUF files in Python packages. Other models are the hub's (`hf cache`).",
     invoke_without_command=True,
 )
 
@@ -20,7 +21,7 @@ def show(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List what is kept, where, how large and how old it is. `specdec cache clear` removes it.
 
     Everything in it is made again when it is needed: cost tables are measured (about a second per pair and batch size),
-    passes compiled (some seconds). SPECDEC_CACHE names another folder, or "off".
+    passes compiled (some seconds), copies written (half a minute). SPECDEC_CACHE names another folder, or "off".
     """
     if ctx.invoked_subcommand is not None:
         return

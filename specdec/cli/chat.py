@@ -104,6 +104,7 @@ class Conversation:
 
 
 def _answer(line: str, conversation: Conversation, loaded: Any, decoding: cli.Decoding, show_draft: bool) -> None:
+    from specdec.cli.waiting import spinner
     from specdec.kv.versions import CACHE_KEYWORD, cache_of
 
     ids, cache = conversation.ask(line)
@@ -111,13 +112,14 @@ def _answer(line: str, conversation: Conversation, loaded: Any, decoding: cli.De
     held: Any = None
     try:
         reused = {} if cache is None else {CACHE_KEYWORD: cache}
-        out = loaded.speculator.generate(
-            **loaded.batch(ids),
-            **decoding.arguments(conversation.num_turns),
-            **reused,
-            return_dict_in_generate=True,
-            on_step=writer,
-        )
+        with spinner():
+            out = loaded.speculator.generate(
+                **loaded.batch(ids),
+                **decoding.arguments(conversation.num_turns),
+                **reused,
+                return_dict_in_generate=True,
+                on_step=writer,
+            )
         held = cache_of(out)
     except KeyboardInterrupt:
         typer.echo("", err=True)  # what was said so far stays in the conversation

@@ -12,6 +12,7 @@ import typer
 
 from specdec.cli import options as cli
 from specdec.cli.values import file_prompts
+from specdec.prompt_files import Prompt, how_asked, prompt_ids
 
 BUDGET, QUICK_BUDGET = 90.0, 20.0
 """Seconds, loading included."""
@@ -33,6 +34,7 @@ def check(
         list[str] | None, typer.Option("--prompt", "-p", help="A text to continue; repeat for more (default: four).")
     ] = None,
     prompt_files: cli.PromptFiles = None,
+    chat: cli.Chat = True,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="Of the sampled part; greedy text is checked in any case.")
     ] = 1.0,
@@ -57,12 +59,14 @@ def check(
     if not temperature > 0:
         raise typer.BadParameter(f"--temperature: expected > 0 (greedy text is checked in any case), got {temperature}")
 
-    prompt = [*(prompt or ()), *(one.turns[0] for path in prompt_files or () for one in file_prompts(path))]
+    own = [Prompt(text, "own", (text,), chat=chat) for text in prompt or ()]
+    own += [one for path in prompt_files or () for one in file_prompts(path, chat)]
 
     from specdec.cli.loading import load
     from specdec.lab.prompts import DEFAULT_PROMPTS
 
     loaded = load(choice)
+    asked = [prompt_ids(loaded.tokenizer, one) for one in own]
     sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     spec = loaded.speculator
     seconds = min(budget, QUICK_BUDGET) if quick else budget
@@ -70,7 +74,7 @@ def check(
         spec.target,
         None if spec.drafter is None else spec.drafter.inner,
         rule=choice.rule,
-        prompts=prompt or (DEFAULT_PROMPTS[:QUICK_PROMPTS] if quick else None),
+        prompts=asked or (DEFAULT_PROMPTS[:QUICK_PROMPTS] if quick else None),
         temperature=temperature,
         budget_s=max(LEAST_SHARE * seconds, seconds - (perf_counter() - start)),
         threads=threads,
@@ -79,7 +83,7 @@ def check(
         **{name: value for name, value in sampling.items() if value is not None},
     )
     if json_path is None or str(json_path) != "-":
-        _show(report)
+        _show(report, how_asked(loaded.tokenizer, chat) if own else None)
     if json_path is not None:
         _write(json_path, report, choice, loaded, seed)
     if not report.passed:
@@ -106,7 +110,7 @@ def _with_progress(*pair: Any, **arguments: Any) -> Any:
         )
 
 
-def _show(report: Any) -> None:
+def _show(report: Any, remark: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -130,6 +134,8 @@ def _show(report: Any) -> None:
             f"an exact pair fails with probability below {settings['alpha']:g}"
         )
     )
+    if remark is not None:
+        console.print(Text(remark))
     console.print(Text(verdict(report), "green" if report.passed else "bold red"))
 
 

@@ -11,6 +11,7 @@ import typer
 from specdec.cli import options as cli
 from specdec.cli.text import Detokenizer, Screen, Writer
 from specdec.cli.values import file_text
+from specdec.prompt_files import has_template, how_asked
 
 
 def generate(
@@ -18,6 +19,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="The text to continue (default: standard input, unchanged).")
     ] = None,
     prompt_file: cli.PromptFile = None,
+    chat: cli.Chat = False,
     target: cli.Target = None,
     draft: cli.Draft = None,
     pair: cli.PairName = None,
@@ -42,7 +44,7 @@ def generate(
     echo: Annotated[bool, typer.Option("--echo/--no-echo", help="Print the prompt before its continuation.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text and report.")] = False,
 ) -> None:
-    """Continue a text speculatively; the text goes to stdout, the report to stderr."""
+    """Continue a text speculatively, or answer it (--chat); the text goes to stdout, the report to stderr."""
     choice = cli.ModelChoice.of(target, draft, pair, gguf_file, k, tree, rule, dtype, device, threads, lossy)
     decoding = cli.Decoding(max_new_tokens, temperature, top_k, top_p, min_p, seed, tuple(stop or ()))
     if prompt is not None and prompt_file is not None:
@@ -51,9 +53,10 @@ def generate(
         prompt = _read_stdin() if prompt_file is None else file_text(prompt_file)
 
     from specdec.cli.loading import load
+    from specdec.cli.waiting import spinner
 
     loaded = load(choice)
-    inputs = loaded.encode(prompt)
+    inputs = loaded.encode(prompt, chat)
     if as_json:
         result = _collect(loaded, inputs, decoding, keep_steps=show_draft)
         typer.echo(json.dumps({"prompt": prompt, **result}, indent=2))
@@ -62,7 +65,7 @@ def generate(
     if show_draft:
         typer.echo(f"{Screen(sys.stderr, kinds=True).legend()}\n", err=True)
     writer = Writer(loaded.tokenizer, screen)
-    ahead = [prompt] if echo else []
+    ahead = [f"{prompt}\n\n" if chat else prompt] if echo else []
 
     def show(trace: Any) -> None:
         while ahead:  # with the first step: what a first call says of itself must not stand in the middle of the text
@@ -70,11 +73,14 @@ def generate(
         writer(trace)
 
     try:
-        loaded.speculator.generate(**inputs, **decoding.arguments(), on_step=show)
+        with spinner():
+            loaded.speculator.generate(**inputs, **decoding.arguments(), on_step=show)
     finally:
         writer.finish()
     assert loaded.speculator.report is not None
     typer.echo(f"\n{loaded.speculator.report.summary()}", err=True)
+    if has_template(loaded.tokenizer) and not chat:
+        typer.echo(how_asked(loaded.tokenizer, chat), err=True)
     if temperature > 0:
         typer.echo(f"sampled with --seed {decoding.seed}", err=True)
 

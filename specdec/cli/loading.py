@@ -14,6 +14,7 @@ from specdec.cli.options import ModelChoice
 from specdec.kv.errors import SpecdecError
 from specdec.pairing import Pair
 from specdec.pairing.loading import check_vocabularies, load_part, pair_tokenizer
+from specdec.prompt_files import Prompt, has_template, prompt_ids
 from specdec.speculator import Speculator
 
 
@@ -25,9 +26,14 @@ class Loaded:
     tokenizer: Any
     device: torch.device
 
-    def encode(self, text: str) -> dict[str, Any]:
-        """`input_ids` and `attention_mask`, int64 `[1, tokens]`; an empty text becomes the begin-of-sequence token."""
-        ids = self.tokenizer(text).input_ids
+    def encode(self, text: str, chat: bool = False) -> dict[str, Any]:
+        """`input_ids` and `attention_mask`, int64 `[1, tokens]`; an empty text becomes the begin-of-sequence token.
+        chat: as the first message of a conversation."""
+        if chat and not has_template(self.tokenizer):
+            raise typer.BadParameter("--chat: this model has no chat template; leave it out to continue the text")
+        ids = (
+            prompt_ids(self.tokenizer, Prompt("prompt", "own", (text,), chat)) if text else self.tokenizer("").input_ids
+        )
         if not ids:
             start = self.tokenizer.bos_token_id
             if start is None:

@@ -46,6 +46,15 @@ PromptFiles = Annotated[
         "--prompt-file", panel=_TEXT, metavar="FILE", help="A text, or JSON lines of prompts (.jsonl); repeat for more."
     ),
 ]
+Chat = Annotated[
+    bool,
+    _option(
+        "--chat/--no-chat",
+        panel=_TEXT,
+        show_default=True,
+        help="Ask prompts in the model's chat template, if it has one.",
+    ),
+]
 Draft = Annotated[
     str | None,
     _option(

@@ -143,22 +143,30 @@ def show_estimate(
         str, typer.Option("--launch", help=f"How kernels are launched: {' or '.join(LAUNCHES)}.")
     ] = "graphs",
     num_devices: Annotated[int, typer.Option("--num-devices", min=1, help="Tensor-parallel devices.")] = 1,
+    measured: Annotated[
+        Path | None,
+        typer.Option("--measured", metavar="DIR", help="Also with the acceptance of a `specdec accept` run."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Memory, floor per step and speed-up by acceptance, from bytes and operations alone. Not a measurement."""
+    from specdec.cli.pairs_measured import measured_gains, measured_lines, measured_table
     from specdec.cli.pairs_text import estimate_table, estimate_text
 
     try:
         found = find_pair(pair)
         setting = Setting(device, context, batch, weight_bits, launch, num_devices)
         result = estimate(found, setting)
+        gains = None if measured is None else measured_gains(measured, found, setting)
     except PairError as error:
         raise typer.BadParameter(str(error)) from None
-    typer.echo(
-        json.dumps(estimate_table(found, setting, result), indent=2)
-        if as_json
-        else estimate_text(found, setting, result)
-    )
+    if as_json:
+        table = estimate_table(found, setting, result)
+        typer.echo(json.dumps(table | ({} if gains is None else {"measured": measured_table(gains)}), indent=2))
+        return
+    typer.echo(estimate_text(found, setting, result))
+    for line in () if gains is None or measured is None else measured_lines(gains, measured):
+        typer.echo(line)
 
 
 def _find(pair: str) -> Pair:

@@ -13,7 +13,8 @@ LABEL = "ESTIMATE from bytes and operations (docs/pairs.md), not a measurement"
 
 UNKNOWN_HITS = (
     "How often n-grams find anything depends on your texts: no estimate can know it. The table holds for steps in",
-    "which they do; any other gives one token. Measure: `specdec bench --pair NAME --prompt-file YOURS`.",
+    "which they do; any other gives one token. Measure it: `specdec accept --pair NAME --prompt-file YOURS --out DIR`,",
+    "anywhere the model runs; then `--measured DIR` here says what that gives on this device.",
     "",
 )
 
@@ -22,7 +23,9 @@ def estimate_table(pair: Pair, setting: Setting, result: Estimate) -> dict[str, 
     """Ready for JSON."""
     return {
         "label": LABEL,
-        "hit_rate": "unknown: measure it on your texts" if pair.draft.kind == "ngram" else None,
+        "hit_rate": "unknown: measure it on your texts (specdec accept, then --measured)"
+        if pair.draft.kind == "ngram"
+        else None,
         "pair": pair.name,
         "setting": asdict(setting),
         **asdict(result),

@@ -57,9 +57,9 @@ def file_text(path: Path) -> str:
     return prompts[0].turns[0]
 
 
-def file_prompts(path: Path) -> list[Prompt]:
-    """As file_text, all prompts of a file."""
+def file_prompts(path: Path, chat: bool = False) -> list[Prompt]:
+    """As file_text, all prompts of a file. chat: see Prompt."""
     try:
-        return read_prompts(path)
+        return read_prompts(path, chat)
     except ExperimentError as error:
         raise typer.BadParameter(str(error)) from None

@@ -39,12 +39,14 @@ def warmup(
     choice = cli.ModelChoice.of(target, draft, pair, gguf_file, None, None, "auto", dtype, device, threads)
 
     from specdec.cli.loading import load
+    from specdec.cli.waiting import spinner
     from specdec.verify.folders import cache_folder
 
     loaded = load(choice)
     for rows in dict.fromkeys(batch or (1,)):
         for how in ({"do_sample": False}, {"do_sample": True, "seed": 0}):
-            first, again = (_seconds(loaded, rows, how) for _ in range(2))
+            with spinner():
+                first, again = (_seconds(loaded, rows, how) for _ in range(2))
             kind = "sampled" if how["do_sample"] else "greedy"
             typer.echo(f"batch {rows}, {kind}: first call {first:.1f} s, again {again:.1f} s")
     folder = cache_folder()

@@ -30,6 +30,7 @@ MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _REVISION = re.compile(r"[^\s\x00-\x1f\x7f-][^\s\x00-\x1f\x7f]*")
 """Not what a program could take for an option."""
 _POSITIVE = (
@@ -81,16 +82,24 @@ def _models(pair: Pair) -> Iterator[str]:
 
 
 def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:
-    if (part.model is None) == (part.path is None):
-        yield f"{where}: expected model (a hub id) or path (a folder), got {'neither' if part.path is None else 'both'}"
+    given = [name for name in ("model", "path", "package") if getattr(part, name) is not None]
+    if len(given) != 1:
+        yield (
+            f"{where}: expected model (a hub id), path (a folder) or package (of Python), got "
+            f"{' and '.join(given) or 'none of them'}"
+        )
         return
     if part.model is not None and not _HUB_ID.fullmatch(part.model):
         yield f"{where} model: expected a hub id such as owner/name, got {part.model!r}; a folder goes into path"
+    if part.package is not None and not _PACKAGE.fullmatch(part.package):
+        yield f"{where} package: expected the name of a Python package, got {part.package!r}"
+    if part.package is not None and part.gguf_file is None:
+        yield f"{where} gguf_file missing; add it: the name of the file that the package {part.package!r} brings"
     if part.path is not None and "\0" in part.path:
         yield f"{where} path: expected a folder, got {part.path!r}"
         return
     if part.revision is not None and not _REVISION.fullmatch(part.revision):
-        yield f"{where} revision: expected a branch, tag or commit, got {part.revision!r}"
+        yield f"{where} revision: expected a branch, tag or commit (of a package, its version), got {part.revision!r}"
     if part.path is not None and part.revision is not None:
         yield f"{where} revision: a folder has none; leave it out"
     if part.facts is not None:

@@ -21,12 +21,17 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16}
 ROLES = ("target", "draft")
 
 
-def refusal(folder: Path) -> str | None:
-    """Why the model in `folder` cannot be exported, or None. Reads its config and tokenizer, no weights."""
+def refusal(folder: Path, gguf_file: str | None = None) -> str | None:
+    """Why the model in `folder` cannot be exported, or None. Reads its config and tokenizer, no weights.
+
+    Args:
+        gguf_file: the file there that the model is read from, if it is in one.
+    """
+    form = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **form)
         _check_config(config)
-        byte_level_bpe(_tokenizer(folder), config.vocab_size)
+        byte_level_bpe(_tokenizer(folder, **form), config.vocab_size)
         _gguf()
     except UnsupportedArgumentError as error:
         return str(error)
@@ -153,8 +158,8 @@ def _add_architecture(writer: Any, config: Any, name: str, file_type: Any) -> No
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def _tokenizer(folder: Path, **form: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **form)
 
 
 def _gguf() -> Any:

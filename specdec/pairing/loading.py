@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub import errors as hub
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from specdec.kv.errors import SpecdecError, UnsupportedArgumentError
+from specdec.pairing.copies import kept_copy
 from specdec.pairing.errors import PairError
+from specdec.pairing.packaged import packaged_file
 from specdec.pairing.registry import checked, find_pair
 from specdec.pairing.runnable import refusal
 from specdec.pairing.schema import Draft, Pair, Target
@@ -95,14 +99,46 @@ def pair_dtype(pair: Pair, device: torch.device) -> torch.dtype | str:
 
 def load_part(pair: Pair, role: str, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The pair's "target" or "draft"; errors as in load_model."""
-    part: Target | Draft = getattr(pair, role)
-    return load_model(role, pair.location(part), dtype, device, part.revision, part.gguf_file)
+    place = found_at(pair, role)
+    return load_model(role, place.name, dtype, device, place.revision, place.gguf_file)
 
 
 def pair_tokenizer(pair: Pair, role: str = "target") -> Any:
     """The tokenizer of the pair's "target" or "draft"; errors as in load_model."""
+    place = found_at(pair, role)
+    return load_tokenizer(place.name, place.revision, role, place.gguf_file)
+
+
+class Place(NamedTuple):
+    """Where a model is: hub id or folder, revision on the hub, and the GGUF file there if it is in one."""
+
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
+def found_at(pair: Pair, role: str) -> Place:
+    """Where the pair's "target" or "draft" is. What a Python package brings as a GGUF file is read once: a copy in the
+    cache folder, in float32 safetensors, is what later starts load.
+
+    Raises:
+        SpecdecError: the package is not installed, or its file cannot be read.
+    """
     part: Target | Draft = getattr(pair, role)
-    return load_tokenizer(pair.location(part), part.revision, role, part.gguf_file)
+    if part.package is None:
+        return Place(pair.location(part), part.revision, part.gguf_file)
+    try:
+        file = packaged_file(part)
+    except PairError as error:
+        raise SpecdecError(f"pair {pair.name!r}: {role}: {error}") from None
+    read = Place(str(file.parent), None, file.name)
+
+    def write(folder: Path) -> None:
+        load_tokenizer(*read[:2], role, read.gguf_file).save_pretrained(folder)
+        load_model(role, read.name, torch.float32, torch.device("cpu"), *read[1:]).save_pretrained(folder)
+
+    copied = kept_copy(file, f"float32, transformers {transformers.__version__}", write)
+    return read if copied is None else Place(str(copied))
 
 
 def load_model(
@@ -197,6 +233,8 @@ def _check_folder(role: str, name: str, gguf_file: str | None = None) -> None:
     except OSError as error:  # a name no file can have
         raise SpecdecError(f"{role}: expected a folder or a hub id, got {name[:40]!r}...: {error.strerror}") from None
     what = f"{role}: could not load a causal language model from {name!r}"
+    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise SpecdecError(f"{what}: reading {gguf_file!r} needs the gguf package: `pip install gguf`")
     if is_folder and gguf_file is None and not (folder / "config.json").is_file():
         ggufs = sorted(file.name for file in folder.glob("*.gguf"))
         raise SpecdecError(f"{what}: no config.json in it" + (f"; name its GGUF file: {ggufs[0]}" if ggufs else ""))

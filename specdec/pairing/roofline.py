@@ -178,6 +178,21 @@ def chain_tokens(alpha: float, k: int) -> float:
     return k + 1.0 if alpha == 1 else (1 - alpha ** (k + 1)) / (1 - alpha)
 
 
+def step_cost(pair: Pair, setting: Setting, nodes: int, depth: int) -> float:
+    """How many plain tokens' time a step takes that verifies `nodes` drafted tokens, made in `depth` draft passes.
+
+    Raises:
+        PairError: as estimate.
+    """
+    target, draft = pair_facts(pair)
+    return _step_cost(target, draft, setting, _weight_bytes(pair, setting), nodes, depth)
+
+
+def _step_cost(target: Facts, draft: Facts | None, setting: Setting, width: float, nodes: int, depth: int) -> float:
+    drafting = 0.0 if draft is None else depth * pass_ms(draft, 1, setting, width)
+    return (pass_ms(target, nodes + 1, setting, width) + drafting) / pass_ms(target, 1, setting, width)
+
+
 def _best_chain(alpha: float, target: Facts, drafting: float, setting: Setting, width: float) -> Gain:
     plain = pass_ms(target, 1, setting, width)
     gains = [Gain(alpha, 0, 1.0, 1.0)]
@@ -194,9 +209,7 @@ def _steps_worth(pair: Pair, entry: Published, context: int) -> float:
         device=entry.device, context=context, launch=entry.launch, num_devices=entry.num_devices,
         parallel=entry.parallel,
     )  # fmt: skip
-    width = entry.weight_bits / 8
-    drafting = 0.0 if draft is None else entry.depth * pass_ms(draft, 1, setting, width)
-    return (pass_ms(target, entry.nodes + 1, setting, width) + drafting) / pass_ms(target, 1, setting, width)
+    return _step_cost(target, draft, setting, entry.weight_bits / 8, entry.nodes, entry.depth)
 
 
 def _weight_bytes(pair: Pair, setting: Setting) -> float:

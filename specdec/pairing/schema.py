@@ -87,10 +87,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Target:
-    """A model: a hub id (`model`) or a folder (`path`, relative to the pair's file); exactly one of them.
+    """A model: a hub id (`model`), a folder (`path`, relative to the pair's file) or an installed Python package that
+    brings its GGUF file (`package`); exactly one of them.
 
-    revision: branch, tag or commit on the hub. licence: as its card names it. gated: needs an accepted licence.
-    gguf_file: name of a GGUF file there that holds its weights and tokenizer (`transformers` widens the weights).
+    revision: branch, tag or commit on the hub; version of a package. licence: as its card names it. gated: needs an
+    accepted licence. gguf_file: name of a GGUF file there that holds its weights and tokenizer (`transformers` widens
+    the weights).
     """
 
     model: str | None = None
@@ -100,6 +102,7 @@ class Target:
     gated: bool = False
     facts: Facts | None = None
     gguf_file: str | None = None
+    package: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Draft:
     gated: bool = False
     facts: Facts | None = None
     gguf_file: str | None = None
+    package: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,10 +179,10 @@ class Pair:
     folder: Path | None = None
 
     def location(self, part: Target | Draft) -> str:
-        """Hub id or absolute folder of `part`."""
+        """Hub id, absolute folder or package of `part`."""
         if part.path is not None:
             return str(home_expanded((self.folder or Path()) / part.path).resolve())
-        return part.model or ""
+        return part.model or part.package or ""
 
     @property
     def draft_length(self) -> int:

@@ -24,7 +24,7 @@ from specdec.planner.store import STORE, describe, fingerprint, machine
 from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.trace import StepTrace
-from specdec.verify.first_use import say_first_use
+from specdec.verify.first_use import first_use
 from specdec.verify.purity import callers_code
 from specdec.verify.strict_mode import StrictMode
 
@@ -180,8 +180,8 @@ class PlannerFactory:
                 found = callers_code(model)
                 if found is not None:
                     raise RuntimeError(f"{found}, which would run in passes that the call does not make")
-            say_first_use()
-            costs = measure(request, self._target, self.options, self._rule, rows, self._strict)
+            with first_use():
+                costs = measure(request, self._target, self.options, self._rule, rows, self._strict)
             note = STORE.put(key, replace(costs, seconds=0.0))
             notes += [] if note is None else [note]
         return costs

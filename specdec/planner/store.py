@@ -20,6 +20,7 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.planner.cost_refinement import StepKind, refined
 from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder, write_whole
+from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.choose import runs_natively
 from specdec.verify.passes.linear import is_dense
 from specdec.version import __version__
@@ -54,12 +55,19 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 def fingerprint(model: PreTrainedModel) -> str:
     """A few values of every weight, hashed: tables also hold how drafts fared, which other weights would change."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in _weights(model):
         digest.update(name.encode())
         for part in _numbers(weight.detach()):
             some = part.flatten()[:: max(1, part.numel() // _VALUES)][:_VALUES]
             digest.update(some.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for name, part in model.named_modules():
+        if isinstance(part, PackedLinear):
+            yield from part.named_buffers(name)
 
 
 def _numbers(weight: Tensor) -> Iterator[Tensor]:

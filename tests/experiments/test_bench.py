@@ -85,6 +85,7 @@ def run_of(peer: str, prompt: int, round_: int, seconds: float, rows: int = 1) -
         ({"new_tokens": 1}, "new_tokens >= 2"),
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"dtype": "int8"}, "dtype"),
+        ({"k": (4, 0)}, "lengths of drafts, at least 1"),
         ({"num_prompts": 5, "batch": 4}, "num_prompts=8"),
     ],
 )
@@ -105,6 +106,8 @@ def test_unknown_pair_and_peer_are_refused(tmp_path: Path) -> None:
 def test_selection_keeps_the_reference() -> None:
     names = [peer.name for peer in select(all_ways(), ("specdec-model", "hf-assisted-k3"), PLAIN)]
     assert names == ["hf-plain", "hf-assisted-k3", *(f"specdec-model-k{k}" for k in (2, 3, 4, 5, 8))]
+    names = [peer.name for peer in select(all_ways(lengths=(6,)), ("specdec-model", "specdec-ngram"), PLAIN)]
+    assert names == ["hf-plain", "specdec-model-k6", "specdec-ngram-k6-b1", "specdec-ngram-k6-b2"]
     names = [peer.name for peer in select(all_ways(), ("specdec-planned",), PLAIN)]
     assert names == ["hf-plain", *(f"specdec-planned-{drafts}" for drafts in ("model", "model+ngram", "ngram"))]
 
@@ -237,7 +240,7 @@ def test_a_wrong_output_fails_the_run(folder: Path, tmp_path: Path, monkeypatch:
         return wrong
 
     ways = [replace(way, ready=lying) if way.name == honest.name else way for way in all_ways(quick=True)]
-    monkeypatch.setattr("specdec.experiments.bench.runner.all_ways", lambda quick: ways)
+    monkeypatch.setattr("specdec.experiments.bench.runner.all_ways", lambda *options: ways)
     assert run(replace(OPTIONS, pair=folder, out=tmp_path, quick=True)) == 1
     found = records(tmp_path, "difference")
     assert {(entry["peer"], entry["position"]) for entry in found} == {("specdec-model-k4", OPTIONS.new_tokens - 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def test_bench_measures_n_grams_on_any_target_and_prompt(tiny_pair: Path, tmp_pa
     assert str(tmp_path) not in json.dumps({**options, "out": ""})
     assert {run["prompt"] for run in map(json.loads, next((tmp_path / "out").glob("*.jsonl")).read_text().splitlines())
             if run["kind"] == "run"} == {0, 1}  # a quick run takes two of the three  # fmt: skip
+
+
+def test_bench_compares_kinds_of_prompts_with_the_models_chat_template(tiny_pair: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(tiny_pair / "target", tmp_path / "target")
+    template = "{% for message in messages %}<{{ message['content'][:9] }}>{% endfor %}"
+    (target / "chat_template.jinja").write_text(template)
+    found = bench(
+        "--target", target, "--prompts", "instructions", "--num-prompts", 2, "-n", 4, "--peers", "specdec-none",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert [(one["domain"], one["peer"]) for one in found["domain"]] == [
+        ("summary", "hf-plain"), ("summary", "specdec-none"), ("code", "hf-plain"), ("code", "specdec-none"),
+    ]  # fmt: skip
+    assert found["provenance"][0]["options"]["prompts"] == ["instructions"]
+    lines = map(json.loads, next((tmp_path / "out").glob("*.jsonl")).read_text().splitlines())
+    asked = [one for one in lines if one["kind"] == "prompt"]
+    assert [(one["prompt"], one["name"], one["domain"]) for one in asked] == [
+        (0, "summary-1", "summary"), (1, "code-1", "code"),
+    ]  # fmt: skip
+    assert [len(one["ids"][0]) for one in asked] == [11, 11]  # a token a byte, through the template
+    refused = CliRunner().invoke(app, ["bench", "--prompts", "shipped", "--batch", "2"], env={"COLUMNS": "500"})
+    assert "expected batch 1 with --prompts" in refused.stderr
 
 
 def test_a_way_that_needs_a_draft_model_says_so_when_asked_for(tiny_pair: Path, tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ import torch
 from gguf_llama import TEXT, GgufLlama, merging_tokenizer, tiny_llama
 
 from specdec.experiments.bench.llamacpp import llama_cpp as llama_cpp_way
-from specdec.experiments.bench.llamacpp import load
+from specdec.experiments.bench.llamacpp import llama_cpp_file, load
 from specdec.experiments.bench.options import BenchOptions
 from specdec.experiments.bench.runner import run
 from specdec.experiments.bench.ways import PLAIN, all_ways
 from specdec.experiments.ways import select
 from specdec.pairing.gguf import export_model
+from specdec.shipped import DEFAULT_PAIR
 
 OPTIONS = BenchOptions(num_prompts=2, prompt_tokens=12, new_tokens=10, threads=1, rounds=1, memory=False)
 INSTALLED = importlib.util.find_spec("llama_cpp") is not None
@@ -174,6 +175,22 @@ def test_a_run_measures_it_beside_the_others(
     assert (plain.settings["n_ctx"], lookup.settings["n_ctx"]) == (22, 24)
     assert plain.seeds == [0, 0, 1]  # warm-up, then one per prompt
     assert plain.sampling == {"temp": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+
+
+def test_the_file_that_the_target_is_in_is_measured_as_it_is(
+    options: BenchOptions, fake: type[FakeLlama], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "the target is in no GGUF file" in str(llama_cpp_file().refusal(options))
+    own = export_model(tiny_llama(), merging_tokenizer(), tmp_path / "own.gguf")
+    asked = replace(options, pair=DEFAULT_PAIR, target=str(own), peers=("llama-cpp-file", "llama-cpp-f32"))
+    monkeypatch.setattr("specdec.experiments.bench.llamacpp.has_feature", lambda name: name == "amx_int8")
+    assert run(asked) == 0
+    assert records(options.out, "difference") == []
+    widened, as_it_is = fake.made
+    assert (as_it_is.path, widened.path == own) == (own, False)
+    assert (as_it_is.settings["type_k"], widened.settings["type_k"]) == (1, 0)
+    assert (as_it_is.settings["n_ubatch"], widened.settings["n_ubatch"]) == (1, 512)  # AMX: not where it crashes
+    assert own.exists()
 
 
 @pytest.mark.usefixtures("fake")

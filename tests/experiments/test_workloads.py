@@ -41,6 +41,21 @@ def test_shipped_prompts_cover_four_domains_evenly() -> None:
     ]
 
 
+def test_instructions_are_of_four_kinds_and_meant_for_chat_templates() -> None:
+    prompts = Source.parse("instructions").load(None)
+    assert Counter(prompt.domain for prompt in prompts) == {"summary": 3, "code": 3, "edit": 3, "chat": 3}
+    assert all(prompt.chat and len(prompt.turns) == 1 for prompt in prompts)
+
+
+@pytest.mark.parametrize("entry", [{"prompt": "abc"}, {"question_id": 1, "category": "a", "turns": ["abc"]}])
+def test_own_prompts_say_whether_they_want_a_chat_template(entry: dict[str, Any], tmp_path: Path) -> None:
+    asked = [entry, {**entry, "question_id": 2, "chat": True}, {**entry, "question_id": 3, "chat": False}]
+    prompts = Source.parse(f"jsonl:{write(tmp_path / 'own.jsonl', *asked)}").load(None)
+    assert [prompt.chat for prompt in prompts] == [False, True, False]
+    with pytest.raises(WorkloadError, match=r"own\.jsonl line 1: expected 'chat', true or false, got 1"):
+        Source.parse(f"jsonl:{write(tmp_path / 'own.jsonl', {**entry, 'chat': 1})}").load(None)
+
+
 def test_stdlib_prompts_have_one_length_and_are_the_same_every_time() -> None:
     first, again = (Source.parse("stdlib").load(Bytes(), 3, seed=4) for _ in range(2))
     assert first == again
@@ -114,7 +129,7 @@ def test_bad_lines_are_named(tmp_path: Path, entry: Any, message: str) -> None:
 
 @pytest.mark.parametrize("text", ["spec-bench", "stdlib:x", "mt-bench:file", ""])
 def test_unknown_sources_are_refused(text: str) -> None:
-    with pytest.raises(WorkloadError, match=r"prompts: expected one of shipped, stdlib, spec-bench:FILE"):
+    with pytest.raises(WorkloadError, match=r"prompts: expected one of shipped, instructions, stdlib, spec-bench:FILE"):
         Source.parse(text)
 
 

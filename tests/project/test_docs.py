@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,19 @@ from specdec.cli.app import app
 
 LOG = ROOT / "experiments" / "LOG.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?(?:<!-- needs: (?P<package>\w+) -->\n)?"
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
 QUICK = {"cache", "doctor", "generate", "pairs"}
-SLOW = {"check"}
+SLOW = {"check", "warmup"}
 """Commands that are run as they stand; of the others, which measure for minutes, only the options are checked."""
+PROGRAMS = ("specdec", "make", "pip", "python", "accelerate", "torchrun", "jupytext")
+"""What lines of shell begin with."""
 MOST_NOT_RUN = 5
+NOT_INSTALLED_HERE = {"lm_eval", "torchao", "trl"}
+"""Packages that `make test` does not install; blocks that need one run where it is there."""
 LONGEST_LINE = 160
 LONGEST_LINE_OF_THE_LOG = 200
 LONGEST_CODE = 92
@@ -37,23 +47,88 @@ def blocks(page: Path, language: str, reason: bool = False) -> list[re.Match[str
     return [match for match in found if bool(match["reason"]) == reason]
 
 
-def commands(page: Path) -> list[list[str]]:
-    """`specdec ...` lines of shell blocks, comments and continued lines resolved."""
+def shell_lines(page: Path) -> list[list[str]]:
+    """Of shell blocks: as words, comments and continued lines resolved."""
     code = "\n".join(match["code"] for match in blocks(page, "sh")).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in code.splitlines()]
-    return [line for line in lines if line[:1] == ["specdec"]]
+    return [words for line in code.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their order, in one namespace that holds nothing before the page's first line, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SPECDEC_CACHE", "off")
+def commands(page: Path) -> list[list[str]]:
+    """`specdec ...` lines of shell blocks."""
+    return [line for line in shell_lines(page) if line[0] == "specdec"]
+
+
+def run_python(page: Path) -> None:
+    """In their order, in one namespace that holds nothing before the page's first line."""
     names = {"__name__": "docs"}
     for match in blocks(page, "python"):
+        if match["package"] and importlib.util.find_spec(match["package"]) is None:
+            continue
         line = page.read_text()[: match.start("code")].count("\n")
         exec(compile("\n" * line + match["code"], str(page), "exec", dont_inherit=True), names)
+
+
+def run_commands(page: Path, which: set[str]) -> None:
+    for command in commands(page):
+        if command[1] in which:
+            result = CliRunner().invoke(app, command[1:])
+            assert result.exit_code == 0, f"{shlex.join(command)}: {result.output}"
+
+
+def check_fences(page: Path) -> None:
+    """Every fence of a page belongs to a block that BLOCK finds, in a language that somebody checks."""
+    text = page.read_text()
+    found = list(BLOCK.finditer(text))
+    assert len(re.findall(r"^[ \t>]*(?:```|~~~)", text, re.M)) == 2 * len(found), "a block that no test sees"
+    assert {match["language"] for match in found} <= {"python", "sh", "", "toml", "json", "text"}
+    for match in found:
+        if match["language"] in ("toml", "json"):
+            {"toml": tomllib, "json": json}[match["language"]].loads(match["code"])
+
+
+def check_line(words: list[str]) -> None:
+    """What can be said of a line of shell without running it."""
+    program, rest = words[0], words[1:]
+    assert program in PROGRAMS, f"{shlex.join(words)}: nobody checks {program}"
+    if program == "specdec":
+        check_options(words)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert rest[0] in targets, f"make {rest[0]}: no such target"
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        (what,) = [word for word in rest[1:] if not word.startswith("-")]
+        asked = re.fullmatch(r"(?:specdec-lm|\.)(?:\[([\w,]+)\])?", what)
+        ours = {re.split("[=>]", one)[0] for extra in extras.values() for one in extra}
+        assert asked or re.split("[=>]", what)[0] in ours, (
+            f"{shlex.join(words)}: neither this library nor of its extras"
+        )
+        if asked is None:
+            return
+        assert set((asked[1] or "").split(",")) <= {*extras, ""}, f"{shlex.join(words)}: no such extra"
+    elif program == "jupytext":
+        assert all(list(ROOT.glob(word)) for word in rest if not word.startswith("-"))
+    elif rest[0].endswith(".py"):
+        assert (ROOT / rest[0]).is_file(), f"{shlex.join(words)}: no such script"
+    else:  # python, accelerate launch, torchrun
+        assert "-m" in rest, f"{shlex.join(words)}: neither a script nor a module"
+        module, asked_of_it = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
+        check_module(module, asked_of_it)
+
+
+def check_module(module: str, words: list[str]) -> None:
+    known = json.loads((ROOT / "tests" / "experiments" / "command_options.json").read_text())
+    assert module in known, f"python -m {module}: no such command"
+    options = {word.split("=")[0] for word in words if word.startswith("-")}
+    assert options <= set(known[module]), f"python -m {module}: unknown {options - set(known[module])}"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft and trl ask for it
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPECDEC_CACHE", "off")
+    run_python(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -67,22 +142,17 @@ def test_what_users_write_is_exported_by_specdec_itself(page: Path) -> None:
 def test_commands_run_or_at_least_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
-    for command in commands(page):
-        if command[1] in QUICK:
-            result = CliRunner().invoke(app, command[1:])
-            assert result.exit_code == 0, f"{shlex.join(command)}: {result.output}"
-        else:
-            check_options(command)
+    for line in shell_lines(page):
+        check_line(line)
+    run_commands(page, QUICK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_slow_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in commands(page):
-        if command[1] in SLOW:
-            result = CliRunner().invoke(app, command[1:])
-            assert result.exit_code == 0, f"{shlex.join(command)}: {result.output}"
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
+    run_commands(page, SLOW)
 
 
 def check_options(command: list[str]) -> None:
@@ -102,13 +172,42 @@ def test_an_unknown_option_is_found() -> None:
         check_options(["specdec", "check", "--no-such-option"])
 
 
-def test_nothing_is_shown_in_a_language_that_nobody_checks() -> None:
-    known = {"python", "sh", "", "toml", "json", "text"}
+PLANTED = {
+    "a statement that raises": ("```python\nassert False\n```\n", run_python),
+    "a name of another page": ("```python\nprint(target)\n```\n", run_python),
+    "a command that fails": ("```sh\nspecdec pairs show no-such-pair\n```\n", lambda page: run_commands(page, QUICK)),
+    "an unknown option": ("```sh\nspecdec bench --no-such-option\n```\n", lambda page: check_line(*shell_lines(page))),
+    "no such target": ("```sh\nmake tea\n```\n", lambda page: check_line(*shell_lines(page))),
+    "another's distribution": ("```sh\npip install specdec\n```\n", lambda page: check_line(*shell_lines(page))),
+    "no such extra": ("```sh\npip install 'specdec-lm[gold]'\n```\n", lambda page: check_line(*shell_lines(page))),
+    "no such module": ("```sh\npython -m specdec.tea\n```\n", lambda page: check_line(*shell_lines(page))),
+    "a program nobody checks": ("```sh\ncurl tea\n```\n", lambda page: check_line(*shell_lines(page))),
+    "an indented block": ("- so:\n\n  ```python\n  assert False\n  ```\n", check_fences),
+    "a block with a title": ('```python title="so"\nassert False\n```\n', check_fences),
+    "a block without an end": ("```python\nassert False\n", check_fences),
+    "an unknown language": ("```pyhton\nassert False\n```\n", check_fences),
+    "a file that does not read": ("```toml\na =\n```\n", check_fences),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_broken_block_is_found(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, check = PLANTED[what]
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises((AssertionError, NameError, tomllib.TOMLDecodeError)):
+        check(page)
+
+
+def test_every_block_is_one_that_somebody_checks() -> None:
     for page in PAGES:
-        assert {match["language"] for match in BLOCK.finditer(page.read_text())} <= known, page
+        check_fences(page)
     every = [(page.name, match["reason"]) for page in PAGES for match in BLOCK.finditer(page.read_text())]
     skipped = [(name, reason) for name, reason in every if reason]
     assert len(skipped) <= MOST_NOT_RUN, skipped
+    needed = {match["package"] for page in PAGES for match in BLOCK.finditer(page.read_text())}
+    assert needed - {None} == NOT_INSTALLED_HERE
 
 
 def test_every_cited_section_of_the_algorithms_is_there() -> None:

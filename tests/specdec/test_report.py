@@ -78,6 +78,8 @@ def test_the_summary_shows_the_counts() -> None:
     assert said["prefill"] == (
         "9 prompt tokens: 3.0 ms before the first step, 1.0 of drafting and 2.0 of verifying in it"
     )
+    report.num_cached_tokens = 7
+    assert "9 prompt tokens, 7 of them reused from the cache: 3.0 ms" in report.summary()
     assert said["tokens per target pass"] == "2.50 of a row"
     assert said["drafts"] == "2, 0 steps decoded plainly"
     assert said["mean acceptance length"] == "2.50 tokens per draft"

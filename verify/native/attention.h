@@ -1,16 +1,15 @@
-/* Attention: scores, softmax, sums of values. Each key and value is read once for a block of queries: those of all heads
- * that share it, of several tokens.
+/* Attention: scores, softmax, sums of values. Each key and value is read once for a block of queries: of all heads that
+ * share it, of several tokens.
  *
  * Whatever else is in its block, a query's sums are over the slots it sees, in their order. */
 #pragma once
 #include "slots.h"
 
-#define QUERIES 24 /* of a block, unless one token has more: they meet a tile of keys while it lies in the first cache */
+#define QUERIES 24 /* of a block, unless one token has more: they meet a tile of keys while the first cache holds it */
 #define TILE 4096  /* numbers in such a tile */
-#define LONG 512   /* slots from which threads share the reading of one text */
 
 /* Queries of tokens [token, token + count) of one row, in all heads that share one of keys and values.
- * scores: a line of `stride` numbers a query; there is room behind the scores, and the last number is the query's scale. */
+ * scores: a line of `stride` numbers a query, with room behind the scores; the last number is the query's scale. */
 typedef struct {
     const Model *m;
     const Pass *p;
@@ -23,12 +22,6 @@ INLINE Block block_of(const Model *m, const Pass *p, int64_t layer, int64_t kv, 
                       float *scores, float *out) {
     const int64_t group = m->heads / m->kv_heads;
     return (Block){m, p, layer, kv, token, count, group, count * group, p->stride, scores, out};
-}
-
-/* Tokens whose queries make up one block. */
-INLINE int64_t tokens_together(const Model *m) {
-    const int64_t group = m->heads / m->kv_heads;
-    return group < QUERIES ? QUERIES / group : 1;
 }
 
 INLINE const float *query_of(const Block *b, int64_t i) {
@@ -53,42 +46,54 @@ INLINE int64_t shared_by(const Block *b) {
 
 INLINE int64_t tile_of(const Block *b) { return TILE / b->m->head_dim > 16 ? TILE / b->m->head_dim / 4 * 4 : 16; }
 
+/* Scores of M queries against four slots. */
+INLINE void match(const int M, const int64_t size, const float *const *query, const number *const *row, float scaling,
+                  float *const *scores, int64_t at) {
+    vec total[4][4];
+    for (int m = 0; m < 4; m++)
+        for (int n = 0; n < 4; n++) total[m][n] = (vec){0};
+    int64_t k = 0;
+    for (; k + LANES <= size; k += LANES) {
+        vec x[4];
+        for (int m = 0; m < M; m++) x[m] = load(query[m] + k);
+        for (int n = 0; n < 4; n++) {
+            const vec y = get(row[n] + k);
+            for (int m = 0; m < M; m++) total[m][n] += x[m] * y;
+        }
+    }
+    quad dots[4];
+    sums_of(M, total, dots);
+    for (int m = 0; m < M; m++) {
+        for (int n = 0; k < size && n < 4; n++)
+            for (int64_t d = k; d < size; d++) dots[m][n] += query[m][d] * get_one(row[n] + d);
+        *(quad *)(scores[m] + at) = dots[m] * scaling;
+    }
+}
+
 /* Scores of M queries against slots [from, to) of a list; up to three more numbers are written behind them.
  * next: slots that are fetched meanwhile, up to `end` of the list. */
-INLINE void match(const int M, const float *const *query, const float *keys, const int64_t *seen, int64_t from,
-                  int64_t to, int64_t next, int64_t end, int64_t size, float scaling, float *const *scores) {
-    for (int64_t i = from; i < to; i += 4, next += 4) {
-        const float *row[4];
-        for (int n = 0; n < 4; n++) {
-            row[n] = keys + seen[i + n < to ? i + n : to - 1];
-            if (next + n < end) fetch(keys + seen[next + n], size);
-        }
-        vec total[4][4];
-        for (int m = 0; m < 4; m++)
-            for (int n = 0; n < 4; n++) total[m][n] = (vec){0};
-        int64_t k = 0;
-        for (; k + LANES <= size; k += LANES) {
-            vec x[4];
-            for (int m = 0; m < M; m++) x[m] = load(query[m] + k);
-            for (int n = 0; n < 4; n++) {
-                const vec y = load(row[n] + k);
-                for (int m = 0; m < M; m++) total[m][n] += x[m] * y;
-            }
-        }
-        quad dots[4];
-        sums_of(M, total, dots);
-        for (int m = 0; m < M; m++) {
-            for (int n = 0; k < size && n < 4; n++)
-                for (int64_t d = k; d < size; d++) dots[m][n] += query[m][d] * row[n][d];
-            *(quad *)(scores[m] + i) = dots[m] * scaling;
-        }
+INLINE void match_run(const int M, const int64_t size, const float *const *query, const number *keys,
+                      const int64_t *seen, int64_t from, int64_t to, int64_t next, int64_t end, float scaling,
+                      float *const *scores) {
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4, next += 4) {
+        const number *row[4] = {keys + seen[i], keys + seen[i + 1], keys + seen[i + 2], keys + seen[i + 3]};
+        if (next + 4 <= end)
+            for (int n = 0; n < 4; n++) fetch(keys + seen[next + n], size * (int64_t)sizeof(number));
+        match(M, size, query, row, scaling, scores, i);
+    }
+    if (i < to) {
+        const number *row[4];
+        EACH(n, 4) row[n] = keys + seen[i + n < to ? i + n : i];
+        match(M, size, query, row, scaling, scores, i);
     }
 }
 
 /* Scores of queries [first, last) of a block against slots [from, to) of a list. */
 static void match_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to) {
     const int64_t size = b->m->head_dim, tile = tile_of(b), pieces = (last - first + 3) / 4;
-    const float *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride, scaling = (float)b->m->scaling;
+    const number *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride;
+    const float scaling = (float)b->m->scaling;
     for (int64_t start = from; start < to; start += tile) {
         const int64_t stop = start + tile < to ? start + tile : to;
         EACH(piece, pieces) {
@@ -100,26 +105,38 @@ static void match_all(const Block *b, int64_t first, int64_t last, const int64_t
                 query[m] = query_of(b, begin + m);
                 scores[m] = b->scores + (begin + m) * b->stride;
             }
-            switch (count) {
-#define CASE(M) case M: match(M, query, keys, seen, start, stop, stop, end, size, scaling, scores); break;
-                CASE(1) CASE(2) CASE(3) CASE(4)
-#undef CASE
+#define CASE(M) case M: match_run(M, SIZE, query, keys, seen, start, stop, stop, end, scaling, scores); break;
+#define SIZE 64
+            if (size == SIZE) {
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+                continue;
             }
+#undef SIZE
+#define SIZE 128
+            if (size == SIZE) {
+                switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+                continue;
+            }
+#undef SIZE
+#define SIZE size
+            switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
+#undef SIZE
+#undef CASE
         }
     }
 }
 
 /* Sums of values so far, plus those of slots [from, to), in N vectors of M queries; the first slot begins them. */
-INLINE void weigh(const int M, const int N, const float *const *weights, const float *values, const int64_t *seen,
+INLINE void weigh(const int M, const int N, const float *const *weights, const number *values, const int64_t *seen,
                   int64_t from, int64_t to, int64_t next, int64_t end, float *const *out, int64_t d) {
     vec total[MOST][SPAN];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) total[m][n] = from ? load(out[m] + d + n * LANES) : (vec){0};
     for (int64_t i = from; i < to; i++, next++) {
-        const float *row = values + seen[i] + d;
-        if (next < end) fetch(values + seen[next] + d, N * LANES);
+        const number *row = values + seen[i] + d;
+        if (next < end) fetch(values + seen[next] + d, N * LANES * sizeof(number));
         vec y[SPAN];
-        for (int n = 0; n < N; n++) y[n] = load(row + n * LANES);
+        for (int n = 0; n < N; n++) y[n] = get(row + n * LANES);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) total[m][n] += weights[m][i] * y[n];
     }
@@ -131,7 +148,7 @@ INLINE void weigh(const int M, const int N, const float *const *weights, const f
 static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to,
                       int64_t begin, int64_t stop) {
     const int64_t tile = tile_of(b), pieces = (last - first + MOST - 1) / MOST;
-    const float *values = b->p->values[b->layer] + b->kv * b->p->head_stride;
+    const number *values = b->p->values[b->layer] + b->kv * b->p->head_stride;
     for (int64_t start = from; start < to || start == 0; start += tile) {
         const int64_t near = start + tile < to ? start + tile : to;
         EACH(piece, pieces) {
@@ -157,15 +174,15 @@ static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t
             for (; d < stop; d++)
                 EACH(m, count) {
                     float total = start ? out[m][d] : 0;
-                    for (int64_t i = start; i < near; i++) total += weights[m][i] * values[seen[i] + d];
+                    for (int64_t i = start; i < near; i++) total += weights[m][i] * get_one(values + seen[i] + d);
                     out[m][d] = total;
                 }
         }
     }
 }
 
-/* Piece `piece` of `pieces` of a block's scores: of the slots that all tokens see, and with the last piece of the others.
- * A later token of a text sees what the one before it sees and a slot more: all are matched with the last one's. */
+/* Piece `piece` of `pieces` of a block's scores: of the slots that all tokens see, and with the last piece the others.
+ * A token of a text sees what the one before it sees and a slot more: all are matched with what the last one sees. */
 static void score(const Block *b, int64_t piece, int64_t pieces) {
     const Pass *p = b->p;
     const Row *row = p->row + p->row_of[b->token];
@@ -191,7 +208,7 @@ static void soften_one(const Block *b, int64_t query) {
     for (int i = 0; i < LANES; i++) most = high[i] > most ? high[i] : most;
     for (int64_t i = 0; i < count; i += LANES) {
         const vec e = exponential(load(own + i) - most);
-        store(own + i, e);
+        store(own + i, nearest(e));
         total += e;
     }
     own[b->stride - 1] = count ? 1.f / sum(total) : 0.f;
@@ -216,38 +233,16 @@ static void weigh_block(const Block *b, int64_t from, int64_t to) {
     EACH(i, b->queries) {
         float *out = out_of(b, i);
         const float scale = b->scores[i * b->stride + b->stride - 1];
-        for (int64_t d = from; d < to; d++) out[d] *= scale;
+        int64_t d = from;
+        for (; d + LANES <= to; d += LANES) store(out + d, nearest(load(out + d) * scale));
+        for (; d < to; d++) out[d] = nearest_one(out[d] * scale);
     }
-}
-
-/* Block i of a pass: blocks of tokens, and for each the heads of keys and values. Its scores lie at `scores`, or where all
- * threads find them. */
-INLINE Block numbered(const Model *m, const Pass *p, int64_t layer, int64_t i, float *scores) {
-    const int64_t *tokens = p->groups + i % p->num_groups * 2, kv = i / p->num_groups, group = m->heads / m->kv_heads;
-    if (!scores) scores = p->own + (kv * p->tokens + tokens[0]) * group * p->stride;
-    return block_of(m, p, layer, kv, tokens[0], tokens[1], scores, p->attended + tokens[0] * m->heads * m->head_dim);
-}
-
-/* Into how many pieces threads split the slots of a block, and its numbers: 0 where there are blocks enough, or too many for
- * their scores to lie side by side, or too little to read. */
-typedef struct {
-    int64_t slots, queries, numbers;
-} Split;
-
-static Split split_of(const Model *m, const Pass *p, int64_t threads) {
-    const int64_t blocks = m->kv_heads * p->num_groups, vectors = m->head_dim / LANES;
-    if (threads == 1 || blocks >= 8 * threads || p->stride < LONG) return (Split){0, 0, 0};
-    if (m->heads * p->tokens * p->stride > threads * p->own_size) return (Split){0, 0, 0};
-    Split split = {8 * threads / blocks + 1, 4 * threads / blocks + 1, 1};
-    while (2 * split.numbers <= vectors && blocks * split.numbers % threads && blocks * split.numbers < 8 * threads)
-        split.numbers *= 2;
-    return split;
 }
 
 /* Piece i of what a block attends to: whole vectors, and with the last piece what is left. */
 static void gather(const Block *b, int64_t piece, int64_t pieces) {
-    const int64_t size = b->m->head_dim, vectors = size / LANES;
-    weigh_block(b, vectors * piece / pieces * LANES, piece + 1 < pieces ? vectors * (piece + 1) / pieces * LANES : size);
+    const int64_t vectors = b->m->head_dim / LANES, end = vectors * (piece + 1) / pieces * LANES;
+    weigh_block(b, vectors * piece / pieces * LANES, piece + 1 < pieces ? end : b->m->head_dim);
 }
 
 static void attend(const Block *b) {

@@ -12,14 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from specdec.verify.first_use import say_first_use
+from specdec.verify.first_use import first_use
 
-SOURCE = Path(__file__).with_name("llama.c")
-"""The file to compile; it includes the headers beside it."""
+_SOURCES = Path(__file__).parent
+_DTYPES = ("F32", "BF16", "F16")
+"""Dtypes of models, as the sources name them: for each of them there is one pass (llama.c)."""
+_FORMATS = (*_DTYPES, "Q8", "Q4", "Q8I", "Q4I")
+"""Formats of weights: for each of them there are products (products.c), whatever the model's dtype."""
 
 _SECONDS = 120
 """A compiler that takes longer is given up."""
@@ -33,8 +37,9 @@ class Unavailable(RuntimeError):
 
 @lru_cache(maxsize=1)
 def entry() -> str:
-    """Name of the C function, one per version of the sources: no library of another version is ever called."""
-    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(SOURCE.parent.glob("*.[ch]"))))
+    """How the names of the C functions begin, one per version of the sources: no library of another version is ever
+    called. They end with a dtype."""
+    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(_SOURCES.glob("*.[ch]"))))
     return f"specdec_llama_pass_{digest.hexdigest()[:16]}"
 
 
@@ -100,7 +105,7 @@ def _compiler() -> list[str]:
 def _flags(processor: str, threads: bool) -> list[str]:
     """threads: with OpenMP, which is torch's own where the compiler is GCC; clang's would be a second one."""
     kind = "-mcpu" if platform.machine().lower() in ("aarch64", "arm64") else "-march"
-    flags = ["-std=gnu11", "-O3", f"{kind}={processor}", "-fPIC", "-fno-math-errno", f"-DENTRY={entry()}"]
+    flags = ["-std=gnu11", "-O3", f"{kind}={processor}", "-fPIC", "-fno-math-errno", f"-DNAME={entry()}"]
     return [*flags, "-fopenmp"] if threads else flags
 
 
@@ -118,15 +123,20 @@ def _key(compiler: list[str], flags: list[str], version: bytes) -> str:
 
 def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
     """Compile into a file of its own first: another process may be doing the same, and this one may be killed."""
-    say_first_use()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as place:
-        built, linked = Path(place) / "llama.o", Path(place) / "llama.so"
+    with first_use(), tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as place:
+        linked = Path(place) / "llama.so"
+        parts = [("llama.c", f"-DNUMBER={dtype}") for dtype in _DTYPES]
+        parts += [("products.c", f"-DFORMAT={weights}") for weights in _FORMATS]
+        built = [str(Path(place) / f"{i}.o") for i in range(len(parts))]
+        commands = [
+            [*compiler, *flags, define, "-c", str(_SOURCES / source), "-o", to]
+            for (source, define), to in zip(parts, built, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            done = list(workers.map(_run, commands))
         # Linked without OpenMP's library: its symbols are found in the one torch has loaded, and with them its threads.
-        for command in (
-            [*compiler, *flags, "-c", str(SOURCE), "-o", str(built)],
-            [*compiler, "-shared", str(built), "-o", str(linked), "-lm"],
-        ):
-            code, said = _run(command)
+        done.append(_run([*compiler, "-shared", *built, "-o", str(linked), "-lm"]))
+        for code, said in done:
             if code:
                 raise Unavailable(f"{compiler[0]} failed: {said.decode(errors='replace').strip()[:400]}")
         seal = Path(place) / "seal"

@@ -21,10 +21,14 @@ VARIABLE = "SPECDEC_NATIVE"
 """Environment variable: "0" never uses the native pass; a path names a library compiled elsewhere (by `compiled`)."""
 
 
-class Library(NamedTuple):
-    """call: the C function. threaded: whether it can use more than one thread."""
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Dtypes of models that have a native pass, as its sources name them."""
 
-    call: Any
+
+class Library(NamedTuple):
+    """calls: the C function for models of each dtype. threaded: whether they can use more than one thread."""
+
+    calls: dict[torch.dtype, Any]
     threaded: bool
 
 
@@ -52,7 +56,7 @@ def _search() -> _Search:
 
 
 def library() -> Library:
-    """The compiled pass; compiling takes some four seconds, once per machine and version.
+    """The compiled pass; compiling takes some ten seconds of one core, once per machine and version.
 
     Raises:
         Unavailable: switched off, no compiler, or a compiler that fails.
@@ -120,11 +124,12 @@ def _load(path: Path) -> Library:
     except OSError as error:
         raise Unavailable(f"cannot load the compiled pass: {error}") from error
     try:
-        call = getattr(loaded, entry())
+        calls = {dtype: getattr(loaded, f"{entry()}_{name}") for dtype, name in DTYPES.items()}
     except AttributeError as error:
         raise Unavailable(f"{path} was compiled from other sources: compile it again with this version") from error
-    call.restype = ctypes.c_int64
-    return Library(call, bool(ctypes.c_int.in_dll(loaded, "specdec_threaded").value))
+    for call in calls.values():
+        call.restype = ctypes.c_int64
+    return Library(calls, bool(ctypes.c_int.in_dll(loaded, f"{entry()}_F32_threaded").value))
 
 
 @lru_cache(maxsize=1)

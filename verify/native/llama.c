@@ -1,4 +1,4 @@
-/* A Llama-shaped model's whole forward pass, float32, on a CPU.
+/* A Llama-shaped model's whole forward pass on a CPU: sums in float32, whatever the weights are kept in.
  *
  * One call runs every layer: an eager pass of a small model is mostly the price of some two hundred operator calls, and
  * its products of a few rows read the weights through kernels cut for many. Here every weight is read once for all
@@ -12,7 +12,8 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#include "attention.h"
+#include "blocks.h"
+#include "products.h"
 #include "threads.h"
 
 INLINE void norm_all(const Model *m, const Pass *p, const float *weight, int64_t from, int64_t to) {
@@ -23,6 +24,13 @@ INLINE void norm_all(const Model *m, const Pass *p, const float *weight, int64_t
 INLINE void feature(const Model *m, const Pass *p, int64_t layer, const float *states, int64_t from, int64_t to) {
     if (p->features[layer])
         memcpy(p->features[layer] + from * m->hidden, states + from * m->hidden, (size_t)((to - from) * m->hidden) * 4);
+}
+
+/* Columns [from, to) of the hidden states += x @ w.T, by way of `normed`, which nobody reads then. */
+INLINE void add_product(const Model *m, const Pass *p, Tokens *x, const Weight *w, const float *bias, int64_t from,
+                        int64_t to) {
+    multiply(x, 0, x->tokens, w, bias, from, to, p->normed, m->hidden);
+    EACH(t, x->tokens) add(p->hidden + t * m->hidden + from, p->normed + t * m->hidden + from, to - from);
 }
 
 /* Tokens [*first, *stop): all of them, or the next neighbours of which something is kept, from *first on. */
@@ -46,31 +54,33 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
     const int64_t blocks = kv * p->num_groups;
     const Split split = split_of(m, p, threads);
     int64_t tokens = p->tokens;
-    float *own = p->own + thread * p->own_size;
+    float *own = p->own + thread * p->own_size, *room = p->room + thread * p->room_size;
     _Atomic int64_t *ticket = p->tickets;
 
     SHARE(from, to, tokens, 4) {
         for (int64_t t = from; t < to; t++) {
-            memcpy(p->hidden + t * hidden, m->embed + p->ids[t] * hidden, (size_t)hidden * 4);
+            widen(NUMBER, m->embed + p->ids[t] * hidden, hidden, p->hidden + t * hidden);
             look(p, t);
         }
     }
     NEXT;
     EACH(layer, m->layers) {
-        const float *const *w = m->weights + layer * NUM_WEIGHTS;
+        const Weight *w = m->weights + layer * NUM_WEIGHTS;
+        const float *const *v = m->vectors + layer * NUM_VECTORS;
         const int last = few && layer == m->layers - 1; /* of most tokens only the keys and values matter there */
         SHARE(from, to, tokens, 4) {
-            norm_all(m, p, w[NORM_BEFORE], from, to);
+            norm_all(m, p, v[NORM_BEFORE], from, to);
             feature(m, p, layer, p->hidden, from, to);
         }
         NEXT;
+        Tokens normed = {p->normed, tokens, hidden, room, F32};
         SHARE(from, to, wide, chunk(wide, threads)) {
             EACH(part, 3) {
                 int64_t start = (part == 0 ? 0 : heads + (part - 1) * kv) * size, a, b;
                 overlap(from, to, start, (part == 0 ? heads : kv) * size, &a, &b);
                 for (int64_t first = 0, stop; next_run(p, last && part == 0, &first, &stop); first = stop)
-                    linear(p->normed + first * hidden, stop - first, hidden, w[Q + part], w[Q_BIAS + part], hidden, a, b,
-                           p->mixed + first * wide + start, wide, SET);
+                    multiply(&normed, first, stop - first, w + Q + part, v[Q + part], a, b,
+                             p->mixed + first * wide + start, wide);
             }
         }
         NEXT;
@@ -101,9 +111,10 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
                 soften(&block, from % split.queries, split.queries);
             }
             NEXT;
-            SHARE(from, to, blocks * split.numbers, 1) {
-                const Block block = numbered(m, p, layer, from / split.numbers, 0);
-                gather(&block, from % split.numbers, split.numbers);
+            SHARE(from, to, split.whole + (blocks - split.whole) * split.numbers, 1) {
+                int64_t piece, pieces;
+                const Block block = numbered(m, p, layer, values_of(&split, from, &piece, &pieces), 0);
+                gather(&block, piece, pieces);
             }
         } else {
             SHARE(from, to, blocks, blocks / (8 * threads) + 1) {
@@ -114,19 +125,20 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
             }
         }
         NEXT;
-        SHARE(from, to, hidden, chunk(hidden, threads))
-            linear(p->attended, tokens, heads * size, w[O], w[O_BIAS], heads * size, from, to, p->hidden, hidden, ADD);
+        Tokens attended = {p->attended, tokens, heads * size, room, F32};
+        SHARE(from, to, hidden, chunk(hidden, threads)) add_product(m, p, &attended, w + O, v[O], from, to);
         NEXT;
-        SHARE(from, to, tokens, 4) norm_all(m, p, w[NORM_AFTER], from, to);
+        SHARE(from, to, tokens, 4) norm_all(m, p, v[NORM_AFTER], from, to);
         NEXT;
+        normed = (Tokens){p->normed, tokens, hidden, room, F32};
         SHARE(from, to, inner, CHUNK) {
-            linear(p->normed, tokens, hidden, w[GATE], w[GATE_BIAS], hidden, from, to, p->acted, inner, SET);
-            linear(p->normed, tokens, hidden, w[UP], w[UP_BIAS], hidden, from, to, own - from, CHUNK, SET);
+            multiply(&normed, 0, tokens, w + GATE, v[GATE], from, to, p->acted, inner);
+            multiply(&normed, 0, tokens, w + UP, v[UP], from, to, own - from, CHUNK);
             EACH(t, tokens) act(p->acted + t * inner + from, own + t * CHUNK, to - from);
         }
         NEXT;
-        SHARE(from, to, hidden, chunk(hidden, threads))
-            linear(p->acted, tokens, inner, w[DOWN], w[DOWN_BIAS], inner, from, to, p->hidden, hidden, ADD);
+        Tokens acted = {p->acted, tokens, inner, room, F32};
+        SHARE(from, to, hidden, chunk(hidden, threads)) add_product(m, p, &acted, w + DOWN, v[DOWN], from, to);
         NEXT;
     }
     SHARE(from, to, tokens, 4) {
@@ -134,42 +146,28 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
         feature(m, p, m->layers, p->normed, from, to);
     }
     NEXT;
+    Tokens normed = {p->normed, tokens, hidden, room, F32};
     SHARE(from, to, m->vocab, chunk(m->vocab, threads)) {
         float *logits = p->logits;
         for (int64_t first = 0, stop = tokens; few ? first < stop : next_run(p, 1, &first, &stop); first = stop) {
-            linear(p->normed + first * hidden, stop - first, hidden, m->head, m->head_bias, hidden, from, to, logits,
-                   m->vocab, SET);
+            multiply(&normed, first, stop - first, &m->head, m->head_bias, from, to, logits, m->vocab);
             logits += (stop - first) * m->vocab;
         }
     }
 }
 
-/* Which row each token belongs to, and neighbours that attend together. */
-static void arrange(const Model *m, Pass *p) {
-    const int64_t together = tokens_together(m);
-    p->num_groups = p->stride = 0;
-    EACH(r, p->rows) {
-        const Row *row = p->row + r;
-        EACH(j, row->width) p->row_of[row->first + j] = r;
-        const int64_t pieces = (row->width + together - 1) / together, read = row->mask ? row->read : row->start + row->width;
-        if (read + 2 * LANES > p->stride) p->stride = read + 2 * LANES;
-        EACH(i, pieces) {
-            int64_t *group = p->groups + 2 * p->num_groups++, begin = row->width * i / pieces;
-            group[0] = row->first + begin;
-            group[1] = row->width * (i + 1) / pieces - begin;
-        }
-    }
-}
+#define JOINED(name, dtype) name##_##dtype
+#define ENTRY(name, dtype) JOINED(name, dtype)
 
 #if defined(_OPENMP)
-const int specdec_threaded = 1;
+const int ENTRY(ENTRY(NAME, NUMBER), threaded) = 1;
 #else
-const int specdec_threaded = 0;
+const int ENTRY(ENTRY(NAME, NUMBER), threaded) = 0;
 #endif
 
-/* Runs the pass. ENTRY: a name that other versions of these sources do not have (build.py). tickets: 10 per layer and 3 more. Returns 0, or 1 + the index of a token that has no embedding (then
- * nothing was done). */
-int64_t ENTRY(const Model *m, Pass *p) {
+/* Runs the pass. NAME: one that other versions of these sources do not have (build.py). tickets: 10 per layer and 3 more.
+ * Returns 0, or 1 + the index of a token that has no embedding (then nothing was done). */
+int64_t ENTRY(NAME, NUMBER)(const Model *m, Pass *p) {
     Gate gate = {0, 0};
     EACH(i, p->tokens) if (p->ids[i] < 0 || p->ids[i] >= m->embedded) return i + 1;
     EACH(i, 10 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);

@@ -1,16 +1,20 @@
-/* What run.py hands over: a model's weights, and one pass. */
+/* What native.py hands over: a model's weights, and one pass. */
 #pragma once
 #include <stdatomic.h>
-#include <stdint.h>
+#include "numbers.h"
 
-enum { Q, K, V, O, GATE, UP, DOWN, Q_BIAS, K_BIAS, V_BIAS, O_BIAS, GATE_BIAS, UP_BIAS, DOWN_BIAS,
-       NORM_BEFORE, NORM_AFTER, Q_NORM, K_NORM, NUM_WEIGHTS };
+enum { Q, K, V, O, GATE, UP, DOWN, NUM_WEIGHTS };
+enum { NORM_BEFORE = NUM_WEIGHTS, NORM_AFTER, Q_NORM, K_NORM, NUM_VECTORS };
 
-/* weights: NUM_WEIGHTS pointers per layer, 0 where a layer has none. */
+/* weights: NUM_WEIGHTS per layer. vectors: NUM_VECTORS pointers per layer, first the biases in the order of the weights,
+ * 0 where a layer has none. */
 typedef struct {
     int64_t layers, hidden, heads, kv_heads, head_dim, inner, vocab, embedded;
-    const float *const *weights;
-    const float *embed, *norm, *head, *head_bias;
+    const Weight *weights;
+    const float *const *vectors;
+    const number *embed;
+    const float *norm, *head_bias;
+    Weight head;
     double epsilon, scaling;
 } Model;
 
@@ -29,17 +33,19 @@ typedef struct {
  * places: row of `angles` (cosines, signed sines) of each token; 0: the number of its slot.
  * features: where the hidden states of all tokens go that enter layer i, and as the last those after the final norm,
  *     [tokens, hidden] each; 0 where they are not wanted.
- * The rest is working memory. */
+ * The rest is working memory. stride: from the scores of one query to those of the next. leads: of each token, how many
+ * slots it sees before the first one that it does not. */
 typedef struct {
     int64_t threads, tokens, rows, num_kept, page_size, page_stride, slot_stride, head_stride;
     const int64_t *ids, *places, *targets, *kept;
     const float *angles;
     const Row *row;
-    float *const *keys, *const *values;
+    number *const *keys, *const *values;
     float *const *features;
     float *logits;
     float *hidden, *normed, *mixed, *attended, *acted, *own;
-    int64_t own_size, num_groups, stride;
+    float *room; /* tokens prepared for products, room_size floats for each thread */
+    int64_t room_size, own_size, num_groups, stride;
     int64_t *seen, *counts, *leads, *row_of, *groups;
     _Atomic int64_t *tickets;
 } Pass;

@@ -1,110 +1,43 @@
-/* Products of a few rows with a matrix of weights, and what stands between them. */
+/* Products of a few rows with a matrix of weights. */
 #pragma once
-#include "vectors.h"
+#include "tokens.h"
 
-#define NEAR (1 << 17)  /* floats of a level 2 cache that tokens may fill while weights pass by */
+/* Columns [from, to) of out = x @ w.T (+ bias), in float32. Each element is summed in the same order, whatever else is
+ * computed. x: [tokens, size]; or as `prepare` leaves them where the format `reads` that. One function per format of weights, compiled from products.c. */
+#define LINEAR(F) \
+    __attribute__((visibility("hidden"))) \
+    void linear_##F(const float *x, int64_t tokens, int64_t x_stride, const Weight *w, const float *bias, int64_t size, \
+                    int64_t from, int64_t to, float *out, int64_t out_stride)
+LINEAR(F32);
+LINEAR(BF16);
+LINEAR(F16);
+LINEAR(Q8);
+LINEAR(Q4);
+LINEAR(Q8I);
+LINEAR(Q4I);
 
-/* out[m][n] = x[m] . w[n], each in the same order whatever M and N are. ahead: floats from a row of w to the one that
- * the next block reads in its place. */
-INLINE void block(const int M, const int N, const float *x, int64_t x_stride, const float *const *w, int64_t size,
-                  int64_t ahead, float out[MOST][BROAD]) {
-    vec total[MOST][BROAD];
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) total[m][n] = (vec){0};
-    int64_t k = 0;
-    for (; k + LANES <= size; k += LANES) {
-        vec b[BROAD];
-        for (int n = 0; n < N; n++) {
-            b[n] = load(w[n] + k);
-            if (ahead) __builtin_prefetch(w[n] + k + ahead);
-        }
-        for (int m = 0; m < M; m++) {
-            vec a = load(x + m * x_stride + k);
-            for (int n = 0; n < N; n++) total[m][n] += a * b[n];
-        }
+/* Rows of [tokens, size] on their way through products. room: `prepared_size(size)` floats a token; made: for which format
+ * they lie there. */
+typedef struct {
+    const float *x;
+    int64_t tokens, size;
+    float *room;
+    int64_t made;
+} Tokens;
+
+/* `linear` of tokens [first, first + count) by whatever takes this weight; nothing where there is none. */
+INLINE void multiply(Tokens *given, int64_t first, int64_t count, const Weight *w, const float *bias, int64_t from,
+                     int64_t to, float *out, int64_t out_stride) {
+    if (!w->values || from >= to) return;
+    const int64_t size = given->size, format = reads((int)w->format), stride = format == F32 ? size : prepared_size(size);
+    if (format != F32 && given->made != format) {
+        prepare((int)format, given->x, given->tokens, size, given->room);
+        given->made = format;
     }
-    for (int m = 0; m < M; m++) {
-        int n = 0;
-        for (; n + 4 <= N; n += 4)
-            *(quad *)(out[m] + n) = sums(total[m][n], total[m][n + 1], total[m][n + 2], total[m][n + 3]);
-        for (; n < N; n++) out[m][n] = sum(total[m][n]);
-        for (n = 0; n < N; n++)
-            for (int64_t i = k; i < size; i++) out[m][n] += x[m * x_stride + i] * w[n][i];
-    }
-}
-
-/* What becomes of a product. */
-enum { SET, ADD };
-
-/* N columns from `n` on for M tokens. */
-INLINE void column(const int M, const int N, const float *x, int64_t x_stride, const float *w, const float *bias,
-                   int64_t size, int64_t n, float *out, int64_t out_stride, int mode) {
-    const float *rows[BROAD];
-    float p[MOST][BROAD];
-    for (int i = 0; i < N; i++) rows[i] = w + (n + i) * size;
-    block(M, N, x, x_stride, rows, size, N * size, p);
-    for (int m = 0; m < M; m++) {
-        float *o = out + m * out_stride + n;
-        if (bias)
-            for (int i = 0; i < N; i++) p[m][i] += bias[n + i];
-        if (mode == ADD)
-            for (int i = 0; i < N; i++) p[m][i] += o[i];
-        for (int i = 0; i < N; i++) o[i] = p[m][i];
-    }
-}
-
-INLINE void panel(const int M, const float *x, int64_t x_stride, const float *w, const float *bias, int64_t size,
-                  int64_t from, int64_t to, float *out, int64_t out_stride, int mode) {
-    const int N = WIDE(M);
-    int64_t n = from;
-    for (; n + N <= to; n += N) column(M, N, x, x_stride, w, bias, size, n, out, out_stride, mode);
-    for (; n < to; n++) column(M, 1, x, x_stride, w, bias, size, n, out, out_stride, mode);
-}
-
-/* Columns [from, to) of out = x @ w.T (+ bias): few tokens at a time, so that they stay in cache, and under them a
- * slice of w, so that it does. */
-static void linear(const float *x, int64_t tokens, int64_t x_stride, const float *w, const float *bias, int64_t size,
-                   int64_t from, int64_t to, float *out, int64_t out_stride, int mode) {
-    if (!w || from >= to) return;
-    const int64_t near = NEAR / size > MOST ? NEAR / size / MOST * MOST : MOST, step = tokens > MOST ? 8 : to - from;
-    for (int64_t start = 0; start < tokens; start += near) {
-        const int64_t some = tokens - start < near ? tokens - start : near, pieces = (some + MOST - 1) / MOST;
-        for (int64_t n = from; n < to; n += step) {
-            const int64_t end = n + step < to ? n + step : to;
-            EACH(i, pieces) {
-                const int64_t first = start + some * i / pieces, count = start + some * (i + 1) / pieces - first;
-                const float *a = x + first * x_stride;
-                float *o = out + first * out_stride;
-                switch (count) {
-#define CASE(M) case M: panel(M, a, x_stride, w, bias, size, n, end, o, out_stride, mode); break;
-                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+    const float *x = (format == F32 ? given->x : given->room) + first * stride;
+    switch (w->format) {
+#define CASE(F) case F: linear_##F(x, count, stride, w, bias, size, from, to, out, out_stride); break;
+        CASE(F32) CASE(BF16) CASE(F16) CASE(Q8) CASE(Q4) CASE(Q8I) CASE(Q4I)
 #undef CASE
-                }
-            }
-        }
-    }
-}
-
-static void norm(const float *x, const float *weight, int64_t size, float epsilon, float *out) {
-    vec squares = {0};
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
-    float total = sum(squares);
-    for (; i < size; i++) total += x[i] * x[i];
-    float scale = 1.f / sqrtf(total / (float)size + epsilon);
-    for (i = 0; i < size; i++) out[i] = x[i] * scale * weight[i];
-}
-
-/* gate = silu(gate) * up */
-static void act(float *gate, const float *up, int64_t size) {
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        vec x = load(gate + i);
-        store(gate + i, x / (1.f + exponential(-x)) * load(up + i));
-    }
-    for (; i < size; i++) {
-        float e[LANES];
-        store(e, exponential(all(-gate[i])));
-        gate[i] = gate[i] / (1.f + e[0]) * up[i];
     }
 }

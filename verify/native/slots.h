@@ -1,7 +1,6 @@
 /* Where keys and values lie, which of them a token sees, and how its own get there. */
 #pragma once
 #include "model.h"
-#include "products.h"
 
 INLINE int64_t address(const Pass *p, const Row *row, int64_t slot) {
     return row->table[slot / p->page_size] * p->page_stride + slot % p->page_size * p->slot_stride;
@@ -27,40 +26,44 @@ static void look(const Pass *p, int64_t token) {
             }
         }
     }
-    p->counts[token] = p->leads[token] = row->mask ? count : row->start + j + 1;
-    if (row->mask) {
-        const float *mask = row->mask + j * row->mask_stride;
-        int64_t lead = 0;
-        while (lead < count && mask[lead] > -1e30f) lead++;
-        p->leads[token] = lead;
-    }
+    int64_t lead = row->mask ? 0 : row->start + j + 1;
+    while (row->mask && lead < count && row->mask[j * row->mask_stride + lead] > -1e30f) lead++;
+    p->counts[token] = row->mask ? count : lead;
+    p->leads[token] = lead;
 }
 
 static void rotate(float *x, const float *angles, int64_t size) {
     int64_t half = size / 2;
     const float *sines = angles + size;
-    EACH(i, half) {
-        float a = x[i], b = x[i + half];
-        x[i] = a * angles[i] + b * sines[i];
-        x[i + half] = b * angles[i + half] + a * sines[i + half];
+    int64_t i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const vec a = load(x + i), b = load(x + i + half);
+        store(x + i, nearest(nearest(a * load(angles + i)) + nearest(b * load(sines + i))));
+        store(x + i + half, nearest(nearest(b * load(angles + i + half)) + nearest(a * load(sines + i + half))));
+    }
+    for (; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = nearest_one(nearest_one(a * angles[i]) + nearest_one(b * sines[i]));
+        x[i + half] = nearest_one(nearest_one(b * angles[i + half]) + nearest_one(a * sines[i + half]));
     }
 }
 
 /* Normalises and rotates head `head` (queries, then keys, then values) of a token; keys and values go to the cache. */
 static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, int64_t head) {
     int64_t size = m->head_dim, heads = m->heads, kv = m->kv_heads;
-    const float *const *w = m->weights + layer * NUM_WEIGHTS;
+    const float *const *v = m->vectors + layer * NUM_VECTORS;
     float *x = p->mixed + token * (heads + 2 * kv) * size + head * size;
     const Row *row = p->row + p->row_of[token];
     const int64_t slot = row->start + token - row->first;
+    round_all(NUMBER, x, size);
     if (head < heads + kv) {
-        const float *weight = head < heads ? w[Q_NORM] : w[K_NORM];
+        const float *weight = head < heads ? v[Q_NORM] : v[K_NORM];
         if (weight) norm(x, weight, size, (float)m->epsilon, x);
         rotate(x, p->angles + (p->places ? p->places[token] : slot) * 2 * size, size);
         if (head < heads) return;
     }
     const int64_t target = p->targets ? p->targets[token] : address(p, row, slot);
     if (target < 0) return;
-    float *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
-    memcpy(cache + target + (head - heads) % kv * p->head_stride, x, (size_t)size * 4);
+    number *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
+    put(NUMBER, x, size, cache + target + (head - heads) % kv * p->head_stride);
 }

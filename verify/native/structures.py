@@ -1,4 +1,4 @@
-"""What the native pass is handed: the structures of model.h."""
+"""What the native pass is handed: the structures of weights.h and model.h."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ Word = ctypes.c_int64
 Pointer = ctypes.c_void_p
 
 
+class Weight(ctypes.Structure):
+    """`Weight` of weights.h."""
+
+    _fields_ = [*((name, Pointer) for name in ("values", "scales", "offsets")), ("format", Word), ("group", Word)]
+
+
 class Model(ctypes.Structure):
-    """`Model` of llama.c."""
+    """`Model` of model.h."""
 
     _fields_ = [
         *((name, Word) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "vocab", "embedded")),
-        *((name, Pointer) for name in ("weights", "embed", "norm", "head", "head_bias")),
+        *((name, Pointer) for name in ("weights", "vectors", "embed", "norm", "head_bias")),
+        ("head", Weight),
         ("epsilon", ctypes.c_double),
         ("scaling", ctypes.c_double),
     ]
 
 
 class Row(ctypes.Structure):
-    """`Row` of llama.c."""
+    """`Row` of model.h."""
 
     _fields_ = [
         *((name, Word) for name in ("first", "width", "read", "start", "lists", "mask_stride")),
@@ -30,13 +37,14 @@ class Row(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    """`Pass` of llama.c."""
+    """`Pass` of model.h."""
 
     _fields_ = [
         *((name, Word) for name in ("threads", "tokens", "rows", "num_kept")),
         *((name, Word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
         *((name, Pointer) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
         *((name, Pointer) for name in ("features", "logits", "hidden", "normed", "mixed", "attended", "acted", "own")),
-        *((name, Word) for name in ("own_size", "num_groups", "stride")),
+        ("room", Pointer),
+        *((name, Word) for name in ("room_size", "own_size", "num_groups", "stride")),
         *((name, Pointer) for name in ("seen", "counts", "leads", "row_of", "groups", "tickets")),
     ]

@@ -69,7 +69,8 @@ INLINE void sums_of(const int M, vec x[4][4], quad out[4]) {
 #define QUADS(a, b, c, d) \
     4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, \
     4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3
-#define EACH_QUAD(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
+#define EACH_QUAD(a, b, c, d) \
+    a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
 #define HALVES(a, b) (PICK_WIDE(a, b, QUADS(0, 2, 4, 6)) + PICK_WIDE(a, b, QUADS(1, 3, 5, 7)))
     if (M > 1) {
         vec own[4];
@@ -87,9 +88,9 @@ INLINE void sums_of(const int M, vec x[4][4], quad out[4]) {
     for (int m = 0; m < M; m++) out[m] = sums(x[m][0], x[m][1], x[m][2], x[m][3]);
 }
 
-/* Asks for what will be read soon. */
-INLINE void fetch(const float *x, int64_t size) {
-    for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(x + i);
+/* Asks for what will be read soon, into a cache that can wait for more lines at once than the first. */
+INLINE void fetch(const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i, 0, 2);
 }
 
 INLINE vec pick(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }

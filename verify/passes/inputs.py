@@ -46,11 +46,14 @@ class Inputs:
         """Int64 `[rows or 1, T]`, all of them usable."""
         return self.usable(self._positions(part))
 
-    def of(self, part: Part) -> tuple[Tensor, Any]:
+    def of(self, part: Part, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
         """Positions, and additive masks `[rows or 1, 1, T, read]`: a tensor, a dict of them by layer type, or None (see
-        `folded_attention`)."""
-        positions = self._positions(part)
-        mask = self._text_mask(part, positions) if part.nodes is None else self._tree_mask(part, part.nodes, positions)
+        `folded_attention`). dtype: that of the masks; None for the model's."""
+        positions, dtype = self._positions(part), dtype or self.dtype
+        if part.nodes is None:
+            mask = self._text_mask(part, positions, dtype)
+        else:
+            mask = self._tree_mask(part, part.nodes, positions, dtype)
         return self.usable(positions), mask
 
     def usable(self, positions: Tensor) -> Tensor:
@@ -69,20 +72,20 @@ class Inputs:
         positions = torch.tensor(list(starts), device=device)[:, None]
         return positions if width == 1 else positions + indices(width, device)
 
-    def _text_mask(self, part: Part, positions: Tensor) -> Any:
+    def _text_mask(self, part: Part, positions: Tensor, dtype: torch.dtype) -> Any:
         starts, read, width, device = part.write.starts, part.write.read, part.tokens.shape[1], part.tokens.device
         same, tabulated = _equal(starts), read <= BAND_SLOTS and not self.windows
         if same and (width == 1 or read == width) and ((width == 1 and tabulated) or self._may_skip_mask(read)):
             return None  # every token of the pass reads all there is, or SDPA is told that it is causal
         if tabulated and same:
-            return self._band.mask(starts[0], width, self.dtype, device)
+            return self._band.mask(starts[0], width, dtype, device)
         if tabulated:
-            return self._band.masks(positions, read, self.dtype)
+            return self._band.masks(positions, read, dtype)
         visible = torch.arange(read, device=device) <= positions[:, :, None]
         slots = torch.arange(read, device=device).expand(len(starts), read) if self.windows else None
-        return additive_masks(visible, positions, slots, self.windows, self.dtype)
+        return additive_masks(visible, positions, slots, self.windows, dtype)
 
-    def _tree_mask(self, part: Part, nodes: Nodes, positions: Tensor) -> Any:
+    def _tree_mask(self, part: Part, nodes: Nodes, positions: Tensor, dtype: torch.dtype) -> Any:
         read, width, device = part.write.read, part.tokens.shape[1], part.tokens.device
         committed = torch.tensor(nodes.lengths, device=device)[:, None]
         slots = torch.arange(read, device=device)
@@ -94,7 +97,7 @@ class Inputs:
             # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
             slot_positions = slots.expand(len(nodes.lengths), read).clone()
             slot_positions.scatter_(1, tail[:, 0], committed + nodes.depths)
-        return additive_masks(visible, positions, slot_positions, self.windows, self.dtype)
+        return additive_masks(visible, positions, slot_positions, self.windows, dtype)
 
     def _may_skip_mask(self, read: int) -> bool:
         eager = self._config._attn_implementation == "eager"

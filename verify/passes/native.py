@@ -1,4 +1,4 @@
-"""The runner of native passes: one C call for a stock float32 Llama on a CPU, computing what the direct pass does."""
+"""The runner of native passes: one C call for a stock Llama on a CPU, computing what the direct pass does."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from torch import Tensor
 
 from specdec.kv.layout import Layout
 from specdec.verify.native import structures
-from specdec.verify.native.library import library, usable_cores, why_not
+from specdec.verify.native.library import DTYPES, library, usable_cores, why_not
 from specdec.verify.passes.base import Output, Part, Runner, joined, outputs, refuse_wider
 from specdec.verify.passes.direct import Direct
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.pace import ALWAYS_NATIVE, CHUNK, native_is_slower
-from specdec.verify.passes.parameters import Parameters, Shape
+from specdec.verify.passes.parameters import Parameters, Product, Shape
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
 _QUERIES = 24
 """Heads of tokens that attend together, at least those of one token (QUERIES of attention.h)."""
+_FORMATS: tuple[torch.dtype | int, ...] = (torch.float32, torch.bfloat16, torch.float16, 8, 4)
+"""Dtypes, and bits of packed weights, in the order of weights.h; then the same bits of integer products."""
+_PREPARED = (1, 5, 6)
+"""Those of them for which tokens are prepared (tokens.h): bfloat16 and integer products."""
+_UNIT = 64
+"""Numbers of a token that are prepared for a product together, at most (tokens.h)."""
 
 
 class Native(Runner):
-    """Runs what the direct runner runs, in float32, where there is a compiled pass.
+    """Runs what the direct runner runs, in float32, bfloat16 or float16, where there is a compiled pass. Sums are taken
+    in float32, states rounded where the modules round them.
 
     A token's bits depend on its text alone: neither on the draft nor on the rows around it.
 
@@ -77,7 +84,7 @@ class Native(Runner):
     def stride(self, read: int, most: int) -> int | None:
         width = min(most, CHUNK)
         serves = self._pass is not None and not self._pass.own.hooked
-        return width if serves and self._reads(width, read + width) else None
+        return width if serves and self._reads(most, read + most) else None
 
     def _reads(self, width: int, read: int) -> bool:
         assert self._pass is not None
@@ -96,56 +103,65 @@ class Native(Runner):
 
 
 def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
-    """The native pass over these parameters; None for other dtypes than float32, for models whose layers differ, and
+    """The native pass over these parameters; None for other dtypes than `DTYPES`, for models whose layers differ, and
     where nothing can be compiled (or for one thread only, and there are more)."""
     shape = own.shape
-    if shape is None or own.embed.dtype != torch.float32 or why_not() is not None:
+    if shape is None or own.embed.dtype not in DTYPES or why_not() is not None:
         return None
     if not library().threaded and torch.get_num_threads() > 1:
         return None
-    weights = [weight for layer in own.layers for weight in _weights(layer)]
-    ends = [own.embed, own.norm.weight, own.head.weight, own.head.bias]
-    if not all(weight is None or _readable(weight) for weight in (*weights, *ends)):
+    products = [own.head, *(product for layer in own.layers for product in layer.products)]
+    if not own.embed.is_contiguous() or not all(map(_readable, products)):
         return None
-    return NativePass(own, inputs, shape, weights, ends)
+    return NativePass(own, inputs, shape)
 
 
-def _weights(layer: Any) -> list[Tensor | None]:
-    """In the order of llama.c."""
-    norms = [norm.weight for norm in layer.norms]
-    products = layer.products
-    return [*(p.weight for p in products), *(p.bias for p in products), *norms, *[None] * (4 - len(norms))]
-
-
-def _readable(weight: Tensor) -> bool:
+def _readable(product: Product) -> bool:
     """Row by row from its address on (its shape is `Parameters.fits`'s business)."""
-    return weight.dtype == torch.float32 and weight.is_contiguous()
+    return product.packed is not None or product.weight.is_contiguous()
+
+
+def _weight(product: Product) -> structures.Weight:
+    """See weights.h."""
+    packed = product.packed
+    if packed is None:
+        return structures.Weight(product.weight.data_ptr(), None, None, _FORMATS.index(product.weight.dtype), 0)
+    parts = map(_address, (packed.codes, packed.scales, packed.offsets))
+    return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
+
+
+def _vectors(layer: Any) -> list[Tensor | None]:
+    """In the order of model.h."""
+    norms = [norm.weight for norm in layer.norms]
+    return [*(product.bias for product in layer.products), *norms, *[None] * (4 - len(norms))]
 
 
 class NativePass:
     """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it."""
 
-    def __init__(
-        self,
-        own: Parameters,
-        inputs: Inputs,
-        shape: Shape,
-        weights: Sequence[Tensor | None],
-        ends: Sequence[Tensor | None],
-    ):
+    def __init__(self, own: Parameters, inputs: Inputs, shape: Shape):
         self.own, self._inputs, self._shape = own, inputs, shape
-        self._call = library().call
+        self._call, self._dtype = library().calls[own.embed.dtype], own.embed.dtype
         self._places = [layer.index for layer in own.layers]
-        self._pointers = (structures.Pointer * len(weights))(*map(_address, weights))
-        scales = (own.norm.epsilon, own.layers[0].scaling)
+        weights = [_weight(product) for layer in own.layers for product in layer.products]
+        vectors = [vector for layer in own.layers for vector in _vectors(layer)]
+        # Norms and biases are few: in float32, which holds every number of the model's dtype.
+        self._floats = [
+            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.weight, own.head.bias)
+        ]
+        *pointers, norm, bias = map(_address, self._floats)
+        self._prepares = any(weight.format in _PREPARED for weight in (*weights, _weight(own.head)))
+        self._weights = (structures.Weight * len(weights))(*weights)
+        self._pointers = (structures.Pointer * len(pointers))(*pointers)
         self._model = structures.Model(
-            *shape, len(own.embed), ctypes.addressof(self._pointers), *map(_address, ends), *scales
+            *(*shape, len(own.embed), ctypes.addressof(self._weights), ctypes.addressof(self._pointers)),
+            *(own.embed.data_ptr(), norm, bias, _weight(own.head), own.norm.epsilon, own.layers[0].scaling),
         )
         self._kv = (structures.Pointer * (2 * shape.layers))()
         self._wanted = (structures.Pointer * (shape.layers + 1))()
         self._tickets = torch.zeros(10 * shape.layers + 3, dtype=torch.int64)
         self._like = own.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
-        self._angles = self._like.new_empty(0)
+        self._angles = _floats(0)
         self._room, self._threads = (0, 0, 0), 0
         self._pass = structures.Pass()
         self._pass.keys = ctypes.addressof(self._kv)
@@ -165,19 +181,19 @@ class NativePass:
         ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
         if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
             if len(self._angles) < read:
-                self._angles = self.own.angle_table(self._like, read)
+                self._angles = self.own.angle_table(self._like, read).float()
             angles, places = self._angles, None
         else:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
             angles, places = self.own.angles(self._like, positions, read)
-            places = places.contiguous()
+            angles, places = angles.float(), places.contiguous()
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
-        logits = self._like.new_empty(len(kept), shape.vocab)
+        logits = _floats(len(kept), shape.vocab)
         wanted = parts[0].wanted(shape.layers)
-        features = [self._like.new_empty(tokens, shape.hidden) for _ in wanted]
+        features = [_floats(tokens, shape.hidden) for _ in wanted]
         for layer, states in zip(wanted, features, strict=True):
             self._wanted[layer] = states.data_ptr()
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
@@ -189,7 +205,7 @@ class NativePass:
         if wrong:
             token = int(ids[wrong - 1])
             raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self.own.embed)} rows")
-        return outputs(logits, features, parts)
+        return outputs(logits.to(self._dtype), [states.to(self._dtype) for states in features], parts)
 
     def _rows(
         self, parts: Sequence[Part], layouts: Sequence[Layout]
@@ -203,7 +219,7 @@ class NativePass:
             (count, width), read, table, mask = part.tokens.shape, part.write.read, layout.table, None
             kept.append(_kept(part.tokens.shape, part.kept[1], first))
             if part.nodes is not None:
-                mask = self._inputs.of(part)[1]
+                mask = self._inputs.of(part, torch.float32)[1]
                 masks.append(mask)
             at = 0 if mask is None else mask.data_ptr()
             step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()
@@ -232,12 +248,17 @@ class NativePass:
         wide = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         own = max(max(_QUERIES, shape.heads // shape.kv_heads) * (read + _ROOM), tokens * _ROOM) + _ROOM
         sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
-        self._floats = [self._like.new_empty(tokens * size + _ROOM) for size in sizes]
-        self._floats.append(self._like.new_empty(own * threads))
+        self._states = [_floats(tokens * size + _ROOM) for size in sizes]
+        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self._prepares else 0
+        self._states += [_floats(own * threads), _floats(run.room_size * threads)]
         self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, tokens, 2 * tokens)]
-        run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own = map(_address, self._floats)
+        run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own, run.room = map(_address, self._states)
         run.seen, run.counts, run.leads, run.row_of, run.groups = map(_address, self._words)
         run.own_size = own
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:

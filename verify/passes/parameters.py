@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
+from specdec.verify.packed import Packed, PackedLinear
 from specdec.verify.passes.linear import Form, few_row_form
 from specdec.verify.stock import is_stock
 
@@ -35,11 +36,14 @@ class Shape(NamedTuple):
 class Linear:
     """`x @ weight.T + bias` of `[count, in]` by the form that is fastest for that many rows."""
 
-    __slots__ = ("bias", "forms", "transposed", "weight", "weights")
+    __slots__ = ("bias", "forms", "shape", "transposed", "weight", "weights")
+
+    packed: Packed | None = None
 
     def __init__(self, layer: nn.Linear, weights: list[Tensor]):
         bias: Tensor | None = layer.bias  # declared a Tensor, but None where a layer has none
         self.weight, self.bias = layer.weight.detach(), None if bias is None else bias.detach()
+        self.shape = tuple(self.weight.shape)
         self.transposed = self.weight.t()
         self.weights = weights
         self.forms: dict[int, Form] = {}
@@ -54,16 +58,41 @@ class Linear:
         return torch.mm(x, self.transposed) if form is F.linear else form(x, self.weight)
 
 
+class PackedProduct:
+    """The same of a weight in few bits, as its layer computes it.
+
+    integer: see `PackedLinear`.
+    """
+
+    __slots__ = ("_layer", "bias", "integer", "packed", "shape")
+
+    weight = None
+
+    def __init__(self, layer: PackedLinear):
+        self._layer, self.packed, self.integer = layer, layer.packed, layer.integer
+        self.shape, self.bias = self.packed.shape, None if layer.bias is None else layer.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._layer(x)
+
+
+Product = Linear | PackedProduct
+
+
+def _product(layer: Any, weights: list[Tensor]) -> Product:
+    return PackedProduct(layer) if isinstance(layer, PackedLinear) else Linear(layer, weights)
+
+
 class Layer:
     """One decoder layer's parameters."""
 
     def __init__(self, layer: Any, weights: list[Tensor]):
         attention, mlp = layer.self_attn, layer.mlp
         self.q, self.k, self.v, self.o = (
-            Linear(getattr(attention, name), weights) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            _product(getattr(attention, name), weights) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
         self.gate, self.up, self.down = (
-            Linear(getattr(mlp, name), weights) for name in ("gate_proj", "up_proj", "down_proj")
+            _product(getattr(mlp, name), weights) for name in ("gate_proj", "up_proj", "down_proj")
         )
         self.before, self.after = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.normed = hasattr(attention, "q_norm")
@@ -73,14 +102,14 @@ class Layer:
         self.heads = attention.head_dim, attention.num_key_value_groups
 
     @property
-    def products(self) -> tuple[Linear, ...]:
+    def products(self) -> tuple[Product, ...]:
         return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
 
     @property
     def alike(self) -> tuple[Any, ...]:
         """What a kernel for all layers takes for granted."""
         epsilons = {norm.epsilon for norm in self.norms}
-        return self.scaling, epsilons, [product.weight.shape for product in self.products], self.normed
+        return self.scaling, epsilons, [product.shape for product in self.products], self.normed
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -112,7 +141,7 @@ class Parameters:
         self.layers = [Layer(layer, weights) for layer in inner.layers[: config.num_hidden_layers]]
         self.embed = inner.embed_tokens.weight.detach()
         self.norm, self._rotary = Norm(inner.norm), inner.rotary_emb
-        self.head = Linear(model.lm_head, weights)
+        self.head = _product(model.lm_head, weights)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = inner.layers[0].self_attn.head_dim
         self._frequencies = inner.rotary_emb.inv_freq
@@ -151,22 +180,20 @@ class Parameters:
             _plain(tensor, shape, self.embed.dtype) for tensor, shape in self._read()
         )
 
-    def _read(self) -> Iterator[tuple[Tensor | None, tuple[int, ...]]]:
+    def _read(self) -> Iterator[tuple[Tensor | Packed | None, tuple[int, ...]]]:
         """Every parameter, and the shape it should have."""
-        (known, hidden), vocab = self.embed.shape, len(self.head.weight)
+        (known, hidden), vocab = self.embed.shape, self.head.shape[0]
         own, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         for layer in self.layers:
-            inner = len(layer.gate.weight)
+            inner = layer.gate.shape[0]
             sizes = [(own, hidden), (kv, hidden), (kv, hidden), (hidden, own), *[(inner, hidden)] * 2, (hidden, inner)]
             for product, (outputs, inputs) in zip(layer.products, sizes, strict=True):
-                yield product.weight, (outputs, inputs)
-                yield product.bias, (outputs,)
+                yield from _of(product, outputs, inputs)
             for norm, width in zip(layer.norms, (hidden, hidden, self.head_dim, self.head_dim), strict=False):
                 yield norm.weight, (width,)
         yield self.embed, (known, hidden)
         yield self.norm.weight, (hidden,)
-        yield self.head.weight, (vocab, hidden)
-        yield self.head.bias, (vocab,)
+        yield from _of(self.head, vocab, hidden)
 
     @property
     def shape(self) -> Shape | None:
@@ -174,8 +201,8 @@ class Parameters:
         first = self.layers[0]
         if any(other.alike != first.alike for other in self.layers) or first.alike[1] != {self.norm.epsilon}:
             return None
-        inner, hidden = first.gate.weight.shape
-        sizes = (self.heads, self.kv_heads, self.head_dim, inner, len(self.head.weight))
+        inner, hidden = first.gate.shape
+        sizes = (self.heads, self.kv_heads, self.head_dim, inner, self.head.shape[0])
         return Shape(len(self.layers), hidden, *sizes)
 
     def angles(self, like: Tensor, positions: Tensor, read: int) -> tuple[Tensor, Tensor]:
@@ -199,10 +226,17 @@ class Parameters:
         return torch.cat([cos[0], _signed(sin[0])], dim=-1)
 
 
-def _plain(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a parameter, if there is one, is numbers in memory, of this shape and dtype."""
+def _of(product: Product, outputs: int, inputs: int) -> Iterator[tuple[Tensor | Packed | None, tuple[int, ...]]]:
+    yield product.weight if product.packed is None else product.packed, (outputs, inputs)
+    yield product.bias, (outputs,)
+
+
+def _plain(tensor: Tensor | Packed | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a parameter, if there is one, is numbers in memory, of this shape and dtype (or in few bits)."""
     if tensor is None:
         return True
+    if isinstance(tensor, Packed):  # which looks at its own parts
+        return tensor.shape == shape and tensor.device.type == "cpu"
     stored = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
     return stored and tensor.dtype == dtype and tuple(tensor.shape) == shape and not tensor.is_neg()
 

@@ -67,7 +67,8 @@ def speed_by_k(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def pareto(axes: Any, cells: Sequence[CellStats], title: str) -> None:
-    """Tokens per step against the time of a step, with lines of equal speed; the upper left edge is drawn."""
+    """Tokens per step, with their interval, against the time of a step, and lines of equal speed; the upper left edge
+    is drawn."""
     points = [(sum(stats.ms), stats.tokens_per_step.value, stats) for stats in cells]
     if not points:
         return
@@ -84,8 +85,9 @@ def pareto(axes: Any, cells: Sequence[CellStats], title: str) -> None:
     edge.sort()
     axes.plot([p[0] for p in edge], [p[1] for p in edge], color=GREY, linewidth=1, linestyle=":", zorder=1)
     for x, y, stats in points:
-        axes.scatter(x, y, color=colour(names.index(str(stats.cell.setting))), s=34, zorder=2,
-                     marker=MARKERS[rules.index(stats.cell.rule) % 8])  # fmt: skip
+        axes.errorbar(x, y, yerr=stats.tokens_per_step.half_width, color=colour(names.index(str(stats.cell.setting))),
+                      marker=MARKERS[rules.index(stats.cell.rule) % 8], markersize=6, elinewidth=0.7, capsize=1.5,
+                      zorder=2)  # fmt: skip
     handles = [axes.scatter([], [], color=colour(i), s=30, label=name) for i, name in enumerate(names)]
     handles += [axes.scatter([], [], color=GREY, s=30, marker=MARKERS[i % 8], label=r) for i, r in enumerate(rules)]
     axes.set_xlim(0, widest)
@@ -164,12 +166,16 @@ def heat(axes: Any, values: np.ndarray, rows: Sequence[str], columns: Sequence[s
 
 
 def by_output(axes: Any, runs: Runs, cells: Sequence[CellStats], title: str) -> None:
-    """Tokens per step by where in the output the step began."""
+    """Tokens per step by where in the output the step began, with intervals over prompts."""
+    highest = 2.0
     for number, stats in enumerate(cells):
         bins = [entry for entry in runs.by_output_position(stats.cell) if entry[2] >= 5]
-        axes.plot([at for at, _, _ in bins], [mean for _, mean, _ in bins], marker=MARKERS[number % 8], markersize=4,
-                  color=colour(number), linewidth=1.2, label=f"{stats.cell.setting} ({stats.cell.rule})")  # fmt: skip
-    highest = max((mean for stats in cells for _, mean, _ in runs.by_output_position(stats.cell)), default=2.0)
+        means = [mean.value for _, mean, _ in bins]
+        highest = max(highest, *means) if means else highest
+        beside = 0.3 * (number - (len(cells) - 1) / 2)  # or intervals of several settings hide each other
+        axes.errorbar([at + beside for at, _, _ in bins], means, yerr=[mean.half_width for _, mean, _ in bins],
+                      marker=MARKERS[number % 8], markersize=4, color=colour(number), linewidth=1.2, elinewidth=0.7,
+                      capsize=1.5, label=f"{stats.cell.setting} ({stats.cell.rule})")  # fmt: skip
     axes.set_ylim(1.0, 1.0 + (1.1 + 0.08 * len(cells)) * (highest - 1.0))  # room for the legend above the lines
     _dress(axes, title, "output position (bins of 16)", "tokens per step")
     _legend(axes, "upper left")

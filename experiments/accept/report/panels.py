@@ -58,7 +58,8 @@ def panels(runs: Runs, logs: Logs) -> list[Panel]:
     if every:
         found.append(Panel(
             "What a step costs and gives", "Up and left is better; grey lines are equal speeds, the dotted line joins "
-            "the settings that no other beats on both axes. Prompts are left out of these times.",
+            "the settings that no other beats on both axes, whiskers are 95 % intervals over prompts. Prompts are left "
+            "out of these times.",
             3.9 * len(temperatures),
             lambda figure: _stacked(figure, temperatures, every),
         ))  # fmt: skip
@@ -79,7 +80,7 @@ def panels(runs: Runs, logs: Logs) -> list[Panel]:
                            lambda figure: _domains(figure, runs, usual)))  # fmt: skip
     if every:
         found.append(Panel(
-            "By output position", "Does acceptance change along the text?", 3.4,
+            "By output position", "Does acceptance change along the text? Whiskers: 95 % intervals over prompts.", 3.4,
             side_by_side(lambda axes, t: figures.by_output(axes, runs, first[t], f"T = {t:g}")),
         ))  # fmt: skip
     return found

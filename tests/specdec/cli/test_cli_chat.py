@@ -62,6 +62,9 @@ def test_text_mode_continues_one_growing_text(tiny_pair: Path, calls: list[dict[
     assert calls[1]["input_ids"].tolist() == [ids]
     assert CACHE_KEYWORD not in calls[0]
     assert calls[1][CACHE_KEYWORD] is not None, "the K/V of the first turn is used again"
+    said = chat(tiny_pair, ["first line", "second", "/report"]).stdout
+    held = len(ids) - len(tokenizer("second\n").input_ids) - 1
+    assert f"{len(ids)} prompt tokens, {held} of them reused from the cache: " in said
 
 
 def test_template_mode_sends_the_whole_conversation(tmp_path: Path, calls: list[dict[str, Any]]) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.cli.waiting import WAITING, Spinner, spinner
 from specdec.planner import factory
 from specdec.planner.store import CostStore
-from specdec.verify.first_use import say_first_use
+from specdec.verify.first_use import LOGGER, first_use, levels
 
 SAID = "first use of this model on this machine"
 
@@ -24,9 +28,9 @@ SAID = "first use of this model on this machine"
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has said and measured nothing yet."""
     monkeypatch.setattr(factory, "STORE", CostStore())
-    say_first_use.cache_clear()
+    levels.cache_clear()
     yield
-    say_first_use.cache_clear()
+    levels.cache_clear()
 
 
 def test_the_first_call_says_why_it_takes_longer_and_says_it_once(
@@ -44,6 +48,30 @@ def test_a_call_that_measures_nothing_says_nothing(
     common = ["generate", "--pair", str(tiny_pair), "-p", "abc", "-n", "4", "--device", "cpu", "-k", "2"]
     assert CliRunner().invoke(app, common).exit_code == 0
     assert SAID not in caplog.text
+
+
+def test_in_a_terminal_a_spinner_turns_and_leaves_nothing(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", LOGGER.name)
+    screen = io.StringIO()
+    handler = Spinner(Console(file=screen, force_terminal=True, width=100))
+    LOGGER.addHandler(handler)
+    try:
+        with first_use():
+            while WAITING not in screen.getvalue():
+                time.sleep(0.05)
+        LOGGER.warning("something else")
+    finally:
+        LOGGER.removeHandler(handler)
+    erase = "\x1b[2K"
+    shown = screen.getvalue()
+    assert erase in shown[shown.rindex(WAITING) :]
+    assert shown.endswith("something else\n")
+
+
+def test_without_a_terminal_the_line_is_the_logs(fresh: None, caplog: pytest.LogCaptureFixture) -> None:
+    with spinner(), first_use():
+        assert not [one for one in LOGGER.handlers if isinstance(one, Spinner)]
+    assert SAID in caplog.text
 
 
 def specdec(cache: Path, *arguments: object) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,12 @@ from typer.testing import CliRunner
 
 from specdec.cli import app
 from specdec.cli.options import ModelChoice
+from specdec.experiments.accept.setting import Cell
+from specdec.experiments.accept.setting import Setting as Drafting
+from specdec.experiments.accept.store import Store
 from specdec.pairing import find_pair, pair_names
 from specdec.pairing.export import ENGINES
+from specdec.pairing.roofline import Setting, step_cost
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPT = "def parse(argv):\n    "
@@ -125,6 +130,31 @@ def test_estimate() -> None:
     lookup = ok("pairs", "estimate", "llama-3.1-8b-ngram")
     assert "How often n-grams find anything depends on your texts: no estimate can know it." in lookup
     assert json.loads(ok("pairs", "estimate", "llama-3.1-8b-ngram", "--json"))["hit_rate"].startswith("unknown")
+
+
+def test_estimate_with_a_measured_acceptance(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    store.open({})
+    measured = {("ngram:k=6", "naive"): ([6, 0, 6, 0], [3, 0, 1, 0]), ("model:k=3", "block"): ([3, 2], [3, 0])}
+    for (drafter, rule), (drafted, accepted) in measured.items():
+        turn = {"token_ids": list(range(sum(accepted) + len(accepted))), "drafted": drafted, "accepted": accepted}
+        store.append(
+            "run",
+            {"cell": str(Cell(Drafting.parse(drafter), rule, 1.0)), "prompt": "a", "domain": "a", "turns": [turn]},
+        )
+    common = ("--measured", tmp_path / "run", "--json")
+    (lookup,) = json.loads(ok("pairs", "estimate", "llama-3.1-8b-ngram", *common))["measured"]
+    assert (lookup["drafter"], lookup["rule"], lookup["temperature"]) == ("ngram:k=6", "naive", 1.0)
+    assert (lookup["drafting"], lookup["tokens_per_pass"]) == (0.5, 2.0)
+    pair, setting = find_pair("llama-3.1-8b-1b"), Setting()
+    (model,) = json.loads(ok("pairs", "estimate", "llama-3.1-8b-1b", *common))["measured"]
+    cost = step_cost(pair, setting, 3, 3) + step_cost(pair, setting, 2, 2)
+    assert model["speedup"] == pytest.approx(5 / cost)
+    assert step_cost(pair, setting, 0, 0) == 1.0
+    said = ok("pairs", "estimate", "llama-3.1-8b-ngram", "--measured", tmp_path / "run")
+    assert re.search(r"ngram:k=6 +naive +1 +50% +2\.00 +\d\.\d\dx", said)
+    none = invoke("pairs", "estimate", "llama-3.1-8b-ngram", "--measured", tmp_path)
+    assert (none.exit_code, "expected the folder of a run" in none.stderr) == (2, True)
     assert "DOES NOT FIT" in ok("pairs", "estimate", "llama-3.3-70b-1b", "--device", "rtx4090")
     table = json.loads(ok("pairs", "estimate", "llama-3.1-8b-eagle3", "--json"))
     assert table["label"].startswith("ESTIMATE")

@@ -92,6 +92,11 @@ def test_every_pair_is_exported_in_the_engines_own_names_or_refused(engine: str)
     refused = 0
     for name in pair_names():
         pair = find_pair(name)
+        if pair.target.gguf_file is not None:
+            with pytest.raises(PairError, match="GGUF files are not exported"):
+                export_pair(pair, engine)
+            refused += 1
+            continue
         if engine in CANNOT.get(pair.draft.kind, ()) or (pair.vocabulary == "different" and engine in ONE_VOCABULARY):
             with pytest.raises(PairError, match=rf"cannot be exported to {engine}: .*; (use|export to) "):
                 export_pair(pair, engine)

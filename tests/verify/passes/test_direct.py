@@ -97,6 +97,13 @@ def _hooked(name: str, kind: str) -> Callable[[Any], Any]:
     return lambda model: getattr(model.get_submodule(name), kind)(lambda *args: None)
 
 
+def _trained(model: Any, name: str, value: float) -> None:
+    layer = model.model.layers[1]
+    setattr(layer.self_attn if name == "attention_dropout" else layer, name, value)
+    assert Parameters.of(model) is not None, "in evaluation mode it changes nothing"
+    model.train()
+
+
 def _patched(model: Any) -> None:
     layer = model.model.layers[1].mlp
     layer.forward = lambda x: 2 * type(layer).forward(layer, x)
@@ -108,7 +115,8 @@ def _adapted(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "training": lambda model: model.train(),
+    "dropout": lambda model: _trained(model, "attention_dropout", 0.1),
+    "checkpoints": lambda model: _trained(model, "gradient_checkpointing", True),
     "hook": _hooked("model.layers.1.mlp.down_proj", "register_forward_hook"),
     "pre-hook": _hooked("", "register_forward_pre_hook"),
     "patched forward": _patched,

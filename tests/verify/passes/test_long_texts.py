@@ -55,7 +55,7 @@ def read(forward: Forward, count: int, chunk: int | None = None) -> tuple[Any, t
 def test_the_measurement_decides(slower: bool, widths: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def seconds(own: Parameters, slots: int, runners: Any) -> list[float]:
+    def seconds(own: Parameters, width: int, slots: int, runners: Any) -> list[float]:
         asked.append(slots)
         return [2.0, 1.0] if slower else [1.0, 1.04]
 
@@ -65,16 +65,35 @@ def test_the_measurement_decides(slower: bool, widths: dict[str, list[int]], mon
     _, logits = read(Forward(model, "target"), 700)
     if slower:
         assert widths == {"native": [3], "direct": [700]}
+        assert asked == [512]  # of the text's beginning
     else:
         assert widths == {"native": [512, 188, 3], "direct": []}
-    assert asked == [512, 1024]
+        assert asked == [512, 1024]
+    before = list(asked)
     read(Forward(model, "target"), 700)
-    assert asked == [512, 1024]  # once a process
+    assert asked == before  # once a process
     read(Forward(model, "target"), 100)
     assert widths["native"][-2:] == [100, 3]
     with torch.no_grad():
         wanted = model(models.prompts((703,), models.VOCAB, 1)[0]).logits[:, -3:]
     torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_text_is_measured_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning without a mask, as it is read; what follows by what the token in its middle sees."""
+    asked: list[tuple[int, int]] = []
+
+    def seconds(own: Parameters, width: int, slots: int, runners: Any) -> list[float]:
+        asked.append((width, slots))
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(pace, "_seconds", seconds)
+    monkeypatch.setattr(pace, "_slower", {})
+    own = Parameters.of(models.target("llama-gqa", "fp32"))
+    assert own is not None
+    for tokens, read in ((127, 127), (600, 600), (4096, 4096), (512, 1024), (2048, 4096), (512, 4096)):
+        pace.native_is_slower(own, tokens, read, lambda _: [])
+    assert asked == [(512, 512), (1024, 1024), (512, 1024), (512, 4096)]
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("[enforce fail] can't allocate memory"), torch.OutOfMemoryError()])
@@ -110,7 +129,7 @@ def test_both_ways_are_really_timed() -> None:
             ran.append((self.name, part.tokens.shape[1], part.write.read))
             return direct
 
-    times = pace._seconds(own, 2048, lambda first: [Timed("a"), Timed("b")] if len(first.layers) == 1 else [])
+    times = pace._seconds(own, 512, 2048, lambda first: [Timed("a"), Timed("b")] if len(first.layers) == 1 else [])
     assert ran == [("a", 512, 2048), ("b", 512, 2048)] * 2
     assert all(time > 0 for time in times)
     assert len(own.layers) > 1

@@ -17,6 +17,8 @@ from specdec.kv.versions import CACHE_KEYWORD, cache_of
 from specdec.verify.passes import native
 from specdec.verify.passes.parameters import Parameters
 
+IDS = models.prompts((6,), models.VOCAB, 3)[0]
+
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_storage_of_another_kind_is_refused(which: int) -> None:
@@ -45,9 +47,8 @@ def test_a_model_of_which_layers_were_removed_decodes() -> None:
     model: Any = copy.deepcopy(models.target("llama-mqa", "fp32"))
     model.model.layers = model.model.layers[:2]  # its configuration still says three
     assert native_of(model) is not None
-    ids = models.prompts((6,), models.VOCAB, 3)[0]
-    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
-    found: Any = specdec.Speculator(model, "ngram", k=2).generate(ids, max_new_tokens=12, do_sample=False)
+    wanted = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    found: Any = specdec.Speculator(model, "ngram", k=2).generate(IDS, max_new_tokens=12, do_sample=False)
     assert found.tolist() == wanted.tolist()
 
 
@@ -119,10 +120,6 @@ def _other_head_size(model: Any) -> None:
     model.model.layers[1].self_attn.head_dim = 4
 
 
-def _training_part(model: Any) -> None:
-    model.model.layers[1].self_attn.train()
-
-
 def _epsilon(model: Any) -> None:
     model.model.layers[1].input_layernorm.variance_epsilon = torch.tensor(1e-6)
 
@@ -136,7 +133,6 @@ MISFITS = {
     "bias in float64": _wide_bias,
     "fewer frequencies": _frequencies,
     "another head size": _other_head_size,
-    "a part in training mode": _training_part,
     "an epsilon that is a tensor": _epsilon,
 }
 """What modules broadcast, compute otherwise or refuse, and a kernel would read wrong."""
@@ -145,6 +141,7 @@ FITTING = {
     "bias that is no parameter": _no_parameter,
     "a transposed weight": _transposed,
     "a bias of every second number": _every_second,
+    "training mode without dropout": lambda m: m.train(),
 }
 
 
@@ -174,6 +171,12 @@ def test_weights_changed_between_calls_are_the_ones_that_count() -> None:
     model: Any = copy.deepcopy(models.target("llama-gqa", "fp32"))
     spec = specdec.Speculator(model, "ngram", k=3)
     same_as_plain(model, spec)
+    before = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)  # writes without torch counting it
+    model(IDS, labels=IDS).loss.backward()
+    optimiser.step()
+    assert not torch.equal(model.generate(IDS, max_new_tokens=12, do_sample=False), before)
+    same_as_plain(model, spec)
     model.resize_token_embeddings(models.VOCAB + 23)
     same_as_plain(model, spec)
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(0, 2, models.VOCAB + 23))
@@ -188,7 +191,6 @@ def test_weights_changed_between_calls_are_the_ones_that_count() -> None:
 
 
 def same_as_plain(model: Any, spec: specdec.Speculator | None = None) -> None:
-    ids = models.prompts((6,), models.VOCAB, 3)[0]
-    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)
-    found: Any = (spec or specdec.Speculator(model, "ngram", k=3)).generate(ids, max_new_tokens=12, do_sample=False)
+    wanted = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    found: Any = (spec or specdec.Speculator(model, "ngram", k=3)).generate(IDS, max_new_tokens=12, do_sample=False)
     assert found.tolist() == wanted.tolist()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +162,19 @@ def test_typical_thresholds_are_checked() -> None:
     for wrong in ({"epsilon": 1.5}, {"delta": -0.1}):
         with pytest.raises(UnsupportedArgumentError, match="0 <= epsilon <= 1 and delta >= 0"):
             kind(**wrong)
+
+
+def test_the_page_of_rules_says_what_each_takes() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "rules.md").read_text()
+    rows = {name: takes for name, takes in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.M)}
+    assert rows.keys() == {"auto", *RULES}
+    kinds = [DraftKind("chain", "deterministic"), DraftKind("chain", "sampled")]
+    kinds += [DraftKind("tree", "deterministic"), DraftKind("tree", "mixed"), DraftKind("tree", "sampled")]
+    said: dict[str, Callable[[DraftKind], bool]] = {
+        "all": lambda kind: True,
+        "all, temperature 0": lambda kind: True,
+        "chains": lambda kind: kind.shape == "chain",
+        "at most one sampled child per node": lambda kind: kind.shape == "chain" or kind.nodes != "sampled",
+    }
+    for name in RULES:
+        assert [make_rule(name).refusal(kind) is None for kind in kinds] == [said[rows[name]](kind) for kind in kinds]
