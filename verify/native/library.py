@@ -58,7 +58,7 @@ def _search() -> _Search:
 
 
 def library() -> Library:
-    """The compiled pass; compiling takes some ten seconds of one core, once per machine and version.
+    """The compiled pass; compiling takes some fifteen seconds of one core, once per machine and version.
 
     Raises:
         Unavailable: switched off, no compiler, or a compiler that fails.
