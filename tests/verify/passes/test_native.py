@@ -23,7 +23,7 @@ from specdec.kv.paged import PagedKVCache
 from specdec.kv.support import num_cache_layers
 from specdec.verify import DraftTree, Topology
 from specdec.verify.native import build, library
-from specdec.verify.passes import native_pass
+from specdec.verify.passes import native
 from specdec.verify.passes.base import Text
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.parameters import Parameters
@@ -61,7 +61,7 @@ def test_as_accurate_as_float32_in_torch(family: str, lengths: tuple[int, ...]) 
 def test_on_processors_with_other_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Vectors of 4 and 8 floats, where this machine may have 16."""
     other = library._load(build.compiled(tmp_path, processor))
-    monkeypatch.setattr(native_pass, "library", lambda: other)
+    monkeypatch.setattr(native, "library", lambda: other)
     test_as_accurate_as_float32_in_torch("qwen3", (7, 3, 5))
     test_a_tokens_bits_depend_on_its_text_alone("llama-gqa")
 

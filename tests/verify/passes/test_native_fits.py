@@ -14,7 +14,7 @@ from ways import forward_by, native_of
 import specdec
 from specdec.kv import CacheStateError, SharedKVCache, TargetFaultError
 from specdec.kv.versions import CACHE_KEYWORD, cache_of
-from specdec.verify.passes import native_pass
+from specdec.verify.passes import native
 from specdec.verify.passes.parameters import Parameters
 
 IDS = models.prompts((6,), models.VOCAB, 3)[0]
@@ -63,7 +63,7 @@ def test_weights_that_do_not_fit_the_configuration_are_left_to_the_modules() -> 
 
 
 def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_pass, "usable_cores", lambda: 2)
+    monkeypatch.setattr(native, "usable_cores", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
@@ -72,7 +72,7 @@ def test_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         assert forward.runners[0]._pass._pass.threads == 2
     finally:
         torch.set_num_threads(before)
-    assert native_pass.usable_cores() == 2
+    assert native.usable_cores() == 2
 
 
 def _bias(model: Any, size: tuple[int, ...]) -> None:

@@ -22,7 +22,7 @@ from ways import forward_by, native_of
 from specdec.kv import SharedKVCache
 from specdec.verify.native import build, library
 from specdec.verify.packed import PackedLinear
-from specdec.verify.passes import native_pass
+from specdec.verify.passes import native
 
 FORMATS: dict[str, Callable[[str], Any]] = {
     "bf16": lambda family: models.target(family, "bf16"),
@@ -134,7 +134,7 @@ def test_integer_products_round_their_tokens() -> None:
 def test_on_processors_with_other_vectors(processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = library._load(build.compiled(tmp_path, processor))
     wanted = {name: run(make("qwen3")) for name, make in FORMATS.items()}
-    monkeypatch.setattr(native_pass, "library", lambda: other)
+    monkeypatch.setattr(native, "library", lambda: other)
     for name, make in FORMATS.items():
         assert error(run(make("qwen3")), wanted[name]) < (0.1 if "bf16" in name else 0.02), name
     test_every_number_of_two_bytes_is_read_as_what_it_is()
