@@ -211,8 +211,8 @@ class NativePass:
     def _rows(
         self, parts: Sequence[Part], layouts: Sequence[Layout]
     ) -> tuple[ctypes.Array[structures.Row], list[Tensor], Tensor, Tensor, int]:
-        """All rows of all parts, the masks whose addresses they hold, which logits are wanted, the ids of all tokens, and
-        how many slots there are."""
+        """All rows of all parts, the masks whose addresses they hold, which logits are wanted, the ids of all tokens,
+        and how many slots there are."""
         rows = (structures.Row * sum([len(part.tokens) for part in parts]))()
         masks, kept, ids = list[Tensor](), list[Tensor](), list[Tensor]()
         index = first = lists = most = 0

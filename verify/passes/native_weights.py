@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.verify.native import structures
 from specdec.verify.native.library import DTYPES, library, why_not
-from specdec.verify.passes.parameters import Parameters, Product
+from specdec.verify.passes.parameters import PackedProduct, Parameters, Product
 
 _FORMATS: tuple[torch.dtype | int, ...] = (torch.float32, torch.bfloat16, torch.float16, 8, 4)
 """Dtypes, and bits of packed weights, in the order of weights.h; then the same bits of integer products."""
@@ -56,14 +56,14 @@ class NativeWeights:
 
 def _readable(product: Product) -> bool:
     """Row by row from its address on (its shape is `Parameters.fits`'s business)."""
-    return product.packed is not None or product.weight.is_contiguous()
+    return isinstance(product, PackedProduct) or product.weight.is_contiguous()
 
 
 def _weight(product: Product) -> structures.Weight:
     """See weights.h."""
-    packed = product.packed
-    if packed is None:
+    if not isinstance(product, PackedProduct):
         return structures.Weight(product.weight.data_ptr(), None, None, _FORMATS.index(product.weight.dtype), 0)
+    packed = product.packed
     parts = map(_address, (packed.codes, packed.scales, packed.offsets))
     return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
 

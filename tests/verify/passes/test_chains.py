@@ -91,18 +91,26 @@ def test_nan_is_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["raw", "penalty"])
 def test_drafts_are_those_of_single_passes(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a batch, with padding; a law that is not the logits is applied level by level."""
-    target = models.target("llama-gqa", "fp32")
+    target: Any = models.target("llama-gqa", "fp32")
     draft = models.noisy_copy(target, 0.1)
     ids, mask = models.prompts((9, 4, 6), models.VOCAB, seed=3)
-    calls = []
-    own = Native.best_chain
-    monkeypatch.setattr(Native, "best_chain", lambda self, *given: calls.append(1) or own(self, *given))
-    call = dict(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, **options)
+    calls, own = list[int](), Native.best_chain
+
+    def counted(self: Native, part: Any, levels: int, vocab: int) -> Tensor:
+        calls.append(levels)
+        return own(self, part, levels, vocab)
+
+    monkeypatch.setattr(Native, "best_chain", counted)
+    call: dict[str, Any] = dict(
+        input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None, **options
+    )
     spec = specdec.Speculator(target, draft, k=4)
-    text, told = spec.generate(**call), spec.report
+    text: Any = spec.generate(**call)
+    told = spec.report
     assert bool(calls) == (not options)
     monkeypatch.setattr(Native, "decodes", property(lambda self: False))
-    again, single = spec.generate(**call), spec.report
+    again: Any = spec.generate(**call)
+    single = spec.report
     assert told is not None
     assert single is not None
     assert torch.equal(text, again)
