@@ -9,6 +9,7 @@ from specdec.drafters.dyspec import DySpec
 from specdec.drafters.guard import DrafterFaultWarning, DrafterNoteWarning, FallbackGuard
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.self_draft import SelfDrafter
 from specdec.drafters.sequoia import best_tree, sequoia_tree
 from specdec.drafters.shapes import TreeShape
 
@@ -22,6 +23,7 @@ __all__ = [
     "FallbackGuard",
     "ModelDrafter",
     "NgramDrafter",
+    "SelfDrafter",
     "Session",
     "TreeShape",
     "best_tree",

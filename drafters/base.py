@@ -158,6 +158,16 @@ class Drafter(ABC):
         """Layers of storage it needs in the shared cache; 0 when it keeps no K/V."""
         return 0
 
+    @property
+    def shares_target_kv(self) -> bool:
+        """Whether its K/V are the target's own, behind which it writes no more than its tail (see `KVCache`)."""
+        return False
+
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether it has K/V of its own, which must catch up with the text."""
+        return self.num_cache_layers > 0 and not self.shares_target_kv
+
     def running(self) -> AbstractContextManager[object]:
         """Entered around a whole call, before `start`: what the drafter needs set up while it may be asked."""
         return nullcontext()

@@ -121,6 +121,10 @@ class FallbackGuard(Drafter):
     def num_cache_layers(self) -> int:
         return self.inner.num_cache_layers
 
+    @property
+    def shares_target_kv(self) -> bool:
+        return self.inner.shares_target_kv
+
     @contextmanager
     def running(self) -> Iterator[None]:
         self._unprepared.clear()

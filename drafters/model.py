@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -74,15 +75,30 @@ class ModelDrafter(Drafter):
         children: str | None = None,
     ):
         self.model = model = check_model(model, "draft")
+        self.temperature = checked_number("temperature of the draft", temperature, 0.0, above=True)
+        self._vocab = int(text_config(model).vocab_size)
+        self._forward = Forward(model, CACHE_NAME)
+        self._context = Context(type(model).__name__, self._forward.num_positions)
+        self._session: Session | None = None
+        self._passes: DraftPasses | None = None
+        self._gumbel: Tensor | None = None
+        self._heat = 1.0
+        self._take_shape(k, tree, children)
+
+    def shaped(self, k: int | None = None, tree: Any = None) -> Self:
+        """The same model and settings, for drafts of another shape."""
+        other = copy.copy(self)
+        other._take_shape(k, tree, None)
+        return other
+
+    def _take_shape(self, k: int | None, tree: Any, children: str | None) -> None:
         if k is not None and tree is not None:
             raise UnsupportedArgumentError(f"expected k or tree, got both k={k} and tree={tree}; k=3 is tree=(1, 1, 1)")
         length = checked_count("k", DEFAULT_K if k is None else k, 1, MOST_NODES)
-        self.temperature = checked_number("temperature of the draft", temperature, 0.0, above=True)
         self.shape = shape_of((1,) * length if tree is None else tree)
         if children is not None and children not in self.shape.modes:
             raise UnsupportedArgumentError(f"children: expected one of {self.shape.modes} here, got {children!r}")
         self.children = self.shape.modes[0] if children is None else children
-        self._vocab = int(text_config(model).vocab_size)
         if self.shape.max_children > self._vocab:
             raise UnsupportedArgumentError(
                 f"tree: expected at most {self._vocab} children per node (the drafter's vocabulary), got "
@@ -90,12 +106,6 @@ class ModelDrafter(Drafter):
             )
         self.max_depth, self.max_nodes = self.shape.max_depth, self.shape.max_nodes
         self._chains = isinstance(self.shape, Static) and self.shape.topology.is_chain
-        self._forward = Forward(model, CACHE_NAME)
-        self._context = Context(type(model).__name__, self._forward.num_positions)
-        self._session: Session | None = None
-        self._passes: DraftPasses | None = None
-        self._gumbel: Tensor | None = None
-        self._heat = 1.0
 
     @property
     def kind(self) -> DraftKind:
@@ -148,8 +158,8 @@ class ModelDrafter(Drafter):
     @torch.no_grad()
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
-        roots, lengths = self._session.rows.roots(), self._session.rows.lengths()
-        idle, budget = self._context.fit(budget, lengths)
+        roots = self._session.rows.roots()
+        idle, budget = self._readable(budget, self._session)
         depth, nodes = min(budget.max_depth, self.max_depth), min(budget.max_nodes, self.max_nodes)
         if min(depth, nodes) < 1:
             return DraftTree.root_only(roots)
@@ -165,6 +175,10 @@ class ModelDrafter(Drafter):
         if grown.slots is not None:
             self._session.cache.place(CACHE_NAME, grown.slots)
         return grown.tree
+
+    def _readable(self, budget: Budget, session: Session) -> tuple[list[bool], Budget]:
+        """Which live rows it cannot read in this step, and the budget without drafts for them."""
+        return self._context.fit(budget, session.rows.lengths())
 
     def _chain(self, roots: Tensor, length: int, mode: str, uniforms: Tensor) -> DraftTree:
         """One token per level: the argmax (mode "top"), else sampled from the drafter's law."""

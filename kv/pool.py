@@ -84,8 +84,14 @@ class KVPool:
                 self.add_model(name, count)
 
     @classmethod
-    def sized(cls, models: Mapping[str, PreTrainedModel], num_bytes: int, page_size: int = DEFAULT_PAGE_SIZE) -> KVPool:
-        """A pool for these models with as many pages as fit `num_bytes`.
+    def sized(
+        cls,
+        models: Mapping[str, PreTrainedModel],
+        num_bytes: int,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        borrows: Mapping[str, str] = MappingProxyType({}),
+    ) -> KVPool:
+        """A pool for these models, and for those that borrow from them, with as many pages as fit `num_bytes`.
 
         A token's bytes are measured by running each model over one token: shapes and dtypes of K/V are the model's own
         business.
@@ -94,7 +100,8 @@ class KVPool:
             UnsupportedArgumentError: not even one page fits, or more than the models' device has memory for.
         """
         layers = {name: num_cache_layers(model) for name, model in models.items()}
-        return cls(layers, pages_within(models, num_bytes, page_size), page_size)
+        layers |= {name: layers[owner] for name, owner in borrows.items()}
+        return cls(layers, pages_within(models, num_bytes, page_size), page_size, borrows=borrows)
 
     def add_model(self, name: str, num_layers: int) -> None:
         """One more model over the same sequences; it lags behind all of them."""

@@ -28,6 +28,7 @@ _EXPORTS = {
     "BestFirst": "specdec.drafters",
     "DySpec": "specdec.drafters",
     "Budget": "specdec.drafters",
+    "SelfDrafter": "specdec.drafters",
     "Session": "specdec.drafters",
     "DraftKind": "specdec.verify.draft_kind",
     "DraftTree": "specdec.verify.tree",
@@ -58,6 +59,7 @@ __all__ = [
     "NgramDrafter",
     "QueueFullError",
     "RequestFaultError",
+    "SelfDrafter",
     "Session",
     "SpecReport",
     "SpecdecError",
@@ -76,7 +78,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from specdec.drafters import BestFirst, Budget, Drafter, DySpec, ModelDrafter, NgramDrafter, Session
+    from specdec.drafters import BestFirst, Budget, Drafter, DySpec, ModelDrafter, NgramDrafter, SelfDrafter, Session
     from specdec.engine import Engine, EngineClosedError, EngineFaultError, QueueFullError, RequestFaultError
     from specdec.kv.errors import SpecdecError, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
     from specdec.lab.check import check

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, SelfDrafter
+from specdec.drafters.self_draft.forms import PREFIX
 from specdec.forks import settle
 from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model
 from specdec.kv.limits import MOST_NODES, checked_count
@@ -18,6 +19,11 @@ from specdec.kv.wrappers import unwrapped
 from specdec.pairing.loading import default_device, load_model, load_tokenizer
 from specdec.planner.options import longest_chain, make_options
 from specdec.verify.strict_mode import DEFAULT_WIDTH, StrictMode
+
+SELF = "self"
+"""The target drafts for itself, in whichever form."""
+PLANNED_FORMS = ("self:int8", "self:int4")
+"""Forms the planner chooses from where none is named; without a planner it is the first."""
 
 OneDraft = PreTrainedModel | Drafter | str | Path
 Draft = OneDraft | Sequence[OneDraft] | None
@@ -82,7 +88,8 @@ def make_draft(
         )
     if not several and (draft is None or tree is not None or isinstance(k, int) or _as_it_is(draft, k)):
         return make_drafter(draft, target, k, tree)
-    given: Any = draft if several else [draft]
+    chosen_from: Any = draft if several else [draft]
+    given: Any = [form for one in chosen_from for form in _forms(one)]
     drafters = [make_drafter(one, target, None, None) for one in given]
     chosen = [
         one if isinstance(source, Drafter) else longest_chain(one, most_nodes)
@@ -90,6 +97,11 @@ def make_draft(
         if one is not None
     ]
     return make_options(chosen, rule, most_nodes)
+
+
+def _forms(draft: Any) -> Sequence[Any]:
+    """What a planner chooses from where it is given `draft`."""
+    return PLANNED_FORMS if isinstance(draft, str) and draft == SELF else [draft]
 
 
 def _as_it_is(draft: Any, k: Any) -> bool:
@@ -113,12 +125,14 @@ def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Draf
         if tree is not None:
             raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
         return NgramDrafter() if k is None else NgramDrafter(k=k)
+    if isinstance(draft, str) and (draft == SELF or draft.startswith(PREFIX)):
+        return SelfDrafter(target, PLANNED_FORMS[0] if draft == SELF else draft, k=k, tree=tree)
     if isinstance(draft, (str, Path)):
         draft = load_model("draft", str(draft), target.dtype, target.device)
     draft = unwrapped(draft, "draft")
     if not isinstance(draft, PreTrainedModel):
         raise UnsupportedArgumentError(
-            "draft: expected a PreTrainedModel, a Drafter, 'ngram', a path or hub id, a list of such, or None, got "
-            f"{type(draft).__name__}"
+            "draft: expected a PreTrainedModel, a Drafter, 'ngram', 'self', a path or hub id, a list of such, or None, "
+            f"got {type(draft).__name__}"
         )
     return ModelDrafter(draft, k=k, tree=tree)

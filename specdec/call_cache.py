@@ -36,12 +36,13 @@ def make_cache(
     if drafter is not None and drafter.num_cache_layers:
         layers[CACHE_NAME] = drafter.num_cache_layers
     leaders = rows.batch_size // request.repeats
+    borrows = {CACHE_NAME: TARGET} if drafter is not None and drafter.shares_target_kv else {}
     if page_size is not None:
-        return PagedKVCache.fresh(layers, leaders, page_size)
+        return PagedKVCache.fresh(layers, leaders, page_size, borrows)
     limit = request.criteria.max_length
     most = None if limit is None else limit + tail
     slots = max(rows.num_tokens) + max(INITIAL_SLOTS, tail)  # room to speak before the first growth
-    return SharedKVCache(layers, leaders, slots if most is None else min(slots, most), most)
+    return SharedKVCache(layers, leaders, slots if most is None else min(slots, most), most, borrows)
 
 
 def read_prompts(passes: TargetPasses, rows: Rows, request: Request) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specdec.drafters import Drafter
+from specdec.drafters import Drafter, SelfDrafter
 from specdec.planner.options import Options
 
 
@@ -21,7 +21,10 @@ def drafter_words(drafter: Drafter | None) -> str:
         return "none (plain decoding)"
     if isinstance(drafter, Options):
         return f"{drafter.name}, planned step by step"
+    tree = f" in {drafter.max_depth} levels" if drafter.max_nodes > drafter.max_depth else ""
+    if isinstance(drafter, SelfDrafter):
+        size = f"{drafter.copy.num_bytes / 1e6:.1f} MB more" if drafter.copy.num_bytes else "no memory more"
+        return f"{drafter.name} ({drafter.form.words}, {size}), up to {drafter.max_nodes} tokens a step{tree}"
     model = getattr(drafter, "model", None)
     name = drafter.name if model is None else f"{drafter.name} ({model_words(model)})"
-    tree = f" in {drafter.max_depth} levels" if drafter.max_nodes > drafter.max_depth else ""
     return f"{name}, up to {drafter.max_nodes} tokens a step{tree}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial, wraps
 from time import perf_counter
 from typing import Any, ParamSpec, TypeVar
@@ -176,6 +177,8 @@ class DecodeLoop(Batch):
             budget = Budget(depth_limits(self.drafter.max_depth, left), self.drafter.max_nodes)
         else:
             budget = self.planner.budget(live, left, self.rows.lengths())
+        if step == 0 and self.drafter.shares_target_kv:  # there is none of the prompt yet: this step's pass writes it
+            budget = replace(budget, depths=(0,) * len(live))
         return self.propose(budget, step)
 
     @timed("verify")
@@ -220,7 +223,7 @@ class DecodeLoop(Batch):
         report = self.report
         report.ms_prefill, report.ms_total = self.ms.pop("prefill"), self.ms.pop("total")
         report.kv_bytes = self.cache.num_bytes()
-        report.kv_models = 1 + (self.drafter is not None and self.drafter.num_cache_layers > 0)
+        report.kv_models = 1 + (self.drafter is not None and self.drafter.keeps_kv)
         if self.plain is not None:
             report.processor_calls, report.processor_ms = self.plain.num_calls, self.plain.ms
         if self.drafter is not None:

@@ -40,8 +40,9 @@ class Speculator:
     Args:
         target: any decoder-only `transformers` causal LM with a rollback-capable K/V cache, also as a `PeftModel` or
             as what `torch.compile(model)` returns (the model inside runs, uncompiled), or a path or hub id to load.
-        draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), a path or hub id to load,
-            a list of such (at most one model), or None (plain decoding on the same loop).
+        draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), "self" (the target itself, as
+            a cheaper copy; "self:int8" and others name its form, docs/self-drafts.md), a path or hub id to load, a list
+            of such (at most one model), or None (plain decoding on the same loop).
         k: length of drafted chains. Left out (or "auto", for a `Drafter` object), every step is planned: with which
             drafter, how deep, or plainly where drafts do not pay (docs/planner.md).
         tree: instead of k, children per level, e.g. `(3, 2, 1)`, a `Topology`, a list of paths, or a growth policy

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -29,18 +30,20 @@ def cache_folder() -> Path | None:
     return folder
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whoever else writes it and whenever this process ends.
+@contextmanager
+def writing_whole(path: Path) -> Iterator[Path]:
+    """Inside the block a file is written, whose name is yielded; then `path` is that file. It is there whole or not at
+    all, whoever else writes it and whenever this process ends.
 
     Raises:
         OSError: no room, no permission; nothing is left behind then.
     """
     part: str | None = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=PART, delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PART, delete=False) as file:
             part = file.name
-            file.write(text)
-            file.flush()
+        yield Path(part)
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
@@ -48,3 +51,9 @@ def write_whole(path: Path, text: str) -> None:
             with suppress(OSError):
                 os.unlink(part)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by `writing_whole`."""
+    with writing_whole(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 _WHAT = {
     "cost table": re.compile(r"costs-[0-9a-f]{24}\.json"),
+    "packed copy": re.compile(r"packed-[0-9a-f]{24}\.safetensors"),
     "compiled pass": re.compile(r"native/[0-9a-f]{24}\.so(\.sum)?"),
     "model": re.compile(r"models/[0-9a-f]{24}/[\w.-]+"),
     "left over": re.compile(r"tmp\w+\.part|(native|models)/building-\w+/[\w.-]+"),

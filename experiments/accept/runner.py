@@ -129,7 +129,7 @@ def _work(options: AcceptOptions, models: Models, store: Store, units: list[Unit
 
     @cache
     def speculator(setting: Setting, rule: str) -> Speculator:
-        return Speculator(models.target, setting.build(models.draft_model), rule=rule)
+        return Speculator(models.target, setting.build(models.draft_model, models.target), rule=rule)
 
     writer = Cell(options.parsed_settings()[0], "auto", 0.0) if options.parsed_settings() else None
     warm: set[str] = set()

@@ -14,9 +14,13 @@ _FIELDS = {
     "none": (),
     "model": ("k", "tree", "children"),
     "ngram": ("k", "branches"),
+    "self": ("form", "k", "tree", "children"),
     "best-first": ("depth", "top_k", "num_nodes"),
 }
-EXAMPLES = "none, model:k=4, model:tree=3,2,1:children=sampled, ngram:k=6, best-first:depth=4:top_k=4:num_nodes=15"
+EXAMPLES = (
+    "none, model:k=4, model:tree=3,2,1:children=sampled, ngram:k=6, self:int8:k=4, "
+    "best-first:depth=4:top_k=4:num_nodes=15"
+)
 
 COMPARED: dict[tuple[str, str], tuple[str, ...]] = {
     ("chain", "sampled"): ("block", "rejection", "coupled", "naive"),
@@ -32,7 +36,8 @@ COMPARED: dict[tuple[str, str], tuple[str, ...]] = {
 class Setting:
     """A drafter and its shape.
 
-    kind: "none" (plain decoding), "model", "ngram" or "best-first". fields: its options as (name, value) pairs.
+    kind: "none" (plain decoding), "model", "ngram", "self" (the target itself) or "best-first". fields: its options as
+    (name, value) pairs.
     """
 
     kind: str
@@ -51,6 +56,10 @@ class Setting:
         if kind not in _FIELDS:
             raise ExperimentError(f"setting: expected one like {EXAMPLES}; got {text!r}")
         fields: dict[str, Any] = {}
+        if kind == "self":
+            if not parts or "=" in parts[0]:
+                raise ExperimentError(f"setting {text!r}: expected the form of the target first, as in self:int8:k=4")
+            fields["form"] = parts.pop(0)
         for part in parts:
             name, _, value = part.partition("=")
             if name not in _FIELDS[kind] or name in fields:
@@ -67,7 +76,8 @@ class Setting:
 
     def __str__(self) -> str:
         shown = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in self.fields}
-        return ":".join([self.kind, *(f"{name}={value}" for name, value in shown.items())])
+        form = [str(shown.pop("form"))] if "form" in shown else []
+        return ":".join([self.kind, *form, *(f"{name}={value}" for name, value in shown.items())])
 
     def get(self, name: str, default: Any = None) -> Any:
         return dict(self.fields).get(name, default)
@@ -80,7 +90,7 @@ class Setting:
     @property
     def widths(self) -> tuple[int, ...] | None:
         """Children per level of static shapes (a chain of k is k ones), None for others."""
-        return self.get("tree", (1,) * self.get("k", 4)) if self.kind == "model" else None
+        return self.get("tree", (1,) * self.get("k", 4)) if self.kind in ("model", "self") else None
 
     @property
     def mode(self) -> str:
@@ -121,19 +131,21 @@ class Setting:
         """Passes of the draft model per step, at most; n-grams need none."""
         return int(self.get("depth", 7)) if self.kind == "best-first" else len(self.widths or ())
 
-    def build(self, draft: Any) -> Any:
+    def build(self, draft: Any, target: Any = None) -> Any:
         """The Drafter (None for "none"). Imports torch.
 
         Args:
-            draft: the draft model; only "model" and "best-first" look at it.
+            draft: the draft model; only "model" and "best-first" look at it. target: only "self" does.
         """
-        from specdec.drafters import BestFirst, ModelDrafter, NgramDrafter
+        from specdec.drafters import BestFirst, ModelDrafter, NgramDrafter, SelfDrafter
 
         fields: dict[str, Any] = dict(self.fields)
         if self.kind == "none":
             return None
         if self.kind == "ngram":
             return NgramDrafter(**fields)
+        if self.kind == "self":
+            return SelfDrafter(target, **fields)
         if draft is None:
             raise ExperimentError(f"setting {self}: needs a draft model; give --pair or --draft")
         if self.kind == "best-first":

@@ -65,9 +65,14 @@ def specdec_ngram(k: int, branches: int) -> Way:
     return _specdec("ngram", f"k{k}-b{branches}", lambda models: NgramDrafter(k=k, branches=branches))
 
 
+def specdec_self(form: str, k: int) -> Way:
+    """The target drafts for itself, chains of k."""
+    return _specdec("self", f"{form}-k{k}", lambda models: f"self:{form}", k=k)
+
+
 def specdec_planned(drafts: str) -> Way:
-    """As it is by default: which drafter, and how deep, is planned step by step. drafts: "model", "model+ngram" or
-    "ngram"."""
+    """As it is by default: which drafter, and how deep, is planned step by step. drafts: such as "model",
+    "model+ngram" or "self:int8+ngram"."""
 
     def draft(models: Models) -> Any:
         found = [models.draft if name == "model" else name for name in drafts.split("+")]
@@ -96,7 +101,9 @@ def all_ways(quick: bool = False, lengths: Sequence[int] = ()) -> list[Way]:
         specdec_none(),
         *(specdec_model(k) for k in lengths or (2, 3, 4, 5, 8)),
         *(specdec_ngram(k, branches) for k in lengths or (5, 10) for branches in (1, 2)),
-        *(specdec_planned(drafts) for drafts in ("model", "model+ngram", "ngram")),
+        *(specdec_self("int8", k) for k in (4, 8)),
+        specdec_self("int4", 4),
+        *(specdec_planned(drafts) for drafts in ("model", "model+ngram", "ngram", "self:int8", "self:int8+ngram")),
         *(llama_cpp(dtype, lookup) for dtype in ("f32", "f16") for lookup in (0, *(lengths or (2, 10)))),
         llama_cpp_file(),
     ]

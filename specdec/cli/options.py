@@ -60,9 +60,9 @@ Draft = Annotated[
     _option(
         "--draft",
         panel=_MODELS,
-        metavar="PATH|ID|ngram|none",
-        help="Drafter: a model with the same tokenizer, prompt lookup, or plain decoding (default: the pair's; with "
-        "--target: ngram).",
+        metavar="PATH|ID|ngram|self|none",
+        help="Drafter: a model with the same tokenizer, prompt lookup, the target itself (self:int8, self:int4), or "
+        "plain decoding (default: the pair's; with --target: ngram).",
     ),
 ]
 PairName = Annotated[
@@ -159,10 +159,10 @@ class ModelChoice:
 
     @property
     def draft(self) -> str | None:
-        """Folder, hub id, "ngram", or None (plain decoding)."""
+        """Folder, hub id, "ngram", "self", "self:int8", or None (plain decoding)."""
         if not self.drafts:
             return None
-        return "ngram" if self.pair.draft.kind == "ngram" else self.pair.location(self.pair.draft)
+        return self.pair.draft.word or self.pair.location(self.pair.draft)
 
     @staticmethod
     def of(

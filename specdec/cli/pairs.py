@@ -112,7 +112,7 @@ def new(
         out.write_text(pair_text(pair), encoding="utf-8")
         typer.echo(f"wrote {out}", err=True)
     for role, part in (("target", pair.target), ("draft", pair.draft)):
-        if part.facts is None and (role == "target" or draft != "ngram"):
+        if part.facts is None and (role == "target" or pair.draft.word is None):
             typer.echo(f"note: no facts about the {role}: it is not on this machine; estimates need them", err=True)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.arguments import Draft, make_drafter
@@ -18,6 +19,10 @@ from specdec.target import TARGET
 
 DEFAULT_BYTES = 512 << 20
 """The pool's size when neither `num_bytes` nor `num_pages` is given."""
+
+
+_DEEPEST = 8
+"""Levels of lists and drafters in which a drafter's models are looked for."""
 
 
 class Pooled(NamedTuple):
@@ -61,8 +66,14 @@ def make_pool(
     """
     layers, models, names = {TARGET: num_cache_layers(target)}, {TARGET: target}, {}
     owner: dict[int, str] = {}
+    borrows: dict[str, str] = {}
     for name, guard in drafters.items():
         if guard is None or not guard.num_cache_layers:
+            continue
+        if guard.shares_target_kv:
+            names[name] = f"draft {name}"
+            layers[names[name]] = guard.num_cache_layers
+            borrows[names[name]] = TARGET
             continue
         model = guard.inner.model if isinstance(guard.inner, ModelDrafter) else None
         if model is None and num_pages is None:
@@ -77,5 +88,26 @@ def make_pool(
             models[own] = model
     if num_pages is not None:
         check_pages(models, num_pages, page_size)
-        return Pooled(KVPool(layers, num_pages, page_size), names)
-    return Pooled(KVPool.sized(models, DEFAULT_BYTES if num_bytes is None else num_bytes, page_size), names)
+        return Pooled(KVPool(layers, num_pages, page_size, borrows=borrows), names)
+    num_bytes = DEFAULT_BYTES if num_bytes is None else num_bytes
+    return Pooled(KVPool.sized(models, num_bytes, page_size, borrows), names)
+
+
+def models_of(drafter: Drafter | None) -> list[nn.Module]:
+    """The models a drafter holds K/V of, by whatever name."""
+    inner = drafter.inner if isinstance(drafter, FallbackGuard) else drafter
+    return [] if inner is None or inner.shares_target_kv else list(_modules(vars(inner), 0))
+
+
+def _modules(thing: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth > _DEEPEST:
+        return
+    elif isinstance(thing, Drafter):
+        yield from _modules(vars(thing), depth + 1)
+    elif isinstance(thing, Mapping):
+        yield from _modules(list(thing.values()), depth + 1)
+    elif isinstance(thing, (list, tuple)):
+        for part in thing:
+            yield from _modules(part, depth + 1)

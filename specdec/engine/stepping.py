@@ -19,12 +19,12 @@ from specdec.engine.lane import Emitted, Lane, Lanes
 from specdec.engine.metrics import Counters
 from specdec.engine.passes import EnginePasses
 from specdec.engine.scheduler import Chunk, Limits, Scheduler
-from specdec.engine.setup import Pooled
+from specdec.engine.setup import Pooled, models_of
 from specdec.engine.task import State, Task
-from specdec.engine.weights import Weights, models_of
 from specdec.kv import SpecdecError
 from specdec.kv.faults import described, from_outside
 from specdec.verify import DraftTree
+from specdec.verify.weights import Weights
 
 
 class Stepping:

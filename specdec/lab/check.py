@@ -117,7 +117,7 @@ def _unplanned(drafter: Drafter | None) -> Drafter | None:
         return drafter
     first = drafter.options[0].drafter
     chains = first.kind is not None and first.kind.shape == "chain"
-    return ModelDrafter(first.model) if isinstance(first, ModelDrafter) and chains else first
+    return first.shaped() if isinstance(first, ModelDrafter) and chains else first
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ class _Run:
     def _audited_drafters(self) -> Iterator[Drafter | None]:
         yield self.drafter
         if isinstance(self.drafter, ModelDrafter) and self.drafter.max_nodes == self.drafter.max_depth:
-            yield ModelDrafter(self.drafter.model, tree=AUDIT_TREE)
+            yield self.drafter.shaped(tree=AUDIT_TREE)
 
     def _sample(self, laws: LawTests, recorder: AcceptanceRecorder) -> None:
         """Alternate over the prompts; the size of a call follows from what calls cost, never from what they showed."""

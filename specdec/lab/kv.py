@@ -58,9 +58,9 @@ class KVAudit(Monitor):
             return
         i = self._rng.randrange(len(loop.rows.live))
         found = [self._snapshot(loop, TARGET, loop.target, i)]
-        inner = getattr(loop.drafter, "inner", None)
-        model = getattr(inner, "model", None)
-        if loop.drafter is not None and loop.drafter.num_cache_layers and model is not None:
+        drafter = loop.drafter
+        model = getattr(getattr(drafter, "inner", None), "model", None)
+        if drafter is not None and drafter.keeps_kv and model is not None:
             found.append(self._snapshot(loop, CACHE_NAME, model, i))
         self._taken[slot : slot + 1] = [found]
 

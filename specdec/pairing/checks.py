@@ -17,6 +17,7 @@ from specdec.pairing.schema import (
     MOST_NODES,
     RULES,
     VOCABULARIES,
+    WITHOUT_MODEL,
     Draft,
     Facts,
     Pair,
@@ -29,6 +30,7 @@ from specdec.pairing.tables import shown
 MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_FORM = re.compile(r"[a-z]+[\d,-]*")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _REVISION = re.compile(r"[^\s\x00-\x1f\x7f-][^\s\x00-\x1f\x7f]*")
@@ -73,12 +75,16 @@ def _drafting(pair: Pair) -> Iterator[str]:
 
 def _models(pair: Pair) -> Iterator[str]:
     yield from _model("[target]", pair, pair.target)
-    if pair.draft.kind != "ngram":
+    if pair.draft.form is not None and (pair.draft.kind != "self" or not _FORM.fullmatch(pair.draft.form)):
+        yield f'[draft] form: expected one such as int8, beside kind = "self" only, got {pair.draft.form!r}'
+    if pair.draft.kind not in WITHOUT_MODEL:
         yield from _model("[draft]", pair, pair.draft)
         return
-    given = [f.name for f in fields(Draft) if f.name != "kind" and getattr(pair.draft, f.name) not in (None, "", False)]
+    own = [f.name for f in fields(Draft) if f.name not in ("kind", "form")]
+    given = [name for name in own if getattr(pair.draft, name) not in (None, "", False)]
     if given:
-        yield f"[draft]: an n-gram drafter has no model; leave out {', '.join(given)}"
+        drafter = "an n-gram drafter" if pair.draft.kind == "ngram" else "a target that drafts for itself"
+        yield f"[draft]: {drafter} has no draft model; leave out {', '.join(given)}"
 
 
 def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:

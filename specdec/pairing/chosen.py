@@ -22,7 +22,8 @@ def chosen_pair(
     Args:
         pair: name, TOML file or folder with target/ and draft/; None: the target, or the default pair.
         target: folder, GGUF file or hub id; what drafts is then "ngram" unless `draft` says otherwise.
-        draft: folder, hub id or "ngram"; None: the pair's own, which alone comes with the pair's settings.
+        draft: folder, hub id, "ngram", "self" or "self:int8"; None: the pair's own, which alone comes with the pair's
+            settings.
         gguf_file: name of a GGUF file in the target's folder or hub repository.
 
     Raises:
@@ -49,7 +50,7 @@ def chosen_pair(
 
 
 def _draft(name: str) -> Draft:
-    return Draft("ngram") if name == "ngram" else Draft("model", **_place("--draft", name))
+    return Draft.named(name) or Draft("model", **_place("--draft", name))
 
 
 def _place(option: str, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from specdec.pairing.errors import PairError
@@ -25,7 +26,7 @@ def new_pair(
     """The pair of `target` with `draft`, checked.
 
     Args:
-        target, draft: hub ids or folders; draft may be "ngram".
+        target, draft: hub ids or folders; draft may be "ngram", "self" or "self:int8".
         name: by default made of the two models' names.
         folder: where its file will lie; paths of models are written relative to it where they can be.
 
@@ -34,15 +35,16 @@ def new_pair(
     """
     base = (folder or Path()).resolve()
     first = Target(*_where(target, base), revision=revision, facts=_facts(target, revision))
-    if draft == "ngram":
-        second = Draft("ngram", revision=draft_revision)
+    own = Draft.named(draft)
+    if own is not None:
+        second = replace(own, revision=draft_revision)
     else:
         second = Draft("model", *_where(draft, base), revision=draft_revision, facts=_facts(draft, draft_revision))
     return checked(
         Pair(
             name=name or pair_name(target, draft),
             summary=f"{_short(draft)} drafts for {_short(target)}"
-            if draft != "ngram"
+            if own is None or own.kind == "self"
             else f"n-grams on {_short(target)}",
             target=first,
             draft=second,

@@ -71,7 +71,7 @@ def runnable_pair(pair: str | Path | Pair) -> Pair:
 def load_pair(
     pair: str | Path | Pair, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedModel | str, Any]:
-    """Load `(target, draft, tokenizer)`; the draft of an n-gram pair is the word "ngram".
+    """Load `(target, draft, tokenizer)`; the draft of a pair without a draft model is a word: "ngram", "self:int8".
 
     Arguments and errors are those of `Speculator.from_pair`.
     """
@@ -79,8 +79,8 @@ def load_pair(
     where = default_device() if device is None else torch.device(device)
     width = pair_dtype(found, where) if dtype is None else dtype
     tokenizer = pair_tokenizer(found)
-    if found.draft.kind == "ngram":
-        return load_part(found, "target", width, where), "ngram", tokenizer
+    if found.draft.word is not None:
+        return load_part(found, "target", width, where), found.draft.word, tokenizer
     check_vocabularies(found, tokenizer)
     return load_part(found, "target", width, where), load_part(found, "draft", width, where), tokenizer
 

@@ -8,9 +8,11 @@ from pathlib import Path
 SCHEMA = 1
 """Version of the format; a file says which one it is written in."""
 
-KINDS = ("model", "ngram", "eagle", "eagle3")
-"""What can draft. specdec itself runs the first two; heads are listed for exports and estimates."""
-RUNNABLE = ("model", "ngram")
+KINDS = ("model", "ngram", "self", "eagle", "eagle3")
+"""What can draft. specdec itself runs the first three; heads are listed for exports and estimates."""
+RUNNABLE = ("model", "ngram", "self")
+WITHOUT_MODEL = ("ngram", "self")
+"""Those that need no model but the target."""
 RULES = (
     "auto", "greedy", "rejection", "block", "naive", "recursive_rejection", "traversal", "budget_flow", "coupled",
     "typical",
@@ -18,7 +20,7 @@ RULES = (
 """Acceptance rules by name (a test holds this to the registry, which imports torch)."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 VOCABULARIES = ("shared", "different")
-DEFAULT_LENGTHS = {"model": 4, "ngram": 10, "eagle": 4, "eagle3": 4}
+DEFAULT_LENGTHS = {"model": 4, "ngram": 10, "self": 4, "eagle": 4, "eagle3": 4}
 """Tokens drafted per step where a pair does not say and nothing measures: what exports write down."""
 NGRAM_MAX = 3
 """Longest n-gram looked up; the library's default."""
@@ -107,7 +109,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Draft:
-    """What drafts: the fields of Target, and `kind` (one of KINDS). An n-gram drafter has no model."""
+    """What drafts: the fields of Target, and `kind` (one of KINDS). N-grams and the target itself have no model.
+
+    form: of the target drafting for itself, e.g. "int8"; None leaves it to the planner.
+    """
 
     kind: str
     model: str | None = None
@@ -117,6 +122,23 @@ class Draft:
     gated: bool = False
     facts: Facts | None = None
     gguf_file: str | None = None
+    form: str | None = None
+
+    @property
+    def word(self) -> str | None:
+        """What the library calls a drafter without a model: "ngram", "self", "self:int8"; None for one that has one."""
+        if self.kind not in WITHOUT_MODEL:
+            return None
+        return self.kind if self.form is None else f"{self.kind}:{self.form}"
+
+    @staticmethod
+    def named(word: str) -> Draft | None:
+        """The drafter of such a word; None for any other."""
+        kind, colon, form = word.partition(":")
+        if kind not in WITHOUT_MODEL or (colon and kind != "self"):
+            return None
+        return Draft(kind, form=form if colon else None)
+
     package: str | None = None
 
 

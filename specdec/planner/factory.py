@@ -20,13 +20,14 @@ from specdec.planner.measure import kept_processors, measure
 from specdec.planner.measuring_planner import measured_depths
 from specdec.planner.options import OptionBudget, Options
 from specdec.planner.row_planner import RowPlanner
-from specdec.planner.store import STORE, describe, fingerprint, machine
+from specdec.planner.store import STORE, describe, machine
 from specdec.report import SpecReport
 from specdec.request import Request
 from specdec.trace import StepTrace
 from specdec.verify.first_use import first_use
 from specdec.verify.purity import callers_code
 from specdec.verify.strict_mode import StrictMode
+from specdec.verify.weights import fingerprint
 
 _EXACT_ROWS = 4
 """Up to so many rows have tables of their own; larger batches share one per size below."""

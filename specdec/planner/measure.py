@@ -84,7 +84,7 @@ def measure(
              for i, option in enumerate(scratch.options)}  # fmt: skip
     draft_token = 0.0
     for option in scratch.options:
-        if option.drafter.num_cache_layers and script.catch_up_ms:
+        if option.drafter.keeps_kv and script.catch_up_ms:
             usual = steps[option.name][min(steps[option.name])]
             draft_token = max(0.0, min((ms - usual) / tokens for ms, tokens in script.catch_up_ms))
             break

@@ -132,7 +132,7 @@ class MeasuringPlanner(Planner):
         self._rounds += 1
         self._queue += [PLAIN, PLAIN]
         for option, depths in enumerate(self.depths):
-            if self._options.options[option].drafter.num_cache_layers:
+            if self._options.options[option].drafter.keeps_kv:
                 self._queue += [_FORGET, (option, depths[0])]
             self._queue += [(option, depth) for depth in depths]
 

@@ -81,11 +81,12 @@ class Options(Drafter):
         self.used: int | None = None
         self.asked: list[tuple[int, int]] = []
         self.heard: tuple[int, list[list[int]]] | None = None
-        models = {id(drafter.model): drafter for drafter in self._models()}
-        if len(models) > 1:
+        own = {id(drafter.model) for drafter in self._models() if not drafter.shares_target_kv}
+        if len(own) > 1 or (own and self.shares_target_kv):
+            got = f"{len(own)} and the target itself" if self.shares_target_kv else f"{len(own)}"
             raise UnsupportedArgumentError(
                 "draft: expected at most one model among several drafters (they would share one K/V storage), got "
-                f"{len(models)}; combine one model with 'ngram'"
+                f"{got}; combine one model with 'ngram', or forms of the target itself ('self:int8') with 'ngram'"
             )
 
     @property
@@ -112,6 +113,10 @@ class Options(Drafter):
     @property
     def num_cache_layers(self) -> int:
         return max(option.drafter.num_cache_layers for option in self.options)
+
+    @property
+    def shares_target_kv(self) -> bool:
+        return any(option.drafter.shares_target_kv for option in self.options)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -215,7 +220,7 @@ def _option(drafter: Drafter, taken: Sequence[str]) -> Option:
 def longest_chain(drafter: Drafter, most_nodes: int | None) -> Drafter:
     """The chains the planner may cut short where a user names a drafter and no length."""
     if isinstance(drafter, ModelDrafter):
-        return ModelDrafter(drafter.model, k=min(MODEL_DEPTH, most_nodes or MODEL_DEPTH))
+        return drafter.shaped(k=min(MODEL_DEPTH, most_nodes or MODEL_DEPTH))
     if isinstance(drafter, NgramDrafter):
         return NgramDrafter(k=min(NGRAM_DEPTH, most_nodes or NGRAM_DEPTH))
     return drafter

@@ -65,7 +65,7 @@ class RiskBudget:
         self.debt = debt
         self._options = options
         # Asked once: the property reads the model's configuration, which is slow.
-        self._keeps = [bool(option.drafter.num_cache_layers) for option in options]
+        self._keeps = [option.drafter.keeps_kv for option in options]
         self._families = len({option.family for option in options})
         self._debts = [0.0] * len(options)
         self._behind = prompt_tokens

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.forks import renewed_after_fork
@@ -20,15 +19,10 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.planner.cost_refinement import StepKind, refined
 from specdec.planner.costs import Costs
 from specdec.verify.folders import cache_folder, write_whole
-from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.choose import runs_natively
-from specdec.verify.passes.linear import is_dense
 from specdec.version import __version__
 
 SCHEMA = 3
-
-_VALUES = 32
-"""Values of each weight that its fingerprint looks at."""
 
 _EXPLORING = 8
 """Calls of a process that may try what else there is, to correct a table; and of later ones, every so many."""
@@ -50,37 +44,6 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "dtypes": dtypes,
         "native": runs_natively(model),
     }
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A few values of every weight, hashed: tables also hold how drafts fared, which other weights would change."""
-    digest = hashlib.sha256()
-    for name, weight in _weights(model):
-        digest.update(name.encode())
-        for part in _numbers(weight.detach()):
-            some = part.flatten()[:: max(1, part.numel() // _VALUES)][:_VALUES]
-            digest.update(some.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:24]
-
-
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    for name, part in model.named_modules():
-        if isinstance(part, PackedLinear):
-            yield from part.named_buffers(name)
-
-
-def _numbers(weight: Tensor) -> Iterator[Tensor]:
-    """The dense tensors a weight consists of: itself, or those within a quantised one."""
-    if weight.is_meta:
-        return
-    if is_dense(weight):
-        yield weight
-    elif hasattr(weight, "__tensor_flatten__"):
-        for name in weight.__tensor_flatten__()[0]:
-            yield from _numbers(getattr(weight, name))
-    elif is_dense(weight.data):  # bitsandbytes: packed numbers
-        yield weight.data
 
 
 def machine() -> dict[str, Any]:

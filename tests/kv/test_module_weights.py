@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from specdec import Engine, Speculator
-from specdec.planner.store import fingerprint
 from specdec.verify import stock
 from specdec.verify.passes import forward, linear
+from specdec.verify.weights import fingerprint
 
 IDS, MASK = models.prompts((9, 5, 7), 64, 2, 4)
 

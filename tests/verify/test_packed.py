@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import specdec
 from specdec.kv import SharedKVCache, UnsupportedArgumentError
 from specdec.kv.support import num_cache_layers
-from specdec.planner.store import fingerprint
 from specdec.verify.packed import Packed, PackedLinear, rounded_activations
 from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.parameters import Parameters
+from specdec.verify.weights import fingerprint
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

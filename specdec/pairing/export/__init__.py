@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from specdec.pairing.errors import PairError
-from specdec.pairing.export.base import Export
+from specdec.pairing.export.base import Export, refuse
 from specdec.pairing.export.llama_cpp import export_llama_cpp
 from specdec.pairing.export.sglang import export_sglang
 from specdec.pairing.export.tensorrt_llm import export_tensorrt_llm
@@ -34,6 +34,10 @@ def export_pair(pair: Pair, engine: str) -> Export:
         raise PairError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     if pair.target.gguf_file or pair.draft.gguf_file:
         raise PairError(f"pair {pair.name!r}: GGUF files are not exported; engines that read them take the file itself")
+    if pair.draft.kind == "self":
+        raise refuse(
+            pair, engine, "no other engine lets the target draft for itself", 'use kind = "ngram" or a draft model'
+        )
     return ENGINES[engine](pair)
 
 

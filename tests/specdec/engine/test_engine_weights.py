@@ -15,8 +15,9 @@ from weight_changes import ADAPTERS, CHANGES, PROMPT, Change, adapted, change_of
 from specdec import Speculator
 from specdec.drafters import FallbackGuard, ModelDrafter, NgramDrafter
 from specdec.engine import Engine
-from specdec.engine import weights as weights_module
-from specdec.engine.weights import PATIENCE, SAMPLES, Weights, models_of
+from specdec.engine.setup import models_of
+from specdec.verify import weights as weights_module
+from specdec.verify.weights import PATIENCE, SAMPLES, Weights
 
 
 def plain(model: Any, prompt: list[int], count: int) -> list[int]:

@@ -18,9 +18,10 @@ from specdec.planner.acceptance import AcceptanceHistory, Known, would_be_kept
 from specdec.planner.batch_planner import BatchPlanner
 from specdec.planner.costs import Costs
 from specdec.planner.options import Option
-from specdec.planner.store import CostStore, fingerprint
+from specdec.planner.store import CostStore
 from specdec.trace import StepTrace
 from specdec.verify.draft_kind import DraftKind
+from specdec.verify.weights import fingerprint
 
 TARGET = tiny_llama(0)
 GOOD = {1: ([40.0] * DEPTH, [34.0] * DEPTH)}

@@ -1,8 +1,9 @@
-"""Have the models changed since the K/V at hand was computed? Found by a look that costs next to nothing."""
+"""Have models changed since something was computed with them? Found by a look that costs next to nothing."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.drafters import Drafter, FallbackGuard
+from specdec.verify.packed import PackedLinear
+from specdec.verify.passes.linear import is_dense
 
 SAMPLES = 16
 """Numbers of each weight that are compared themselves: what is written past torch's counts shows in them."""
@@ -21,8 +23,8 @@ SHARE = 0.01
 PATIENCE = 8
 """Looks in a row that may find a change; then the models are taken to change in every pass, and nothing is shared."""
 
-_DEEPEST = 8
-"""Levels of lists and drafters in which a drafter's models are looked for."""
+_VALUES = 32
+"""Values of each weight that its fingerprint looks at."""
 _MODULE = frozenset(vars(nn.Module()))
 """What every module has, whatever it computes."""
 _STOCK = ("torch.", "transformers.")
@@ -114,24 +116,35 @@ class Weights:
         return chain.from_iterable(map(dict.values, self._tables))
 
 
-def models_of(drafter: Drafter | None) -> list[nn.Module]:
-    """The models a drafter holds, by whatever name."""
-    inner = drafter.inner if isinstance(drafter, FallbackGuard) else drafter
-    return [] if inner is None else list(_modules(vars(inner), 0))
+def fingerprint(model: nn.Module) -> str:
+    """A few values of every weight, hashed: for what is kept of a model beyond this process."""
+    digest = hashlib.sha256()
+    for name, weight in _weights(model):
+        digest.update(name.encode())
+        for part in _numbers(weight.detach()):
+            some = part.flatten()[:: max(1, part.numel() // _VALUES)][:_VALUES]
+            digest.update(some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
-def _modules(thing: Any, depth: int) -> Iterator[nn.Module]:
-    if isinstance(thing, nn.Module):
-        yield thing
-    elif depth > _DEEPEST:
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for name, part in model.named_modules():
+        if isinstance(part, PackedLinear):
+            yield from part.named_buffers(name)
+
+
+def _numbers(weight: Tensor) -> Iterator[Tensor]:
+    """The dense tensors a weight consists of: itself, or those within a quantised one."""
+    if weight.is_meta:
         return
-    elif isinstance(thing, Drafter):
-        yield from _modules(vars(thing), depth + 1)
-    elif isinstance(thing, Mapping):
-        yield from _modules(list(thing.values()), depth + 1)
-    elif isinstance(thing, (list, tuple)):
-        for part in thing:
-            yield from _modules(part, depth + 1)
+    if is_dense(weight):
+        yield weight
+    elif hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _numbers(getattr(weight, name))
+    elif is_dense(weight.data):  # bitsandbytes: packed numbers
+        yield weight.data
 
 
 def _comes_and_goes(part: nn.Module) -> bool:
