@@ -18,7 +18,7 @@ from specdec.verify.passes.base import Output, Part, Runner, joined, outputs, re
 from specdec.verify.passes.direct import Direct
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.pace import ALWAYS_NATIVE, CHUNK, native_is_slower
-from specdec.verify.passes.parameters import Parameters, Product, Shape
+from specdec.verify.passes.parameters import Linear, Parameters, Product, Shape
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
@@ -118,14 +118,14 @@ def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
 
 def _readable(product: Product) -> bool:
     """Row by row from its address on (its shape is `Parameters.fits`'s business)."""
-    return product.packed is not None or product.weight.is_contiguous()
+    return not isinstance(product, Linear) or product.weight.is_contiguous()
 
 
 def _weight(product: Product) -> structures.Weight:
     """See weights.h."""
-    packed = product.packed
-    if packed is None:
+    if isinstance(product, Linear):
         return structures.Weight(product.weight.data_ptr(), None, None, _FORMATS.index(product.weight.dtype), 0)
+    packed = product.packed
     parts = map(_address, (packed.codes, packed.scales, packed.offsets))
     return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
 
