@@ -145,7 +145,7 @@ def test_a_change_of_dtype_leaves_the_scales_alone() -> None:
 
 def passes(model: Any) -> list[Tensor]:
     cache = SharedKVCache({"target": num_cache_layers(model)}, 2, capacity=4)
-    forward: Any = Forward(model, "target")
+    forward = Forward(model, "target")
     with torch.no_grad(), forward.prepared():
         return history(forward, cache, (7, 3))
 
@@ -168,9 +168,8 @@ def test_text_is_that_of_plain_generate() -> None:
     model: Any = packed_models.target("llama-gqa", "fp64")
     ids, mask = models.prompts((7, 3), models.VOCAB, 0)
     options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
-    spec = specdec.Speculator(model, "ngram", k=3)
-    text: Any = spec.generate(ids, **options)
-    assert torch.equal(text, model.generate(ids, **options))
+    spec: Any = specdec.Speculator(model, "ngram", k=3)
+    assert torch.equal(spec.generate(ids, **options), model.generate(ids, **options))
 
 
 def test_hooks_and_patches_of_packed_layers_are_kept() -> None:
