@@ -57,6 +57,10 @@ class NodeLaw(Protocol):
     def prefix_free(self) -> bool:
         """Whether no processor reads the text before a node."""
 
+    @property
+    def raw(self) -> bool:
+        """Whether scores are the logits as they are."""
+
     def __call__(
         self,
         logits: Tensor,

@@ -202,6 +202,11 @@ class ModelDrafter(Drafter):
             else:
                 scores = scores if self._gumbel is None else scores + self._gumbel[:, depth - 1 : depth]
                 columns.append(best_token(scores, peaks))
+                if depth == 1 < length and law.raw and self._gumbel is None:
+                    below = self._passes.best_chain(columns[1], length - 1)
+                    if below is not None:
+                        columns.append(below)
+                        break
             if depth < length:
                 logits = self._passes.chain(columns[-1], depth)
         if peaks:

@@ -108,6 +108,13 @@ class DraftPasses:
         starts = [count + depth for count in self._cache.lengths[: self._cache.num_rows]]
         return self._fit(self._forward.causal(self._cache, self._known(tokens), starts, None, keep=0).logits)
 
+    def best_chain(self, tokens: Tensor, levels: int) -> Tensor | None:
+        """The best tokens, int64 `[live, levels]`, one after the other below nodes of depth 1; None where `chain` has
+        to be asked level by level."""
+        starts = [count + 1 for count in self._cache.lengths[: self._cache.num_rows]]
+        vocab = min(self._vocab, self._target_vocab)
+        return self._forward.best_chain(self._cache, self._known(tokens), starts, levels, vocab)
+
     def level(self, run: Run, first: int) -> Tensor:
         """Logits after the nodes of a run from slot `first` on; those before it were run."""
         new = self._known(run.tokens[:, first:])

@@ -41,6 +41,7 @@ class SamplingLaw:
         )
         self.prefix_free = kinds <= PREFIX_FREE
         self.row_free = kinds <= ROW_FREE
+        self.raw = not asked
 
     def __call__(
         self,
@@ -65,7 +66,7 @@ class SamplingLaw:
         Returns:
             float32 `[live, len(nodes), vocab]`, as in plain `generate`; not to be written to.
         """
-        if not self.processors:
+        if self.raw:
             return logits if logits.dtype == torch.float32 else logits.to(torch.float32)
         scores = logits.to(torch.float32, copy=True)
         if self.prefix_free:

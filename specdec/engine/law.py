@@ -65,6 +65,10 @@ class DraftingLaw:
     def prefix_free(self) -> bool:
         return self._law.prefix_free
 
+    @property
+    def raw(self) -> bool:
+        return self._law.raw
+
     def __call__(
         self,
         logits: Tensor,
@@ -121,6 +125,10 @@ class LaneLaw:
         self.prefix_free = all(other.prefix_free for other in self._of_row.values())
         if law is not None and law not in self._of_row.values():
             self._shared = {key: other for key, other in self._shared.items() if other is not law}
+
+    @property
+    def raw(self) -> bool:
+        return all(law.raw for law in self._of_row.values())
 
     @property
     def always_leaves_some(self) -> bool:

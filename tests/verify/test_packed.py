@@ -18,6 +18,7 @@ import specdec
 from specdec.kv import SharedKVCache, UnsupportedArgumentError
 from specdec.kv.support import num_cache_layers
 from specdec.verify.packed import Packed, PackedLinear, rounded_activations
+from specdec.verify.passes.forward import Forward
 from specdec.verify.passes.parameters import Parameters
 from specdec.verify.weights import fingerprint
 
@@ -144,7 +145,7 @@ def test_a_change_of_dtype_leaves_the_scales_alone() -> None:
 
 def passes(model: Any) -> list[Tensor]:
     cache = SharedKVCache({"target": num_cache_layers(model)}, 2, capacity=4)
-    forward: Any = specdec.verify.passes.forward.Forward(model, "target")
+    forward = Forward(model, "target")
     with torch.no_grad(), forward.prepared():
         return history(forward, cache, (7, 3))
 
@@ -167,7 +168,7 @@ def test_text_is_that_of_plain_generate() -> None:
     model: Any = packed_models.target("llama-gqa", "fp64")
     ids, mask = models.prompts((7, 3), models.VOCAB, 0)
     options: dict[str, Any] = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
-    spec = specdec.Speculator(model, "ngram", k=3)
+    spec: Any = specdec.Speculator(model, "ngram", k=3)
     assert torch.equal(spec.generate(ids, **options), model.generate(ids, **options))
 
 

@@ -26,9 +26,11 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Library(NamedTuple):
-    """calls: the C function for models of each dtype. threaded: whether they can use more than one thread."""
+    """calls, chains: the C functions of passes and of greedy chains, for models of each dtype. threaded: whether they
+    can use more than one thread."""
 
     calls: dict[torch.dtype, Any]
+    chains: dict[torch.dtype, Any]
     threaded: bool
 
 
@@ -56,7 +58,7 @@ def _search() -> _Search:
 
 
 def library() -> Library:
-    """The compiled pass; compiling takes some ten seconds of one core, once per machine and version.
+    """The compiled pass; compiling takes some fifteen seconds of one core, once per machine and version.
 
     Raises:
         Unavailable: switched off, no compiler, or a compiler that fails.
@@ -124,12 +126,15 @@ def _load(path: Path) -> Library:
     except OSError as error:
         raise Unavailable(f"cannot load the compiled pass: {error}") from error
     try:
-        calls = {dtype: getattr(loaded, f"{entry()}_{name}") for dtype, name in DTYPES.items()}
+        calls, chains = (
+            {dtype: getattr(loaded, f"{entry()}_{name}{what}") for dtype, name in DTYPES.items()}
+            for what in ("", "_chain")
+        )
     except AttributeError as error:
         raise Unavailable(f"{path} was compiled from other sources: compile it again with this version") from error
-    for call in calls.values():
+    for call in (*calls.values(), *chains.values()):
         call.restype = ctypes.c_int64
-    return Library(calls, bool(ctypes.c_int.in_dll(loaded, f"{entry()}_F32_threaded").value))
+    return Library(calls, chains, bool(ctypes.c_int.in_dll(loaded, f"{entry()}_F32_threaded").value))
 
 
 @lru_cache(maxsize=1)

@@ -182,3 +182,44 @@ int64_t ENTRY(NAME, NUMBER)(const Model *m, Pass *p) {
     run(m, p, 0, 1, &gate);
     return 0;
 }
+
+/* The best of `count` logits, the first of equal ones; -1 where there is NaN. They are rounded to the model's dtype. */
+static int64_t best_of(float *logits, int64_t count) {
+    vec high = all(-INFINITY);
+    ivec sick = {0};
+    float most = -INFINITY;
+    int64_t i = 0;
+    round_all(NUMBER, logits, count);
+    for (; i + LANES <= count; i += LANES) {
+        const vec x = load(logits + i);
+        sick |= x != x;
+        high = pick(x > high, x, high);
+    }
+    for (int j = 0; j < LANES; j++) {
+        if (sick[j]) return -1;
+        most = high[j] > most ? high[j] : most;
+    }
+    for (; i < count; i++) {
+        if (logits[i] != logits[i]) return -1;
+        most = logits[i] > most ? logits[i] : most;
+    }
+    for (i = 0; logits[i] != most;) i++;
+    return i;
+}
+
+/* Greedy decoding of `levels` tokens for every row of a pass that has one token a row. Returns as the pass does, or -1 where
+ * there is NaN. */
+int64_t ENTRY(ENTRY(NAME, NUMBER), chain)(const Model *m, Pass *p, const Chain *chain) {
+    EACH(level, chain->levels) {
+        if (chain->targets) p->targets = chain->targets + level * p->rows;
+        const int64_t wrong = ENTRY(NAME, NUMBER)(m, p);
+        if (wrong) return wrong;
+        EACH(r, p->rows) {
+            const int64_t best = best_of(p->logits + r * m->vocab, chain->vocab);
+            if (best < 0) return -1;
+            chain->best[r * chain->levels + level] = chain->ids[r] = best;
+            chain->row[r].start++;
+        }
+    }
+    return 0;
+}

@@ -49,3 +49,12 @@ typedef struct {
     int64_t *seen, *counts, *leads, *row_of, *groups;
     _Atomic int64_t *tickets;
 } Pass;
+
+/* A greedy chain: its rows and token ids are those of the pass, and change from level to level.
+ * vocab: ids that may be chosen. best: [rows, levels]. targets: as of the pass, [levels, rows]. */
+typedef struct {
+    int64_t levels, vocab;
+    Row *row;
+    int64_t *ids, *best;
+    const int64_t *targets;
+} Chain;

@@ -27,8 +27,8 @@ INLINE int64_t bytes_of(const int F, int64_t size) {
         EVERY(n, N) total[m][n] += a * (b)[n]; \
     }
 
-/* Whole vectors of rows of numbers; returns where they end. ahead: bytes from a row to the one that the next block reads
- * in its place. */
+/* Whole vectors of rows of numbers; returns where they end. ahead: bytes from a row to the one that the next block
+ * reads in its place. */
 INLINE int64_t dense(const int F, const int M, const int N, const float *x, int64_t x_stride, const Rows *w,
                      int64_t size, int64_t ahead, vec total[MOST][BROAD]) {
     int64_t k = 0;
@@ -58,21 +58,21 @@ INLINE int64_t dense(const int F, const int M, const int N, const float *x, int6
 }
 
 /* Numbers k .. k + LANES of a row of codes, in a group of this scale and offset. */
-INLINE vec unpacked(const int F, const char *row, int64_t k, float scale, float offset, int shifted) {
+INLINE vec unpacked(const int F, const char *row, int64_t k, float scale, const float *offset) {
     if (F == Q8) {
         vec out = floats(of_codes((const int8_t *)row + k)) * scale;
-        if (shifted) out += offset;
+        if (offset) out += *offset;
         return out;
     }
     const ivec two = of_bytes((const uint8_t *)row + k / CODES * (CODES / 2) + k % (CODES / 2));
     const ivec code = two >> (k % CODES < CODES / 2 ? 0 : 4);
 #if LANES == 16
     vec table = (vec){-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7} * scale; /* looks at four bits */
-    if (shifted) table += offset;
+    if (offset) table += *offset;
     return (vec)_mm512_permutexvar_ps((__m512i)code, (__m512)table);
 #else
     vec out = floats((code & 15) - 8) * scale;
-    if (shifted) out += offset;
+    if (offset) out += *offset;
     return out;
 #endif
 }
@@ -91,7 +91,7 @@ INLINE int64_t grouped(const int F, const int M, const int N, const float *x, in
                 const int64_t k = block + i * LANES;
                 vec b[BROAD];
                 if (k >= stop) break;
-                EVERY(n, N) b[n] = unpacked(F, w->values[n], k, w->scales[n][g], shifted ? w->offsets[n][g] : 0, shifted);
+                EVERY(n, N) b[n] = unpacked(F, w->values[n], k, w->scales[n][g], shifted ? w->offsets[n] + g : 0);
                 MULTIPLY(k, b)
             }
         }
@@ -151,8 +151,8 @@ INLINE float weight_at(const int F, const Rows *w, int n, int64_t i, int64_t gro
 }
 
 /* What follows whole vectors, added to their sum. */
-static __attribute__((noinline)) float rest(const int F, float total, const float *x, const Rows *w, int n, int64_t from,
-                                            int64_t size, int64_t group) {
+static __attribute__((noinline)) float rest(const int F, float total, const float *x, const Rows *w, int n,
+                                            int64_t from, int64_t size, int64_t group) {
     for (int64_t i = from; i < size; i++) total += x[i] * weight_at(F, w, n, i, group);
     return total;
 }
@@ -195,8 +195,8 @@ INLINE void column(const int F, const int M, const int N, int ahead, const float
     }
 }
 
-INLINE void panel(const int F, const int M, int ahead, const float *x, int64_t x_stride, const Weight *w, const float *bias,
-                  int64_t size, int64_t from, int64_t to, float *out, int64_t out_stride) {
+INLINE void panel(const int F, const int M, int ahead, const float *x, int64_t x_stride, const Weight *w,
+                  const float *bias, int64_t size, int64_t from, int64_t to, float *out, int64_t out_stride) {
     const int N = WIDE(M);
     int64_t n = from;
     for (; n + N <= to; n += N) column(F, M, N, ahead, x, x_stride, w, bias, size, n, out, out_stride);

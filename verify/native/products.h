@@ -3,11 +3,12 @@
 #include "tokens.h"
 
 /* Columns [from, to) of out = x @ w.T (+ bias), in float32. Each element is summed in the same order, whatever else is
- * computed. x: [tokens, size]; or as `prepare` leaves them where the format `reads` that. One function per format of weights, compiled from products.c. */
+ * computed. x: [tokens, size], or as `prepare` leaves them where the format `reads` that. One function per format of
+ * weights, compiled from products.c. */
 #define LINEAR(F) \
     __attribute__((visibility("hidden"))) \
-    void linear_##F(const float *x, int64_t tokens, int64_t x_stride, const Weight *w, const float *bias, int64_t size, \
-                    int64_t from, int64_t to, float *out, int64_t out_stride)
+    void linear_##F(const float *x, int64_t tokens, int64_t x_stride, const Weight *w, const float *bias, \
+                    int64_t size, int64_t from, int64_t to, float *out, int64_t out_stride)
 LINEAR(F32);
 LINEAR(BF16);
 LINEAR(F16);
@@ -16,8 +17,8 @@ LINEAR(Q4);
 LINEAR(Q8I);
 LINEAR(Q4I);
 
-/* Rows of [tokens, size] on their way through products. room: `prepared_size(size)` floats a token; made: for which format
- * they lie there. */
+/* Rows of [tokens, size] on their way through products. room: `prepared_size(size)` floats a token; made: for which
+ * format they lie there. */
 typedef struct {
     const float *x;
     int64_t tokens, size;
@@ -29,7 +30,8 @@ typedef struct {
 INLINE void multiply(Tokens *given, int64_t first, int64_t count, const Weight *w, const float *bias, int64_t from,
                      int64_t to, float *out, int64_t out_stride) {
     if (!w->values || from >= to) return;
-    const int64_t size = given->size, format = reads((int)w->format), stride = format == F32 ? size : prepared_size(size);
+    const int64_t size = given->size, format = reads((int)w->format);
+    const int64_t stride = format == F32 ? size : prepared_size(size);
     if (format != F32 && given->made != format) {
         prepare((int)format, given->x, given->tokens, size, given->room);
         given->made = format;

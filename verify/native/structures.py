@@ -48,3 +48,13 @@ class Pass(ctypes.Structure):
         *((name, Word) for name in ("room_size", "own_size", "num_groups", "stride")),
         *((name, Pointer) for name in ("seen", "counts", "leads", "row_of", "groups", "tickets")),
     ]
+
+
+class Chain(ctypes.Structure):
+    """`Chain` of llama.c."""
+
+    _fields_ = [
+        *((name, Word) for name in ("levels", "vocab")),
+        ("row", ctypes.POINTER(Row)),
+        *((name, Pointer) for name in ("ids", "best", "targets")),
+    ]

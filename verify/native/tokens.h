@@ -7,8 +7,8 @@
 typedef uint8_t packet __attribute__((vector_size(UNIT), aligned(1), may_alias));
 
 /* One vector of a token's codes, in the order in which the codes of weights are unpacked, and what goes with it lane by
- * lane: `start`, what is left of a sum over weights' codes when those are stored as positive numbers; scales; and the sum
- * of the codes themselves, scaled. It takes as many bytes as UNIT floats. */
+ * lane: `start`, what is left of a sum over weights' codes when those are stored as positive numbers; scales; and the
+ * sum of the codes themselves, scaled. It takes as many bytes as UNIT floats. */
 typedef struct {
     packet codes;
     ivec start;
@@ -47,8 +47,8 @@ INLINE packet positive(const int F, const char *values, int64_t unit) {
 #else
     packet out;
     for (int i = 0; i < UNIT; i++) {
-        const int64_t code = unit * UNIT % CODES + i;
-        out[i] = (uint8_t)values[unit * UNIT / CODES * (CODES / 2) + code % (CODES / 2)] >> (code < CODES / 2 ? 0 : 4) & 15;
+        const int64_t code = unit * UNIT % CODES + i, at = unit * UNIT / CODES * (CODES / 2) + code % (CODES / 2);
+        out[i] = (uint8_t)values[at] >> (code < CODES / 2 ? 0 : 4) & 15;
     }
     return out;
 #endif
@@ -77,7 +77,7 @@ INLINE void round_tokens(const int F, const float *x, int64_t tokens, int64_t si
         for (int b = 0; b * CODES < UNIT; b++) {
             const int64_t rest = size - (start / CODES + b) * CODES;
             float most = 0;
-            EACH(i, rest < CODES ? rest : CODES) most = fabsf(own[b * CODES + i]) > most ? fabsf(own[b * CODES + i]) : most;
+            EACH(i, rest < CODES ? rest : CODES) most = fmaxf(fabsf(own[b * CODES + i]), most);
             const float inverse = most > 0 ? 127.f / most : 0.f;
             scales[b] = most / 127.f;
             for (int i = b * CODES; i < (b + 1) * CODES && i < UNIT; i++)

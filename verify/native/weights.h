@@ -10,9 +10,9 @@ enum { F32, BF16, F16, Q8, Q4, Q8I, Q4I };
 
 #define CODES 32 /* 4-bit codes of a block: the lower halves of 16 bytes, then their upper halves (packed.py) */
 
-/* A matrix [out, in], row by row. Q8: int8 codes; Q4: blocks of CODES, each code plus 8; Q8I, Q4I: the same, to be multiplied
- * with tokens that are rounded, too (tokens.h). Weight i of a row is
- * code * scale + offset of its group, i / group. offsets: 0 where there are none. values: 0 where there is no weight. */
+/* A matrix [out, in], row by row. Q8: int8 codes; Q4: blocks of CODES, each code plus 8; Q8I, Q4I: the same, to be
+ * multiplied with tokens that are rounded, too (tokens.h). Weight i of a row is code * scale + offset of its group,
+ * i / group. offsets: 0 where there are none. values: 0 where there is no weight. */
 typedef struct {
     const void *values;
     const float *scales, *offsets;

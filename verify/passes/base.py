@@ -112,6 +112,27 @@ class Runner(ABC):
         """Inside the block the model stays as it is, unless `refusal` says otherwise."""
         return nullcontext()
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `best_chain` can be asked for as the model is now."""
+        return False
+
+    def best_chain(self, part: Part, levels: int, vocab: int) -> Tensor:
+        """Greedy decoding of several tokens in one go.
+
+        Args:
+            part: plain text, one token per row, with room for `levels` of them in its write.
+            vocab: only ids below it are candidates.
+
+        Returns:
+            int64 `[rows, levels]`: the best token after each row's, the best one after that, and so on; of equal ones
+            the first.
+
+        Raises:
+            FloatingPointError: NaN in the logits.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         """Run parts it does not refuse; more than one only where it is `joint`."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from specdec.verify.passes.choose import runners_for
 from specdec.verify.passes.linear import is_dense
 from specdec.verify.positions import usable_positions
 from specdec.verify.tree import DraftTree
+
+T = TypeVar("T")
 
 Reader = Callable[[Sequence[int], Sequence[int], Output], None]
 """Told of every pass of a prefill: slots of the first tokens, real tokens per row, output."""
@@ -123,6 +127,17 @@ class Forward:
         with cache.writing(self.name, starts, tokens.shape[1], valid) as write:
             return self._run(Part(tokens, write, None, None, keep, self.features))[0]
 
+    def best_chain(
+        self, cache: PassCache, tokens: Tensor, starts: Sequence[int], levels: int, vocab: int
+    ) -> Tensor | None:
+        """Greedy decoding below `tokens`, int64 `[rows, 1]`, which go to slots `starts`: see `Runner.best_chain`. The
+        last token that is found is not run. None where every level needs a pass of its own."""
+        runner = self.runners[0]
+        if not runner.decodes:
+            return None
+        with cache.writing(self.name, starts, levels) as write:
+            return self._observed(partial(runner.best_chain, Part(tokens, write), levels, vocab))
+
     def nodes(self, cache: PassCache, tree_tokens: Tensor, depths: Tensor, ancestors: Tensor, first: int) -> Output:
         """Forward nodes `first .. first + M - 1` of a tree whose earlier nodes are already in the tail.
 
@@ -173,23 +188,23 @@ class Forward:
     def _run(self, *parts: Part) -> list[Output]:
         """Every part by the first runner that takes it, those of one runner together."""
         if len(parts) == 1:
-            return self._pass(self._runner(parts[0]), parts)
+            return self._observed(partial(self._runner(parts[0]), parts))
         chosen = [self._runner(part) for part in parts]
         given: dict[int, Output] = {}
         for runner in dict.fromkeys(chosen):
             mine = [i for i, own in enumerate(chosen) if own is runner]
             for group in [mine] if runner.joint else [[i] for i in mine]:
-                given.update(zip(group, self._pass(runner, [parts[i] for i in group]), strict=True))
+                given.update(zip(group, self._observed(partial(runner, [parts[i] for i in group])), strict=True))
         return [given[i] for i in range(len(parts))]
 
-    def _pass(self, runner: Runner, parts: Sequence[Part]) -> list[Output]:
+    def _observed(self, run: Callable[[], T]) -> T:
         start = perf_counter()
         with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
-            outputs = runner(parts)
+            given = run()
         seconds = perf_counter() - start
         for observer in _observers.get():
             observer(self.model, seconds)
-        return outputs
+        return given
 
     def _runner(self, part: Part) -> Runner:
         reasons = []

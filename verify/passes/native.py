@@ -6,28 +6,25 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec.kv.layout import Layout
 from specdec.verify.native import structures
-from specdec.verify.native.library import DTYPES, library, usable_cores, why_not
+from specdec.verify.native.library import library, usable_cores
 from specdec.verify.passes.base import Output, Part, Runner, joined, outputs, refuse_wider
 from specdec.verify.passes.direct import Direct
 from specdec.verify.passes.inputs import Inputs
+from specdec.verify.passes.native_weights import NativeWeights, is_native
 from specdec.verify.passes.pace import ALWAYS_NATIVE, CHUNK, native_is_slower
-from specdec.verify.passes.parameters import Parameters, Product, Shape
+from specdec.verify.passes.parameters import Parameters
 
 _ROOM = 32
 """Floats behind every working array: the widest vector and columns handed out at once."""
 _QUERIES = 24
 """Heads of tokens that attend together, at least those of one token (QUERIES of attention.h)."""
-_FORMATS: tuple[torch.dtype | int, ...] = (torch.float32, torch.bfloat16, torch.float16, 8, 4)
-"""Dtypes, and bits of packed weights, in the order of weights.h; then the same bits of integer products."""
-_PREPARED = (1, 5, 6)
-"""Those of them for which tokens are prepared (tokens.h): bfloat16 and integer products."""
 _UNIT = 64
 """Numbers of a token that are prepared for a product together, at most (tokens.h)."""
 
@@ -101,84 +98,98 @@ class Native(Runner):
         assert self._pass is not None
         return self._pass(parts)
 
+    @property
+    def decodes(self) -> bool:
+        own = None if self._pass is None else self._pass.own
+        return own is not None and own.static_rope and sum(map(len, own.hooks)) == own.num_hooks
+
+    def best_chain(self, part: Part, levels: int, vocab: int) -> Tensor:
+        assert self._pass is not None
+        return self._pass.best_chain(part, levels, vocab)
+
 
 def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
-    """The native pass over these parameters; None for other dtypes than `DTYPES`, for models whose layers differ, and
-    where nothing can be compiled (or for one thread only, and there are more)."""
-    shape = own.shape
-    if shape is None or own.embed.dtype not in DTYPES or why_not() is not None:
-        return None
-    if not library().threaded and torch.get_num_threads() > 1:
-        return None
-    products = [own.head, *(product for layer in own.layers for product in layer.products)]
-    if not own.embed.is_contiguous() or not all(map(_readable, products)):
-        return None
-    return NativePass(own, inputs, shape)
+    """The native pass over these parameters, None where there is none (see `is_native`)."""
+    return NativePass(own, inputs) if is_native(own) else None
 
 
-def _readable(product: Product) -> bool:
-    """Row by row from its address on (its shape is `Parameters.fits`'s business)."""
-    return product.packed is not None or product.weight.is_contiguous()
+class _Given(NamedTuple):
+    """What a pass was handed. held: what must outlive it, its addresses are all that the pass knows."""
 
-
-def _weight(product: Product) -> structures.Weight:
-    """See weights.h."""
-    packed = product.packed
-    if packed is None:
-        return structures.Weight(product.weight.data_ptr(), None, None, _FORMATS.index(product.weight.dtype), 0)
-    parts = map(_address, (packed.codes, packed.scales, packed.offsets))
-    return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
-
-
-def _vectors(layer: Any) -> list[Tensor | None]:
-    """In the order of model.h."""
-    norms = [norm.weight for norm in layer.norms]
-    return [*(product.bias for product in layer.products), *norms, *[None] * (4 - len(norms))]
+    rows: ctypes.Array[structures.Row]
+    ids: Tensor
+    kept: Tensor
+    held: tuple[Any, ...]
 
 
 class NativePass:
     """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it."""
 
-    def __init__(self, own: Parameters, inputs: Inputs, shape: Shape):
-        self.own, self._inputs, self._shape = own, inputs, shape
-        self._call, self._dtype = library().calls[own.embed.dtype], own.embed.dtype
+    def __init__(self, own: Parameters, inputs: Inputs):
+        assert own.shape is not None
+        self.own, self._inputs, self._shape = own, inputs, own.shape
+        self._dtype = own.embed.dtype
+        self._call, self._chain = library().calls[self._dtype], library().chains[self._dtype]
         self._places = [layer.index for layer in own.layers]
-        weights = [_weight(product) for layer in own.layers for product in layer.products]
-        vectors = [vector for layer in own.layers for vector in _vectors(layer)]
-        # Norms and biases are few: in float32, which holds every number of the model's dtype.
-        self._floats = [
-            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.weight, own.head.bias)
-        ]
-        *pointers, norm, bias = map(_address, self._floats)
-        self._prepares = any(weight.format in _PREPARED for weight in (*weights, _weight(own.head)))
-        self._weights = (structures.Weight * len(weights))(*weights)
-        self._pointers = (structures.Pointer * len(pointers))(*pointers)
-        self._model = structures.Model(
-            *(*shape, len(own.embed), ctypes.addressof(self._weights), ctypes.addressof(self._pointers)),
-            *(own.embed.data_ptr(), norm, bias, _weight(own.head), own.norm.epsilon, own.layers[0].scaling),
-        )
-        self._kv = (structures.Pointer * (2 * shape.layers))()
-        self._wanted = (structures.Pointer * (shape.layers + 1))()
-        self._tickets = torch.zeros(10 * shape.layers + 3, dtype=torch.int64)
-        self._like = own.embed.new_empty(1, shape.kv_heads, 0, shape.head_dim)
+        self._weights = NativeWeights(own)
+        self._kv = (structures.Pointer * (2 * own.shape.layers))()
+        self._wanted = (structures.Pointer * (own.shape.layers + 1))()
+        self._tickets = torch.zeros(10 * own.shape.layers + 3, dtype=torch.int64)
+        self._like = own.embed.new_empty(1, own.shape.kv_heads, 0, own.shape.head_dim)
         self._angles = _floats(0)
         self._room, self._threads = (0, 0, 0), 0
         self._pass = structures.Pass()
         self._pass.keys = ctypes.addressof(self._kv)
-        self._pass.values = ctypes.addressof(self._kv) + shape.layers * ctypes.sizeof(structures.Pointer)
+        self._pass.values = ctypes.addressof(self._kv) + own.shape.layers * ctypes.sizeof(structures.Pointer)
         self._pass.features = ctypes.addressof(self._wanted)
         self._pass.tickets = self._tickets.data_ptr()
 
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
         """See `Runner.__call__`."""
-        run, shape = self._pass, self._shape
-        run.threads = min(torch.get_num_threads(), usable_cores())
         layouts = [part.write.layout(self._like) for part in parts]
-        first = layouts[0]
-        if not all(own.keys is first.keys for own in layouts):  # of several caches, one pass for each
+        if not all(own.keys is layouts[0].keys for own in layouts):  # of several caches, one pass for each
             return [self([part])[0] for part in parts]
-        rows, masks, kept, tokens, read = self._rows(parts, layouts)
-        ids = joined([part.tokens.reshape(-1) for part in parts]).to(torch.int64).contiguous()
+        run, shape = self._pass, self._shape
+        given = self._given(parts, layouts)
+        logits = _floats(len(given.kept), shape.vocab)
+        wanted = parts[0].wanted(shape.layers)
+        features = [_floats(run.tokens, shape.hidden) for _ in wanted]
+        for layer, states in zip(wanted, features, strict=True):
+            self._wanted[layer] = states.data_ptr()
+        run.logits = logits.data_ptr()
+        wrong = self._call(ctypes.byref(self._weights.model), ctypes.byref(run))
+        for layer in wanted:
+            self._wanted[layer] = None
+        if wrong:
+            raise self._unknown(given.ids, wrong)
+        return outputs(logits.to(self._dtype), [states.to(self._dtype) for states in features], parts)
+
+    def best_chain(self, part: Part, levels: int, vocab: int) -> Tensor:
+        """See `Runner.best_chain`."""
+        layout = part.write.layout(self._like)
+        given = self._given([part._replace(tokens=part.tokens.clone())], [layout])  # the chain writes its tokens there
+        count = len(given.ids)
+        logits, best = _floats(count, self._shape.vocab), torch.empty(count, levels, dtype=torch.int64)
+        self._pass.logits = logits.data_ptr()
+        chain = structures.Chain(levels, vocab, given.rows, given.ids.data_ptr(), best.data_ptr())
+        if layout.targets is not None:
+            targets = layout.targets.view(count, levels).t().contiguous()
+            chain.targets = targets.data_ptr()
+        wrong = self._chain(ctypes.byref(self._weights.model), ctypes.byref(self._pass), ctypes.byref(chain))
+        if wrong:
+            raise FloatingPointError("NaN in the logits") if wrong < 0 else self._unknown(given.ids, wrong)
+        return best
+
+    def _unknown(self, ids: Tensor, wrong: int) -> IndexError:
+        """Args: wrong: 1 + the index of a token that has no embedding."""
+        token = int(ids[wrong - 1])
+        return IndexError(f"token id {token} is out of range: the model's embedding has {len(self.own.embed)} rows")
+
+    def _given(self, parts: Sequence[Part], layouts: Sequence[Layout]) -> _Given:
+        """Writes into the pass where all it reads lies, of parts in one cache."""
+        run, shape, first = self._pass, self._shape, layouts[0]
+        run.threads = min(torch.get_num_threads(), usable_cores())
+        rows, masks, kept, ids, read = self._rows(parts, layouts)
         if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
             if len(self._angles) < read:
                 self._angles = self.own.angle_table(self._like, read).float()
@@ -191,33 +202,24 @@ class NativePass:
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
-        logits = _floats(len(kept), shape.vocab)
-        wanted = parts[0].wanted(shape.layers)
-        features = [_floats(tokens, shape.hidden) for _ in wanted]
-        for layer, states in zip(wanted, features, strict=True):
-            self._wanted[layer] = states.data_ptr()
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
-        run.ids, run.places, run.angles = ids.data_ptr(), _address(places), angles.data_ptr()
-        run.targets, run.logits = _address(targets), logits.data_ptr()
-        wrong = self._call(ctypes.byref(self._model), ctypes.byref(run))
-        for layer in wanted:
-            self._wanted[layer] = None
-        if wrong:
-            token = int(ids[wrong - 1])
-            raise IndexError(f"token id {token} is out of range: the model's embedding has {len(self.own.embed)} rows")
-        return outputs(logits.to(self._dtype), [states.to(self._dtype) for states in features], parts)
+        run.tokens, run.ids, run.angles = len(ids), ids.data_ptr(), angles.data_ptr()
+        run.places = None if places is None else places.data_ptr()
+        run.targets = None if targets is None else targets.data_ptr()
+        return _Given(rows, ids, kept, (masks, angles, places, targets, layouts))
 
     def _rows(
         self, parts: Sequence[Part], layouts: Sequence[Layout]
-    ) -> tuple[ctypes.Array[structures.Row], list[Tensor], Tensor, int, int]:
-        """All rows of all parts, the masks whose addresses they hold, the tokens whose logits are wanted, and how many
-        tokens and slots there are."""
+    ) -> tuple[ctypes.Array[structures.Row], list[Tensor], Tensor, Tensor, int]:
+        """All rows of all parts, the masks whose addresses they hold, which logits are wanted, the ids of all tokens,
+        and how many slots there are."""
         rows = (structures.Row * sum([len(part.tokens) for part in parts]))()
-        masks, kept = list[Tensor](), list[Tensor]()
+        masks, kept, ids = list[Tensor](), list[Tensor](), list[Tensor]()
         index = first = lists = most = 0
         for part, layout in zip(parts, layouts, strict=True):
             (count, width), read, table, mask = part.tokens.shape, part.write.read, layout.table, None
             kept.append(_kept(part.tokens.shape, part.kept[1], first))
+            ids.append(part.tokens.reshape(-1))
             if part.nodes is not None:
                 mask = self._inputs.of(part, torch.float32)[1]
                 masks.append(mask)
@@ -234,8 +236,7 @@ class NativePass:
                 lists += read * (1 if mask is None else width)
             most = max(most, read)
         self._reserve(first, lists, most, self._pass.threads)
-        self._pass.tokens = first
-        return rows, masks, joined(kept), first, most
+        return rows, masks, joined(kept), joined(ids).to(torch.int64).contiguous(), most
 
     def _reserve(self, tokens: int, lists: int, read: int, threads: int) -> None:
         """Working memory for such a pass, kept for the next one."""
@@ -249,20 +250,18 @@ class NativePass:
         own = max(max(_QUERIES, shape.heads // shape.kv_heads) * (read + _ROOM), tokens * _ROOM) + _ROOM
         sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
         self._states = [_floats(tokens * size + _ROOM) for size in sizes]
-        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self._prepares else 0
+        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self._weights.prepares else 0
         self._states += [_floats(own * threads), _floats(run.room_size * threads)]
         self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, tokens, 2 * tokens)]
-        run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own, run.room = map(_address, self._states)
-        run.seen, run.counts, run.leads, run.row_of, run.groups = map(_address, self._words)
+        run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own, run.room = map(
+            Tensor.data_ptr, self._states
+        )
+        run.seen, run.counts, run.leads, run.row_of, run.groups = map(Tensor.data_ptr, self._words)
         run.own_size = own
 
 
 def _floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=256)

@@ -38,8 +38,6 @@ class Linear:
 
     __slots__ = ("bias", "forms", "shape", "transposed", "weight", "weights")
 
-    packed: Packed | None = None
-
     def __init__(self, layer: nn.Linear, weights: list[Tensor]):
         bias: Tensor | None = layer.bias  # declared a Tensor, but None where a layer has none
         self.weight, self.bias = layer.weight.detach(), None if bias is None else bias.detach()
@@ -65,8 +63,6 @@ class PackedProduct:
     """
 
     __slots__ = ("_layer", "bias", "integer", "packed", "shape")
-
-    weight = None
 
     def __init__(self, layer: PackedLinear):
         self._layer, self.packed, self.integer = layer, layer.packed, layer.integer
@@ -227,7 +223,7 @@ class Parameters:
 
 
 def _of(product: Product, outputs: int, inputs: int) -> Iterator[tuple[Tensor | Packed | None, tuple[int, ...]]]:
-    yield product.weight if product.packed is None else product.packed, (outputs, inputs)
+    yield product.packed if isinstance(product, PackedProduct) else product.weight, (outputs, inputs)
     yield product.bias, (outputs,)
 
 

@@ -1,0 +1,78 @@
+"""What the C code is told of a model: where its weights lie, and in which format."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.verify.native import structures
+from specdec.verify.native.library import DTYPES, library, why_not
+from specdec.verify.passes.parameters import PackedProduct, Parameters, Product
+
+_FORMATS: tuple[torch.dtype | int, ...] = (torch.float32, torch.bfloat16, torch.float16, 8, 4)
+"""Dtypes, and bits of packed weights, in the order of weights.h; then the same bits of integer products."""
+_PREPARED = (1, 5, 6)
+"""Those of them for which tokens are prepared (tokens.h): bfloat16 and integer products."""
+
+
+def is_native(own: Parameters) -> bool:
+    """Whether there is a native pass over these parameters: not for other dtypes than `DTYPES`, for models whose layers
+    differ, and where nothing can be compiled (or for one thread only, and there are more)."""
+    if own.shape is None or own.embed.dtype not in DTYPES or why_not() is not None:
+        return False
+    if not library().threaded and torch.get_num_threads() > 1:
+        return False
+    products = [own.head, *(product for layer in own.layers for product in layer.products)]
+    return own.embed.is_contiguous() and all(map(_readable, products))
+
+
+class NativeWeights:
+    """Those of a model that `is_native`.
+
+    Attributes:
+        model: the structure. prepares: whether some format wants its tokens prepared (tokens.h).
+    """
+
+    def __init__(self, own: Parameters):
+        assert own.shape is not None
+        weights = [_weight(product) for layer in own.layers for product in layer.products]
+        vectors = [vector for layer in own.layers for vector in _vectors(layer)]
+        # Norms and biases are few: in float32, which holds every number of the model's dtype.
+        self._floats = [
+            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.weight, own.head.bias)
+        ]
+        *pointers, norm, bias = map(_address, self._floats)
+        self.prepares = any(weight.format in _PREPARED for weight in (*weights, _weight(own.head)))
+        self._weights = (structures.Weight * len(weights))(*weights)
+        self._pointers = (structures.Pointer * len(pointers))(*pointers)
+        self.model = structures.Model(
+            *(*own.shape, len(own.embed), ctypes.addressof(self._weights), ctypes.addressof(self._pointers)),
+            *(own.embed.data_ptr(), norm, bias, _weight(own.head), own.norm.epsilon, own.layers[0].scaling),
+        )
+
+
+def _readable(product: Product) -> bool:
+    """Row by row from its address on (its shape is `Parameters.fits`'s business)."""
+    return isinstance(product, PackedProduct) or product.weight.is_contiguous()
+
+
+def _weight(product: Product) -> structures.Weight:
+    """See weights.h."""
+    if not isinstance(product, PackedProduct):
+        return structures.Weight(product.weight.data_ptr(), None, None, _FORMATS.index(product.weight.dtype), 0)
+    packed = product.packed
+    parts = map(_address, (packed.codes, packed.scales, packed.offsets))
+    return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
+
+
+def _vectors(layer: Any) -> list[Tensor | None]:
+    """In the order of model.h."""
+    norms = [norm.weight for norm in layer.norms]
+    return [*(product.bias for product in layer.products), *norms, *[None] * (4 - len(norms))]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
