@@ -68,7 +68,7 @@ def own_texts(model: PreTrainedModel) -> Tensor:
     writes begins as a conversation does.
     """
     config, forward = text_config(model), Forward(model, "target")
-    device: Any = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device: Any = model.get_input_embeddings().weight.device
     begin = config.bos_token_id if isinstance(config.bos_token_id, int) else 0
     length = min(NUM_TOKENS, forward.num_positions or NUM_TOKENS)
     noise = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.drafters.self_draft.calibration import Inputs, fit_in_order, own_texts
+from specdec.drafters.self_draft.calibration import Fit, Inputs, fit_in_order, own_texts
 from specdec.drafters.self_draft.forms import Form
 from specdec.drafters.self_draft.gptq import gptq
 from specdec.drafters.self_draft.mirror import decoder_layers, keep_layers, mirrored, named_weighted, weight_of
@@ -67,7 +67,7 @@ class LeanCopy:
         """One pass, where modules are neither torch's nor transformers': they may ask a layer for what it has not."""
         if all(type(part).__module__.startswith(_KNOWN) for part in self.model.modules()):
             return
-        device: Any = self.model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+        device: Any = self.model.get_input_embeddings().weight.device
         try:
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
         except Exception as error:
@@ -120,7 +120,7 @@ class LeanCopy:
             packed[name] = gptq(weight_of(layer), given, 4, GROUP)
             return packed[name].dequantized()
 
-        fits = {
+        fits: dict[nn.Module, Fit] = {
             layer: lambda given, name=name, layer=layer: fit(name, layer, given)
             for name, layer in layers.items()
             if layer not in outer

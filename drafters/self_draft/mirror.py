@@ -75,7 +75,7 @@ def named_weighted(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
             adapted += (f"{path}.",)
         elif type(part) in (nn.Linear, Conv1D) and is_dense(part.weight):
             if not path.startswith(adapted) or path.endswith(".base_layer"):
-                found[path] = part  # type: ignore[assignment]
+                found[path] = part
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.drafters.self_draft.calibration import Inputs, fit_in_order
+from specdec.drafters.self_draft.calibration import Fit, Inputs, fit_in_order
 from specdec.drafters.self_draft.mirror import named_weighted, weight_of
 from specdec.kv.errors import UnsupportedModelError
 
@@ -19,11 +19,13 @@ def input_sizes(model: PreTrainedModel, texts: Sequence[Tensor]) -> dict[str, Te
     """Per linear layer, by its path, the root mean square of each of its inputs, float32 `[in]`."""
     sizes: dict[str, Tensor] = {}
 
-    def note(path: str, given: Inputs) -> None:
-        sizes[path] = given.tokens.square().mean(0).sqrt_()
+    def noting(path: str) -> Fit:
+        def note(given: Inputs) -> None:
+            sizes[path] = given.tokens.square().mean(0).sqrt_()
 
-    layers = named_weighted(model)
-    fit_in_order(model, texts, {layer: lambda given, path=path: note(path, given) for path, layer in layers.items()})
+        return note
+
+    fit_in_order(model, texts, {layer: noting(path) for path, layer in named_weighted(model).items()})
     return sizes
 
 
