@@ -215,8 +215,8 @@ DEFINED(FORMAT) {
                 const int64_t first = start + some * i / pieces, count = start + some * (i + 1) / pieces - first;
                 const float *a = x + first * x_stride;
                 float *o = out + first * out_stride;
-                switch (count) { /* many tokens wait for their operands, not for memory */
-#define CASE(M) case M: panel(FORMAT, M, pieces == 1, a, x_stride, w, bias, size, n, end, o, out_stride); break;
+                switch (count) { /* the first few tokens bring the weights in for all */
+#define CASE(M) case M: panel(FORMAT, M, i == 0, a, x_stride, w, bias, size, n, end, o, out_stride); break;
                     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
                 }
