@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,9 +122,7 @@ class LeanCopy:
             return packed[name].dequantized()
 
         fits: dict[nn.Module, Fit] = {
-            layer: lambda given, name=name, layer=layer: fit(name, layer, given)
-            for name, layer in layers.items()
-            if layer not in outer
+            layer: partial(fit, name, layer) for name, layer in layers.items() if layer not in outer
         }
         with first_use():
             fit_in_order(model, self._calibration(), fits)
@@ -153,7 +152,8 @@ def put(model: PreTrainedModel, weights: dict[str, Packed]) -> None:
         table = model.get_submodule(parent)._modules
         layer: Any = table[name]
         packed = _moved(packed, layer.weight.device)
-        table[name] = PackedLinear(packed, layer.bias, torch_products=layer.weight.is_cuda).eval()
+        gpu = layer.weight.is_cuda  # on a CPU activations are rounded, too: 8 bits draft a tenth faster, 4 bits a third
+        table[name] = PackedLinear(packed, layer.bias, integer=not gpu, torch_products=gpu).eval()
 
 
 def _moved(packed: Packed, device: torch.device) -> Packed:
