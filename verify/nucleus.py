@@ -42,7 +42,9 @@ class TopP(hf.LogitsProcessor):
         """Scores `[rows, vocab]` with what is kept among the best `count`, and bool `[rows]`: is that certainly all?"""
         top_p, least, fill = self.inner.top_p, self.inner.min_tokens_to_keep, self.inner.filter_value
         best, tokens = scores.topk(count)
-        mass = (best.double() - scores.logsumexp(-1, keepdim=True)).exp_()
+        # Less the largest, as softmax does: a logsumexp is as coarse as the scores are large (0.0002 at 5,000).
+        peak, exact = best[:, :1], best.double()
+        mass = (exact - exact[:, :1] - (scores - peak).logsumexp(-1, keepdim=True)).exp_()
         before = mass.cumsum(-1).sub_(mass)  # of all likelier tokens; transformers sums the others
         kept = before < top_p
         clear = ((before - top_p).abs_() > _DOUBT).all(-1)  # never where there is NaN

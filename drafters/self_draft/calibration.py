@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.verify.passes.forward import Forward
@@ -66,6 +67,9 @@ def own_texts(model: PreTrainedModel) -> Tensor:
 
     Self-generated calibration (Williams et al. 2024, arXiv 2410.17170): no corpus is needed, and what a chat model
     writes begins as a conversation does.
+
+    Raises:
+        UnsupportedArgumentError: NaN in its logits.
     """
     config, forward = text_config(model), Forward(model, "target")
     device: Any = model.get_input_embeddings().weight.device
@@ -78,6 +82,12 @@ def own_texts(model: PreTrainedModel) -> Tensor:
         for place in range(length - 1):
             logits = forward.causal(cache, columns[-1], [place] * NUM_TEXTS, None, 0).logits[:, -1]
             law = logits[:, : config.vocab_size].float().softmax(-1).cpu()
+            if not bool(law.isfinite().all()):
+                raise UnsupportedArgumentError(
+                    f"draft 'self:...': expected texts that {type(model).__name__} samples from its own law, to choose "
+                    "by them what a copy needs, got NaN in its logits. Look at its weights, or give SelfDrafter texts "
+                    "that it can read (calibration=)"
+                )
             columns.append(torch.multinomial(law, 1, generator=noise).to(device))
     return torch.cat(columns, 1)
 

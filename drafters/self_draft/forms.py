@@ -94,5 +94,7 @@ def _numbers(name: str, text: str) -> frozenset[int]:
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or len(part) > 11:
             raise UnsupportedArgumentError(f"draft 'self:{name}': expected layers such as 8-20 or 3,7-9, got {part!r}")
+        if dash and int(last) < int(first):
+            raise UnsupportedArgumentError(f"draft 'self:{name}': expected the lower layer first, got {part!r}")
         numbers.update(range(int(first), int(last or first) + 1))
     return frozenset(numbers)

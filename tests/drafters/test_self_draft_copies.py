@@ -170,6 +170,7 @@ def test_the_packed_copy_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
         ("self:skip3", "layers 0 to 2"),
         ("self:skip0-2", "not all of them"),
         ("self:skip2-", "layers such as"),
+        ("self:skip2-1", "lower layer first"),
         ("self:hot0", "between 1 and 99 percent"),
         ("self:wanda100", "between 1 and 99 percent"),
     ],
@@ -177,6 +178,15 @@ def test_the_packed_copy_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_no_form_is_refused_with_what_is(name: str, words: str) -> None:
     with pytest.raises(UnsupportedArgumentError, match=words):
         Speculator(fresh(), name)
+
+
+def test_a_model_that_samples_no_texts_is_refused_by_name() -> None:
+    target = fresh()
+    with torch.no_grad():
+        target.model.embed_tokens.weight[models.BOS] = float("nan")
+    with pytest.raises(UnsupportedArgumentError, match=r"NaN in its logits.*calibration="):
+        SelfDrafter(target, "hot50")
+    assert SelfDrafter(target, "hot50", calibration=TEXTS).copy.num_made == 1
 
 
 def test_what_does_not_fit_together_is_refused() -> None:

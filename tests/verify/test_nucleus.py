@@ -54,6 +54,14 @@ def test_large_nucleus_is_found_by_a_second_look():
     assert compared(scores, top_p=0.9) < 20
 
 
+def test_scores_far_from_zero():
+    """Whose sum's logarithm has steps wider than the doubt: low temperatures make such ones."""
+    scores = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(5)) * 3
+    for offset in (-5000.0, 5000.0, 30000.0):
+        compared(scores + offset, top_p=0.5)
+        compared(scores + offset, top_p=0.9)
+
+
 def test_where_rounding_decides_transformers_does(monkeypatch):
     """Laws whose sums meet top_p, up to rounding; and equal scores at the edge, of which the sort keeps any."""
     masses = torch.full((30, VOCAB), 0.0)
