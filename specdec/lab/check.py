@@ -233,7 +233,10 @@ class _Run:
     def _audited_drafters(self) -> Iterator[Drafter | None]:
         yield self.drafter
         if isinstance(self.drafter, ModelDrafter) and self.drafter.max_nodes == self.drafter.max_depth:
-            yield self.drafter.shaped(tree=AUDIT_TREE)
+            if self.drafter.shares_target_kv:
+                yield self.drafter.shaped(tree=AUDIT_TREE)
+            else:
+                yield ModelDrafter(self.drafter.model, tree=AUDIT_TREE)
 
     def _sample(self, laws: LawTests, recorder: AcceptanceRecorder) -> None:
         """Alternate over the prompts; the size of a call follows from what calls cost, never from what they showed."""

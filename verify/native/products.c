@@ -60,20 +60,21 @@ INLINE int64_t dense(const int F, const int M, const int N, const float *x, int6
 /* Numbers k .. k + LANES of a row of codes, in a group of this scale and offset. */
 INLINE vec unpacked(const int F, const char *row, int64_t k, float scale, const float *offset) {
     if (F == Q8) {
-        vec out = floats(of_codes((const int8_t *)row + k)) * scale;
-        if (offset) out += *offset;
-        return out;
+        const vec number = floats(of_codes((const int8_t *)row + k));
+        if (offset) return fused(number, all(scale), all(*offset));
+        return number * scale;
     }
     const ivec two = of_bytes((const uint8_t *)row + k / CODES * (CODES / 2) + k % (CODES / 2));
     const ivec code = two >> (k % CODES < CODES / 2 ? 0 : 4);
 #if LANES == 16
-    vec table = (vec){-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7} * scale; /* looks at four bits */
-    if (offset) table += *offset;
-    return (vec)_mm512_permutexvar_ps((__m512i)code, (__m512)table);
+    const vec every = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    vec table = every * scale;
+    if (offset) table = fused(every, all(scale), all(*offset));
+    return (vec)_mm512_permutexvar_ps((__m512i)code, (__m512)table); /* looks at four bits */
 #else
-    vec out = floats((code & 15) - 8) * scale;
-    if (offset) out += *offset;
-    return out;
+    const vec number = floats((code & 15) - 8);
+    if (offset) return fused(number, all(scale), all(*offset));
+    return number * scale;
 #endif
 }
 
@@ -132,9 +133,13 @@ INLINE int64_t integral(const int F, const int M, const int N, const float *x, i
         }
         EVERY(m, M) {
             const Unit *own = (const Unit *)(x + m * x_stride) + u;
-            EVERY(n, N) total[m][n] += floats(dot(own->start, codes[n], own->codes)) * (own->scales * scales[n]);
+            EVERY(n, N) {
+                const vec sum = floats(dot(own->start, codes[n], own->codes));
+                total[m][n] = fused(sum, own->scales * scales[n], total[m][n]);
+            }
             if (w->offsets[0])
-                EVERY(n, N) total[m][n] += own->totals * by_lane(w->offsets[n], u, group, first, last);
+                EVERY(n, N)
+                    total[m][n] = fused(own->totals, by_lane(w->offsets[n], u, group, first, last), total[m][n]);
         }
     }
     return size;

@@ -69,6 +69,21 @@ INLINE vec wide_half(ivec h) {
 #endif
 }
 
+/* a * b + c, rounded once wherever that is quick: left to the compiler it may be, or not, from one copy of a loop to the
+ * next, and a token's bits would depend on how many tokens and columns are computed together. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8 && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 /* LANES numbers of a dtype. */
 INLINE vec numbers(const int format, const void *p, int64_t i) {
     if (format == F32) return load((const float *)p + i);

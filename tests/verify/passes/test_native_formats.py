@@ -28,6 +28,7 @@ FORMATS: dict[str, Callable[[str], Any]] = {
     "bf16": lambda family: models.target(family, "bf16"),
     "fp16": lambda family: models.target(family, "fp16"),
     "int8": lambda family: packed_models.target(family, bits=8),
+    "int8 with offsets": lambda family: packed_models.target(family, bits=8, symmetric=False),
     "int4": lambda family: packed_models.target(family, bits=4, symmetric=False),
     "int8 of bf16": lambda family: packed_models.target(family, "bf16", bits=8, group=None),
     "int8 integers": lambda family: packed_models.target(family, bits=8, integer=True),
