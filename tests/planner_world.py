@@ -34,9 +34,7 @@ class Drafting:
 
     def option(self) -> Option:
         kind = DraftKind("chain", "sampled" if self.found is None else "deterministic")
-        drafter: Any = SimpleNamespace(
-            kind=kind, num_cache_layers=int(self.found is None), max_depth=DEPTH, max_nodes=DEPTH
-        )
+        drafter: Any = SimpleNamespace(kind=kind, keeps_kv=self.found is None, max_depth=DEPTH, max_nodes=DEPTH)
         return Option(self.name, self.name, drafter, (1,) * DEPTH, may_be_empty=self.found is not None)
 
 

@@ -31,8 +31,7 @@ TABLE = Costs(1, 1.0, {"model": {1: 1.3, 2: 1.6, 4: 2.2, 12: 4.6}, "ngram": {1: 
 
 def option(name: str) -> Option:
     kind = DraftKind("chain", "deterministic")
-    layers = int(name == "model")
-    drafter: Any = SimpleNamespace(kind=kind, num_cache_layers=layers, max_depth=DEPTH, max_nodes=DEPTH)
+    drafter: Any = SimpleNamespace(kind=kind, keeps_kv=name == "model", max_depth=DEPTH, max_nodes=DEPTH)
     return Option(name, name, drafter, (1,) * DEPTH, may_be_empty=name == "ngram")
 
 

@@ -111,7 +111,8 @@ def differing_rows(exactness: str) -> int:
     return count
 
 
-def test_texts_in_bfloat16_differ_between_drafters_unless_strict() -> None:
+def test_texts_in_bfloat16_differ_between_drafters_unless_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.verify.passes.native.native_pass", lambda *_: None)  # whose bits are the same anyway
     assert differing_rows("distribution") > 0
     assert differing_rows("strict") == 0
 
