@@ -111,7 +111,7 @@ class DraftPasses:
     def best_chain(self, tokens: Tensor, levels: int) -> Tensor | None:
         """The best tokens, int64 `[live, levels]`, one after the other below nodes of depth 1; None where `chain` has
         to be asked level by level."""
-        starts = [count + 1 for count in self._cache.lengths[: self._cache.num_rows]]
+        starts = self._cache.filled(CACHE_NAME)  # behind the root
         vocab = min(self._vocab, self._target_vocab)
         return self._forward.best_chain(self._cache, self._known(tokens), starts, levels, vocab)
 
