@@ -109,7 +109,8 @@ def test_selection_keeps_the_reference() -> None:
     names = [peer.name for peer in select(all_ways(lengths=(6,)), ("specdec-model", "specdec-ngram"), PLAIN)]
     assert names == ["hf-plain", "specdec-model-k6", "specdec-ngram-k6-b1", "specdec-ngram-k6-b2"]
     names = [peer.name for peer in select(all_ways(), ("specdec-planned",), PLAIN)]
-    assert names == ["hf-plain", *(f"specdec-planned-{drafts}" for drafts in ("model", "model+ngram", "ngram"))]
+    planned = ("model", "model+ngram", "ngram", "self:int8", "self:int8+ngram")
+    assert names == ["hf-plain", *(f"specdec-planned-{drafts}" for drafts in planned)]
 
 
 def test_help_needs_no_torch() -> None:
