@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ VARIABLE = "SPECDEC_CACHE"
 
 PART = ".part"
 """How files end that are being written."""
+UNFINISHED = "building-"
+"""How folders begin in which something is being built, to be given its name when it is whole."""
 
 
 def cache_folder() -> Path | None:
@@ -51,6 +55,13 @@ def writing_whole(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 os.unlink(part)
         raise
+
+
+def sweep_unfinished(folder: Path, seconds: float) -> None:
+    """Remove what processes that were killed have left half built in a folder, once it is so old."""
+    for place in folder.glob(f"{UNFINISHED}*"):
+        if time.time() - place.stat().st_mtime > seconds:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -9,15 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from specdec.verify.folders import PART, UNFINISHED
+
 _WHAT = {
     "cost table": re.compile(r"costs-[0-9a-f]{24}\.json"),
     "packed copy": re.compile(r"packed-[0-9a-f]{24}\.safetensors"),
     "compiled pass": re.compile(r"native/[0-9a-f]{24}\.so(\.sum)?"),
     "model": re.compile(r"models/[0-9a-f]{24}/[\w.-]+"),
-    "left over": re.compile(r"tmp\w+\.part|(native|models)/building-\w+/[\w.-]+"),
+    "left over": re.compile(rf"tmp\w+{re.escape(PART)}|(native|models)/{UNFINISHED}\w+/[\w.-]+"),
 }
 """Names that the library gives its files, seen from the folder. Whatever is called otherwise is somebody else's."""
-_FOLDERS = re.compile(r"(native|models)(/building-\w+)?|models/[0-9a-f]{24}")
+_FOLDERS = re.compile(rf"(native|models)(/{UNFINISHED}\w+)?|models/[0-9a-f]{{24}}")
 
 
 class Kept(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -10,7 +10,7 @@ from specdec.experiments.accept.setting import EXAMPLES, PLAIN, Setting
 from specdec.experiments.display import lacking
 from specdec.experiments.frame import Options, argument, option
 from specdec.experiments.pair import PROMPT_FILES, Chat, Dtype, NewTokens, PairOptions, Seed, own_prompts
-from specdec.experiments.workloads import SOURCES, Source
+from specdec.experiments.workloads import SOURCES, Source, chosen_sources
 from specdec.shown_errors import ExperimentError
 
 DEFAULT_SETTINGS = (
@@ -93,9 +93,7 @@ class AcceptOptions(PairOptions):
         return [setting for setting in found if setting != PLAIN]
 
     def sources(self) -> list[Source]:
-        if self.prompt_files:
-            return [Source("file", file, self.chat) for file in self.prompt_files]
-        return [replace(Source.parse(text), chat=self.chat) for text in dict.fromkeys(self.prompts)]
+        return chosen_sources(self.prompts, self.prompt_files, self.chat)
 
     @property
     def has_own_prompts(self) -> bool:

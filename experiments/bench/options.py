@@ -19,7 +19,7 @@ from specdec.experiments.pair import (
     Seed,
     own_prompts,
 )
-from specdec.experiments.workloads import SOURCES, Source
+from specdec.experiments.workloads import SOURCES, Source, chosen_sources
 from specdec.shown_errors import ExperimentError
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ class BenchOptions(PairOptions):
         if self.prompt_files:
             found = own_prompts(self.prompt_files, self.chat)[: 2 if self.quick else None]
         else:
-            read = [replace(Source.parse(text), chat=self.chat) for text in dict.fromkeys(self.sources)]
-            found = [one for source in read for one in source.load(models.tokenizer, self.num_prompts, self.seed)]
+            found = [
+                one for source in self._chosen() for one in source.load(models.tokenizer, self.num_prompts, self.seed)
+            ]
         device = models.target.device
         ids = [torch.tensor([models.turn_ids(prompt, [], self.new_tokens)], device=device) for prompt in found]
         return [Asked(one, prompt.id, prompt.domain) for one, prompt in zip(ids, found, strict=True)]
@@ -119,7 +120,11 @@ class BenchOptions(PairOptions):
 
     @property
     def has_own_prompts(self) -> bool:
-        return bool(self.prompt_files) or any(Source.parse(text).name == "file" for text in self.sources)
+        return any(source.name == "file" for source in self._chosen())
+
+    def _chosen(self) -> list[Source]:
+        """None where prompts are held out of the library's own."""
+        return chosen_sources(self.sources, self.prompt_files, self.chat)
 
     @property
     def mode(self) -> str:

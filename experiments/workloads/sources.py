@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ class Source:
 
     def __str__(self) -> str:
         return self.name if self.path is None else f"{self.name}:{self.path.name}"
+
+
+def chosen_sources(texts: Iterable[str], files: Sequence[Path], chat: bool) -> list[Source]:
+    """The named sources, each once; a user's own files take their place. chat: see Prompt.
+
+    Raises:
+        WorkloadError: see `Source.parse`.
+    """
+    if files:
+        return [Source("file", file, chat) for file in files]
+    return [replace(Source.parse(text), chat=chat) for text in dict.fromkeys(texts)]
 
 
 def _spread(prompts: list[Prompt], num: int) -> list[Prompt]:

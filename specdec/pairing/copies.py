@@ -6,22 +6,18 @@ Imports no torch: what is written is the caller's business.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 from specdec.verify.first_use import LOGGER
-from specdec.verify.folders import cache_folder
+from specdec.verify.folders import UNFINISHED, cache_folder, sweep_unfinished
 
 FOLDER = "models"
 """Of the cache folder, where copies lie, each in a folder of its own."""
 SUMS = "SHA256SUMS"
 """What a copy's files hash to, as `sha256sum --check` reads it. It is written last: without it a copy is unfinished."""
-UNFINISHED = "building-"
-"""How folders begin in which a copy is being written."""
 _LEFT_OVER = 3600
 """Seconds after which an unfinished copy is taken for that of a process that was killed."""
 _ATTEMPTS = 3
@@ -48,7 +44,7 @@ def kept_copy(file: Path, form: str, write: Callable[[Path], object]) -> Path | 
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _sweep(kept.parent)
+        sweep_unfinished(kept.parent, _LEFT_OVER)
         LOGGER.warning(
             "specdec: first use of %s: a copy that loads fast is written to %s (half a minute, once)", file.name, kept
         )
@@ -92,12 +88,6 @@ def _name(place: Path, kept: Path) -> None:
                 raise
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=kept.parent, ignore_cleanup_errors=True) as aside:
             kept.rename(Path(aside) / kept.name)
-
-
-def _sweep(folder: Path) -> None:
-    for place in folder.glob(f"{UNFINISHED}*"):
-        if time.time() - place.stat().st_mtime > _LEFT_OVER:
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _digest(file: Path) -> str:

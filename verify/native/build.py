@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from specdec.verify.first_use import first_use
+from specdec.verify.folders import UNFINISHED, sweep_unfinished
 
 _SOURCES = Path(__file__).parent
 _DTYPES = ("F32", "BF16", "F16")
@@ -27,8 +27,6 @@ _FORMATS = (*_DTYPES, "Q8", "Q4", "Q8I", "Q4I")
 
 _SECONDS = 120
 """A compiler that takes longer is given up."""
-_UNFINISHED = "building-"
-"""How folders begin in which something is being built."""
 
 
 class Unavailable(RuntimeError):
@@ -62,7 +60,7 @@ def compiled(folder: Path, processor: str = "native") -> Path:
         kept = folder / f"{_key(compiler, flags, version)}.so"
         if damage(kept) is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _sweep(folder)
+            sweep_unfinished(folder, 4 * _SECONDS)
             _compile(compiler, flags, kept)
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"cannot compile into {folder}: {error}") from error
@@ -123,7 +121,7 @@ def _key(compiler: list[str], flags: list[str], version: bytes) -> str:
 
 def _compile(compiler: list[str], flags: list[str], target: Path) -> None:
     """Compile into a file of its own first: another process may be doing the same, and this one may be killed."""
-    with first_use(), tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as place:
+    with first_use(), tempfile.TemporaryDirectory(dir=target.parent, prefix=UNFINISHED) as place:
         linked = Path(place) / "llama.so"
         parts = [("llama.c", f"-DNUMBER={dtype}") for dtype in _DTYPES]
         parts += [("products.c", f"-DFORMAT={weights}") for weights in _FORMATS]
@@ -153,13 +151,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what builds that were killed have left."""
-    for place in folder.glob(f"{_UNFINISHED}*"):
-        if time.time() - place.stat().st_mtime > 4 * _SECONDS:
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _run(command: list[str]) -> tuple[int, bytes]:
