@@ -1,4 +1,4 @@
-"""The runner of native passes: one C call for a stock Llama on a CPU, computing what the direct pass does."""
+"""The runner of native passes: one C call for an unchanged model of Llama's kind on a CPU, computing what the direct pass does."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class Native(Runner):
 
     def _reads(self, width: int, read: int) -> bool:
         assert self._pass is not None
-        return self._any_text or not native_is_slower(self._pass.own, width, read, self._both)
+        own = self._pass.own
+        return self._any_text or own.score_cap > 0 or not native_is_slower(own, width, read, self._both)
 
     def _both(self, own: Parameters) -> list[Runner]:
         direct = Direct(self._direct.model, self._inputs)
@@ -101,7 +102,7 @@ class Native(Runner):
     @property
     def decodes(self) -> bool:
         own = None if self._pass is None else self._pass.own
-        return own is not None and own.static_rope and sum(map(len, own.hooks)) == own.num_hooks
+        return own is not None and sum(map(len, own.hooks)) == own.num_hooks
 
     def best_chain(self, part: Part, levels: int, vocab: int) -> Tensor:
         assert self._pass is not None
@@ -134,7 +135,7 @@ class NativePass:
         self._weights = NativeWeights(own)
         self._kv = (structures.Pointer * (2 * own.shape.layers))()
         self._wanted = (structures.Pointer * (own.shape.layers + 1))()
-        self._tickets = torch.zeros(10 * own.shape.layers + 3, dtype=torch.int64)
+        self._tickets = torch.zeros(11 * own.shape.layers + 3, dtype=torch.int64)
         self._like = own.embed.new_empty(1, own.shape.kv_heads, 0, own.shape.head_dim)
         self._angles = _floats(0)
         self._room, self._threads = (0, 0, 0), 0
@@ -190,23 +191,21 @@ class NativePass:
         run, shape, first = self._pass, self._shape, layouts[0]
         run.threads = min(torch.get_num_threads(), usable_cores())
         rows, masks, kept, ids, read = self._rows(parts, layouts)
-        if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
-            if len(self._angles) < read:
-                self._angles = self.own.angle_table(self._like, read).float()
-            angles, places = self._angles, None
-        else:
+        if len(self._angles) < read:
+            self._angles = self.own.angles.table(self._like, read).float()
+        places = None  # the angles of a text's token are those of the number of its slot
+        if masks:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
-            angles, places = self.own.angles(self._like, positions, read)
-            angles, places = angles.float(), places.contiguous()
+            places = positions.contiguous()
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
-        run.tokens, run.ids, run.angles = len(ids), ids.data_ptr(), angles.data_ptr()
+        run.tokens, run.ids, run.angles = len(ids), ids.data_ptr(), self._angles.data_ptr()
         run.places = None if places is None else places.data_ptr()
         run.targets = None if targets is None else targets.data_ptr()
-        return _Given(rows, ids, kept, (masks, angles, places, targets, layouts))
+        return _Given(rows, ids, kept, (masks, places, targets, layouts))
 
     def _rows(
         self, parts: Sequence[Part], layouts: Sequence[Layout]
@@ -221,7 +220,7 @@ class NativePass:
             kept.append(_kept(part.tokens.shape, part.kept[1], first))
             ids.append(part.tokens.reshape(-1))
             if part.nodes is not None:
-                mask = self._inputs.of(part, torch.float32)[1]
+                mask = self._inputs.ancestors(part, part.nodes)
                 masks.append(mask)
             at = 0 if mask is None else mask.data_ptr()
             step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from specdec.verify.native import structures
 from specdec.verify.native.library import DTYPES, library, why_not
-from specdec.verify.passes.parameters import PackedProduct, Parameters, Product
+from specdec.verify.passes.layers import Layer, PackedProduct, Product
+from specdec.verify.passes.parameters import Parameters
 
 _FORMATS: tuple[torch.dtype | int, ...] = (torch.float32, torch.bfloat16, torch.float16, 8, 4)
 """Dtypes, and bits of packed weights, in the order of weights.h; then the same bits of integer products."""
@@ -42,15 +41,20 @@ class NativeWeights:
         vectors = [vector for layer in own.layers for vector in _vectors(layer)]
         # Norms and biases are few: in float32, which holds every number of the model's dtype.
         self._floats = [
-            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.weight, own.head.bias)
+            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.factor, own.head.bias)
         ]
         *pointers, norm, bias = map(_address, self._floats)
         self.prepares = any(weight.format in _PREPARED for weight in (*weights, _weight(own.head)))
         self._weights = (structures.Weight * len(weights))(*weights)
         self._pointers = (structures.Pointer * len(pointers))(*pointers)
+        kinds = [structures.Layer(layer.window or 0, layer.angles) for layer in own.layers]
+        self._layers = (structures.Layer * len(kinds))(*kinds)
+        first, angles = own.layers[0], own.angles
         self.model = structures.Model(
-            *(*own.shape, len(own.embed), ctypes.addressof(self._weights), ctypes.addressof(self._pointers)),
-            *(own.embed.data_ptr(), norm, bias, _weight(own.head), own.norm.epsilon, own.layers[0].scaling),
+            *(*own.shape, len(own.embed), angles.width, angles.rotary, own.norm.centred, first.gelu),
+            *map(ctypes.addressof, (self._layers, self._weights, self._pointers)),
+            *(own.embed.data_ptr(), norm, bias, _weight(own.head), own.norm.epsilon, first.scaling),
+            *(own.embed_scale, first.added_scale, own.divisor, own.score_cap, own.logit_cap),
         )
 
 
@@ -68,10 +72,10 @@ def _weight(product: Product) -> structures.Weight:
     return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
 
 
-def _vectors(layer: Any) -> list[Tensor | None]:
+def _vectors(layer: Layer) -> list[Tensor | None]:
     """In the order of model.h."""
-    norms = [norm.weight for norm in layer.norms]
-    return [*(product.bias for product in layer.products), *norms, *[None] * (4 - len(norms))]
+    norms = (layer.before, layer.after, layer.q_norm, layer.k_norm, layer.attended, layer.fed)
+    return [*(product.bias for product in layer.products), *(None if norm is None else norm.factor for norm in norms)]
 
 
 def _address(tensor: Tensor | None) -> int | None:
