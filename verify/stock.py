@@ -23,13 +23,15 @@ from specdec.verify.passes.linear import is_dense
 class Family(NamedTuple):
     """In what the modules of a family differ from Llama's.
 
-    fused: one weight for queries, keys and values, and one for both halves of the inner layer. head_norms: queries and
-    keys are normalised. centred: norms by 1 + weight, rounded afterwards, and scaled embeddings. sandwich: what a layer
-    adds is normalised first. score_caps, logit_caps: soft-capped, where the configuration says so. multipliers: of
-    embeddings, of what layers add, of logits. unrotated: some layers do not rotate.
+    fused: one weight for queries, keys and values, and one for both halves of the inner layer. partial: heads may be
+    rotated in part. head_norms: queries and keys are normalised. centred: norms by 1 + weight, rounded afterwards, and
+    scaled embeddings. sandwich: what a layer adds is normalised first. score_caps, logit_caps: soft-capped, where the
+    configuration says so. multipliers: of embeddings, of what layers add, of logits. unrotated: some layers do not
+    rotate.
     """
 
     fused: bool = False
+    partial: bool = False
     head_norms: bool = False
     centred: bool = False
     sandwich: bool = False
@@ -45,7 +47,7 @@ FAMILIES = {
     "Gemma2": Family(centred=True, sandwich=True, score_caps=True, logit_caps=True),
     "Gemma3": Family(centred=True, sandwich=True, head_norms=True, logit_caps=True),
     "Granite": Family(multipliers=True),
-    "Phi3": Family(fused=True),
+    "Phi3": Family(fused=True, partial=True),
     "Qwen3": Family(head_norms=True),
     "SmolLM3": Family(unrotated=True),
 }

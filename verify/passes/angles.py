@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ class Angles:
     """Those of one model.
 
     Args:
-        rotary: the model's rotary module. kinds: layer types that have their own frequencies; empty: all share one.
+        rotary: the model's rotary module, with frequencies for all layers or for each type of them.
         limit: positions below which angles depend on nothing else; None for all.
 
     Attributes:
@@ -27,26 +26,27 @@ class Angles:
             every kind.
     """
 
-    def __init__(self, rotary: Any, kinds: Sequence[str], limit: int | None):
+    def __init__(self, rotary: Any, limit: int | None):
         self._module, self._limit = rotary, limit
-        self._kinds: tuple[str | None, ...] = tuple(kinds) or (None,)
+        types = getattr(rotary, "rope_type", None)
+        self._types: dict[str | None, Any] = types if isinstance(types, dict) else {None: types}
+        self._kinds = tuple(self._types)
         names = ("inv_freq" if kind is None else f"{kind}_inv_freq" for kind in self._kinds)
         self._frequencies: list[Any] = [getattr(rotary, name, None) for name in names]
-        types = getattr(rotary, "rope_type", None)
-        self._types = types.values() if isinstance(types, dict) else [types]
         self.rotary = 2 * len(self._frequencies[0]) if isinstance(self._frequencies[0], Tensor) else 0
         self.width = 2 * self.rotary * len(self._kinds)
         self._table: Tensor | None = None
 
-    def fits(self, head_dim: int) -> bool:
-        """Whether there are angles of every kind, of one size, for positions alone."""
+    def fits(self, head_dim: int, partial: bool) -> bool:
+        """Whether there are angles of every kind, of one size, for positions alone. partial: they may be fewer."""
         shapes = {getattr(own, "shape", None) for own in self._frequencies}
-        known = all(kind in _KNOWN for kind in self._types) or self._limit is not None
-        return known and shapes == {(self.rotary // 2,)} and 0 < self.rotary <= head_dim
+        known = all(kind in _KNOWN for kind in self._types.values()) or self._limit is not None
+        size = 0 < self.rotary <= head_dim if partial else self.rotary == head_dim
+        return known and size and shapes == {(self.rotary // 2,)}
 
     def start_of(self, kind: str) -> int:
         """Where the angles of a kind of layer begin in a row of `table`."""
-        return 0 if self._kinds == (None,) else 2 * self.rotary * self._kinds.index(kind)
+        return 0 if None in self._types else 2 * self.rotary * self._kinds.index(kind)
 
     def table(self, like: Tensor, count: int) -> Tensor:
         """Angles of `count` positions at least, `[*, width]`: of every kind cosines, then sines, those of the first

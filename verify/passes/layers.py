@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import Form, few_row_form
@@ -83,9 +83,7 @@ class Layer:
         angles: -1 where it does not rotate.
     """
 
-    def __init__(
-        self, layer: Any, weights: list[Tensor], family: Family, kind: str, window: int | None, angles: int
-    ):
+    def __init__(self, layer: Any, weights: list[Tensor], family: Family, kind: str, window: int | None, angles: int):
         attention, mlp = layer.self_attn, layer.mlp
         self.kind, self.window = kind, window
         self.qkv, self.gate_up = (

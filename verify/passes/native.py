@@ -1,4 +1,4 @@
-"""The runner of native passes: one C call for an unchanged model of Llama's kind on a CPU, computing what the direct pass does."""
+"""The runner of native passes: one C call for a model of Llama's kind on a CPU, computing what the direct pass does."""
 
 from __future__ import annotations
 

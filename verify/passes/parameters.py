@@ -40,21 +40,21 @@ class Parameters:
         inner, config = model.model, model.config
         weights = [part.weight.detach() for part in model.modules() if isinstance(part, nn.Linear)]
         kinds, windows = getattr(config, "layer_types", None), windows_of(config)
-        own_ropes = isinstance(getattr(inner.rotary_emb, "rope_type", None), dict)
-        self.angles = Angles(inner.rotary_emb, inner.rotary_emb.layer_types if own_ropes else (), length_dependent_positions(config))
+        self.angles = Angles(inner.rotary_emb, length_dependent_positions(config))
         self.layers = []
         for i, layer in enumerate(inner.layers[: config.num_hidden_layers]):
             kind = next(iter(windows), "") if kinds is None else kinds[i]
             self.layers.append(Layer(layer, weights, family, kind, windows.get(kind), self.angles.start_of(kind)))
-        self.embed = inner.embed_tokens.weight.detach()
+        self.embed, self._partial = inner.embed_tokens.weight.detach(), family.partial
         self.norm = Norm(inner.norm, family.centred)
         self.head = product_of(model.lm_head, weights)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = inner.layers[0].self_attn.head_dim
-        self.embed_scale = inner.embedding_multiplier if family.multipliers else 1.0
-        if family.centred:
+        self.embed_scale = self.divisor = 1.0
+        if family.multipliers:
+            self.embed_scale, self.divisor = inner.embedding_multiplier, config.logits_scaling
+        elif family.centred:
             self.embed_scale = float(inner.embed_tokens.embed_scale.to(self.embed.dtype))
-        self.divisor = config.logits_scaling if family.multipliers else 1.0
         self.score_cap = config.attn_logit_softcapping if family.score_caps and caps_scores(model) else 0.0
         self.logit_cap = (config.final_logit_softcapping if family.logit_caps else None) or 0.0
         self.hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -81,7 +81,7 @@ class Parameters:
         Modules broadcast what is smaller; a kernel would read beyond it.
         """
         size, groups = self.head_dim, self.heads // self.kv_heads
-        if self.embed.dim() != 2 or groups * self.kv_heads != self.heads or not self.angles.fits(size):
+        if self.embed.dim() != 2 or groups * self.kv_heads != self.heads or not self.angles.fits(size, self._partial):
             return False
         numbers = [norm.epsilon for layer in self.layers for norm in layer.norms] + [self.norm.epsilon]
         numbers += [number for layer in self.layers for number in (layer.scaling, layer.added_scale)]
