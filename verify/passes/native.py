@@ -43,6 +43,7 @@ class Native(Runner):
 
     name = "native"
     joint = True
+    sums = "float32"
 
     def __init__(self, inputs: Inputs, direct: Direct, any_text: bool = False, most_nodes: int | None = None):
         self._inputs, self._direct, self._any_text, self._most_nodes = inputs, direct, any_text, most_nodes
@@ -100,6 +101,10 @@ class Native(Runner):
         return self._pass(parts)
 
     @property
+    def weights(self) -> dict[str, int] | None:
+        return None if self._pass is None else self._pass.weights.forms
+
+    @property
     def decodes(self) -> bool:
         own = None if self._pass is None else self._pass.own
         return own is not None and sum(map(len, own.hooks)) == own.num_hooks
@@ -124,7 +129,11 @@ class _Given(NamedTuple):
 
 
 class NativePass:
-    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it."""
+    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it.
+
+    Attributes:
+        own: whose pass it is. weights: what C is told of them.
+    """
 
     def __init__(self, own: Parameters, inputs: Inputs):
         assert own.shape is not None
@@ -132,7 +141,7 @@ class NativePass:
         self._dtype = own.embed.dtype
         self._call, self._chain = library().calls[self._dtype], library().chains[self._dtype]
         self._places = [layer.index for layer in own.layers]
-        self._weights = NativeWeights(own)
+        self.weights = NativeWeights(own)
         self._kv = (structures.Pointer * (2 * own.shape.layers))()
         self._wanted = (structures.Pointer * (own.shape.layers + 1))()
         self._tickets = torch.zeros(11 * own.shape.layers + 3, dtype=torch.int64)
@@ -158,7 +167,7 @@ class NativePass:
         for layer, states in zip(wanted, features, strict=True):
             self._wanted[layer] = states.data_ptr()
         run.logits = logits.data_ptr()
-        wrong = self._call(ctypes.byref(self._weights.model), ctypes.byref(run))
+        wrong = self._call(ctypes.byref(self.weights.model), ctypes.byref(run))
         for layer in wanted:
             self._wanted[layer] = None
         if wrong:
@@ -176,7 +185,7 @@ class NativePass:
         if layout.targets is not None:
             targets = layout.targets.view(count, levels).t().contiguous()
             chain.targets = targets.data_ptr()
-        wrong = self._chain(ctypes.byref(self._weights.model), ctypes.byref(self._pass), ctypes.byref(chain))
+        wrong = self._chain(ctypes.byref(self.weights.model), ctypes.byref(self._pass), ctypes.byref(chain))
         if wrong:
             raise FloatingPointError("NaN in the logits") if wrong < 0 else self._unknown(given.ids, wrong)
         return best
@@ -249,7 +258,7 @@ class NativePass:
         own = max(max(_QUERIES, shape.heads // shape.kv_heads) * (read + _ROOM), tokens * _ROOM) + _ROOM
         sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
         self._states = [_floats(tokens * size + _ROOM) for size in sizes]
-        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self._weights.prepares else 0
+        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self.weights.prepares else 0
         self._states += [_floats(own * threads), _floats(run.room_size * threads)]
         self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, tokens, 2 * tokens)]
         run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own, run.room = map(
