@@ -131,6 +131,7 @@ class DecodeLoop(Batch):
                     self._account(*self.step())
             finally:
                 self.close()
+            self.report.passes = self.passes.target.forward.account()
             self._cut_at_finish_line()
             if self.request.wants_dict or self.request.cache_is_callers:
                 hidden = self.collector.hidden

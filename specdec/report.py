@@ -7,6 +7,7 @@ from typing import Any
 
 from specdec.planner.summary import PlanReport
 from specdec.trace import StepTrace
+from specdec.verify.passes.account import PassesReport
 
 LOSSY = " (LOSSY: this text does not follow the target's law)"
 
@@ -43,6 +44,7 @@ class SpecReport(DraftTotals):
     `ms_first_draft`, `ms_first_verify`: what the first step took of `ms_draft` and `ms_verify`: as a rule it reads the
     prompt, and `ms_prefill` is what was read before it. `num_cached_tokens`: prompt tokens whose K/V the caller's cache
     held, and which the target did not read again. `kv_models`: models whose K/V `kv_bytes` holds.
+    `passes`: whether the target's passes were native, over weights of which form, and in what precision they sum.
     In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
     took when the mode was probed: the price of strictness.
     `rule` is the rule that decided; `lossless` is False when it changes the law.
@@ -86,6 +88,7 @@ class SpecReport(DraftTotals):
     ms_total: float = 0.0
     kv_bytes: int = 0
     kv_models: int = 1
+    passes: PassesReport = field(default_factory=PassesReport)
     processor_calls: dict[str, int] = field(default_factory=dict)
     processor_ms: dict[str, float] = field(default_factory=dict)
     plan: PlanReport | None = None
@@ -173,6 +176,7 @@ class SpecReport(DraftTotals):
             ),
             ("ms per step", self._phases()),
             ("prefill", self._prefill()),
+            ("passes", self.passes.line()),
             ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB" + (", both models" if self.kv_models > 1 else "")),
         ]
         if not self.num_drafts:

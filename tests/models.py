@@ -126,7 +126,54 @@ BUILDERS: dict[str, Builder] = {
 }
 FAMILIES = tuple(BUILDERS)
 
-_EAGER_ONLY = {"gemma2"}
+_NEAR, _FULL = "sliding_attention", "full_attention"
+BUILDERS |= {
+    "gemma2-capped": lambda: (
+        tf.Gemma2ForCausalLM,
+        _config(
+            tf.Gemma2Config, num_key_value_heads=2, head_dim=8, sliding_window=_WINDOW, query_pre_attn_scalar=2,
+            attn_logit_softcapping=1.5, final_logit_softcapping=2.0,
+        ),
+    ),
+    "gemma3-mixed": lambda: (
+        tf.Gemma3ForCausalLM,
+        _config(
+            tf.Gemma3TextConfig, layers=3, num_key_value_heads=2, head_dim=8, sliding_window=_WINDOW,
+            layer_types=[_NEAR, _FULL, _NEAR], final_logit_softcapping=2.0, query_pre_attn_scalar=3,
+        ),
+    ),
+    "phi3": lambda: (
+        tf.Phi3ForCausalLM,
+        _config(
+            tf.Phi3Config, num_key_value_heads=2, sliding_window=_WINDOW,
+            rope_parameters=_rope("default", partial_rotary_factor=0.5),
+        ),
+    ),
+    "phi3-longrope": lambda: (
+        tf.Phi3ForCausalLM,
+        _config(
+            tf.Phi3Config, num_key_value_heads=2, sliding_window=None,
+            rope_parameters=_rope(
+                "longrope", factor=4.0, original_max_position_embeddings=64,
+                short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0],
+            ),
+        ),
+    ),
+    "granite": lambda: (
+        tf.GraniteForCausalLM,
+        _config(
+            tf.GraniteConfig, num_key_value_heads=2, embedding_multiplier=3.0, residual_multiplier=0.7,
+            attention_multiplier=0.3, logits_scaling=1.7,
+        ),
+    ),
+    "smollm3": lambda: (
+        tf.SmolLM3ForCausalLM,
+        _config(tf.SmolLM3Config, num_key_value_heads=2, no_rope_layers=[1, 0], use_sliding_window=False),
+    ),
+}  # fmt: skip
+"""Only the tests of passes take these: what they differ in is nobody else's business."""
+
+_EAGER_ONLY = {"gemma2", "gemma2-capped"}
 
 
 def build(cls: type[PreTrainedModel], config: Any, dtype: torch.dtype, seed: int, attention: str) -> PreTrainedModel:

@@ -117,6 +117,12 @@ class Packed:
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
 
+    def rows(self, start: int, stop: int) -> Packed:
+        """Rows [start, stop) of the weight: a view."""
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        shape = (stop - start, self.shape[1])
+        return Packed(self.bits, shape, self.group, self.codes[start:stop], self.scales[start:stop], offsets)
+
     def integers(self) -> Tensor:
         """The codes, one a number: int8 `[out, in]`."""
         if self.bits == 8:

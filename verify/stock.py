@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -14,17 +14,60 @@ from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from specdec.kv.support import text_config
 from specdec.verify.attention.register import NAME, fitting_attention
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
 
-_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Model classes whose layers have this shape; one with a sliding window is left to its modules (see `Forward`)."""
-_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+
+class Family(NamedTuple):
+    """In what the modules of a family differ from Llama's.
+
+    fused: one weight for queries, keys and values, and one for both halves of the inner layer. partial: heads may be
+    rotated in part. head_norms: queries and keys are normalised. centred: norms by 1 + weight, rounded afterwards, and
+    scaled embeddings. sandwich: what a layer adds is normalised first. score_caps, logit_caps: soft-capped, where the
+    configuration says so. multipliers: of embeddings, of what layers add, of logits. unrotated: some layers do not
+    rotate.
+    """
+
+    fused: bool = False
+    partial: bool = False
+    head_norms: bool = False
+    centred: bool = False
+    sandwich: bool = False
+    score_caps: bool = False
+    logit_caps: bool = False
+    multipliers: bool = False
+    unrotated: bool = False
+
+
+FAMILIES = {
+    **dict.fromkeys(("Cwm", "Llama", "Ministral", "Mistral", "Qwen2", "SeedOss"), Family()),
+    "Gemma": Family(centred=True),
+    "Gemma2": Family(centred=True, sandwich=True, score_caps=True, logit_caps=True),
+    "Gemma3": Family(centred=True, sandwich=True, head_norms=True, logit_caps=True),
+    "Granite": Family(multipliers=True),
+    "Phi3": Family(fused=True, partial=True),
+    "Qwen3": Family(head_norms=True),
+    "SmolLM3": Family(unrotated=True),
+}
+"""Model classes, `...ForCausalLM` of transformers, whose layers have Llama's shape but for that (docs/models.md)."""
+_PARTS = ("DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+_BODIES, _SCALED = ("TextModel", "Model"), "TextScaledWordEmbedding"
 _FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
-_LEAVES = (nn.Linear, nn.Embedding, type(ACT2FN["silu"]), nn.ModuleList, PackedLinear)
+GELU = type(ACT2FN["gelu_pytorch_tanh"])
+_LEAVES = (nn.Linear, nn.Embedding, nn.Dropout, type(ACT2FN["silu"]), GELU, nn.ModuleList, PackedLinear)
+_DROPPING = ("attention_dropout", "residual_dropout", "gradient_checkpointing")
+"""What modules have that compute something else in training mode."""
 _FUSED_FORWARD, _FUSED_HOME = "add_fused_lm_head.<locals>._fused_forward", os.path.join("trl", "trainer", "utils.py")
 _HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The family of `model`'s class; None where it is none of `FAMILIES`."""
+    name, home = type(model).__name__, type(model).__module__
+    ours = name.endswith("ForCausalLM") and home.startswith("transformers.models.")
+    return FAMILIES.get(name.removesuffix("ForCausalLM")) if ours else None
 
 
 def is_stock(model: PreTrainedModel) -> bool:
@@ -34,11 +77,8 @@ def is_stock(model: PreTrainedModel) -> bool:
     for eager attention, nor for any model somebody has changed: hooks, adapters, quantised or wrapped layers, patched
     forwards.
     """
-    kind = type(model)
-    family = next((name for name in _FAMILIES if kind.__name__ == f"{name}ForCausalLM"), None)
-    if family is None or not kind.__module__.startswith("transformers.models."):
-        return False
-    if fitting_attention(model) != NAME or model.config.hidden_act not in ("silu", "swish"):
+    family, kind = family_of(model), type(model)
+    if family is None or fitting_attention(model) != ("eager" if family.score_caps and caps_scores(model) else NAME):
         return False
     if (
         torch.is_autocast_enabled("cpu")
@@ -46,9 +86,10 @@ def is_stock(model: PreTrainedModel) -> bool:
         or torch_modules._global_forward_pre_hooks
     ):
         return False
-    home = sys.modules[kind.__module__]
-    stock = {getattr(home, family + part) for part in _PARTS}
-    used = (*(part.forward for part in (*stock, *_LEAVES[:3])), *(getattr(home, name) for name in _FUNCTIONS))
+    home, name = sys.modules[kind.__module__], kind.__name__.removesuffix("ForCausalLM")
+    parts = [*_PARTS, next(body for body in _BODIES if hasattr(home, name + body)), *[_SCALED] * family.centred]
+    stock = {kind, *(getattr(home, name + part, nn.Module) for part in parts)}
+    used = (*(part.forward for part in (*stock, *_LEAVES[:-2])), *(getattr(home, name) for name in _FUNCTIONS))
     if not all(original(function) for function in used):  # patched for all models of the family
         return False
     if any(type(part) not in (*_LEAVES, *stock) or _changed(part) for part in model.modules()):
@@ -57,6 +98,11 @@ def is_stock(model: PreTrainedModel) -> bool:
         return False
     places = {(weight.device.type, weight.dtype) for weight in model.parameters()}
     return len(places) == 1 and places.pop()[0] == "cpu"
+
+
+def caps_scores(model: PreTrainedModel) -> bool:
+    """Whether the configuration soft-caps attention."""
+    return getattr(text_config(model), "attn_logit_softcapping", None) is not None
 
 
 def original(function: Any) -> bool:
@@ -71,7 +117,8 @@ def original(function: Any) -> bool:
 
 def _changed(part: nn.Module) -> bool:
     own = part.__dict__
-    if part.training and (getattr(part, "attention_dropout", False) or getattr(part, "gradient_checkpointing", False)):
+    drops = isinstance(part, nn.Dropout) and part.p > 0
+    if part.training and (drops or any(getattr(part, name, False) for name in _DROPPING)):
         return True
     if isinstance(part, nn.Embedding) and part.max_norm is not None:
         return True

@@ -13,7 +13,7 @@
 typedef struct {
     const Model *m;
     const Pass *p;
-    int64_t layer, kv, token, count, group, queries, stride;
+    int64_t layer, kv, token, count, group, queries, stride, window;
     float *scores, *out;
 } Block;
 
@@ -21,7 +21,7 @@ typedef struct {
 INLINE Block block_of(const Model *m, const Pass *p, int64_t layer, int64_t kv, int64_t token, int64_t count,
                       float *scores, float *out) {
     const int64_t group = m->heads / m->kv_heads;
-    return (Block){m, p, layer, kv, token, count, group, count * group, p->stride, scores, out};
+    return (Block){m, p, layer, kv, token, count, group, count * group, p->stride, m->layer[layer].window, scores, out};
 }
 
 INLINE const float *query_of(const Block *b, int64_t i) {
@@ -43,6 +43,25 @@ INLINE int64_t shared_by(const Block *b) {
     }
     return lead;
 }
+
+/* Where in the list of token t of a block begins what the layer sees. There is one slot in it for each position, in their
+ * order, in trees as well: a window is the list's end. */
+INLINE int64_t low_of(const Block *b, int64_t t) {
+    const int64_t count = b->p->counts[b->token + t];
+    return b->window && count > b->window ? count - b->window : 0;
+}
+
+/* The first and the last such place. */
+INLINE void lows_of(const Block *b, int64_t *least, int64_t *most) {
+    *least = *most = low_of(b, 0);
+    for (int64_t t = 1; b->window && t < b->count; t++) {
+        const int64_t low = low_of(b, t);
+        *least = low < *least ? low : *least;
+        *most = low > *most ? low : *most;
+    }
+}
+
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE int64_t tile_of(const Block *b) { return TILE / b->m->head_dim > 16 ? TILE / b->m->head_dim / 4 * 4 : 16; }
 
@@ -93,7 +112,7 @@ INLINE void match_run(const int M, const int64_t size, const float *const *query
 static void match_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to) {
     const int64_t size = b->m->head_dim, tile = tile_of(b), pieces = (last - first + 3) / 4;
     const number *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride;
-    const float scaling = (float)b->m->scaling;
+    const float scaling = b->m->score_cap > 0 ? 1.f : (float)b->m->scaling; /* then it is `soften`'s business */
     for (int64_t start = from; start < to; start += tile) {
         const int64_t stop = start + tile < to ? start + tile : to;
         EACH(piece, pieces) {
@@ -187,31 +206,43 @@ static void score(const Block *b, int64_t piece, int64_t pieces) {
     const Pass *p = b->p;
     const Row *row = p->row + p->row_of[b->token];
     const int64_t last = b->token + b->count - 1, shared = row->mask ? shared_by(b) : p->counts[last];
-    match_all(b, 0, b->queries, seen_by(p, row, last), shared / 4 * piece / pieces * 4,
-              piece + 1 < pieces ? shared / 4 * (piece + 1) / pieces * 4 : shared);
+    int64_t low, most;
+    lows_of(b, &low, &most);
+    low = low / 4 * 4;
+    const int64_t fours = shared > low ? (shared - low) / 4 : 0;
+    match_all(b, 0, b->queries, seen_by(p, row, last), low + fours * piece / pieces * 4,
+              piece + 1 < pieces ? low + fours * (piece + 1) / pieces * 4 : shared);
     if (row->mask && piece + 1 == pieces)
         EACH(t, b->count)
-            match_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), shared,
+            match_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), larger(shared, low_of(b, t)),
                       p->counts[b->token + t]);
 }
 
-/* Scores of one query to weights that are still to be scaled. */
+/* Scores of one query to weights that are still to be scaled; soft-capped ones are scaled before they are rounded, as by
+ * the modules of such models, which attend step by step. */
 static void soften_one(const Block *b, int64_t query) {
-    const int64_t count = b->p->counts[b->token + query / b->group];
+    const int64_t count = b->p->counts[b->token + query / b->group], low = low_of(b, query / b->group);
+    const int64_t start = low / LANES * LANES;
+    const float cap = (float)b->m->score_cap, scaling = (float)b->m->scaling;
     float *own = b->scores + query * b->stride, most = -INFINITY;
+    for (int64_t i = start; cap > 0 && i < count; i += LANES)
+        store(own + i, capped(nearest(nearest(load(own + i)) * scaling), cap));
+    for (int64_t i = start; i < low; i++) own[i] = -INFINITY;
     for (int64_t i = count; i % LANES; i++) own[i] = -INFINITY;
     vec high = all(-INFINITY), total = {0};
-    for (int64_t i = 0; i < count; i += LANES) {
+    for (int64_t i = start; i < count; i += LANES) {
         const vec x = load(own + i);
         high = pick(x > high, x, high);
     }
     for (int i = 0; i < LANES; i++) most = high[i] > most ? high[i] : most;
-    for (int64_t i = 0; i < count; i += LANES) {
+    for (int64_t i = start; i < count; i += LANES) {
         const vec e = exponential(load(own + i) - most);
-        store(own + i, nearest(e));
+        store(own + i, cap > 0 ? e : nearest(e));
         total += e;
     }
-    own[b->stride - 1] = count ? 1.f / sum(total) : 0.f;
+    const float scale = count ? 1.f / sum(total) : 0.f;
+    for (int64_t i = start; cap > 0 && i < count; i += LANES) store(own + i, nearest(load(own + i) * scale));
+    own[b->stride - 1] = cap > 0 ? 1.f : scale;
 }
 
 /* Piece `piece` of `pieces` of a block's queries. */
@@ -224,11 +255,19 @@ static void weigh_block(const Block *b, int64_t from, int64_t to) {
     const Pass *p = b->p;
     const Row *row = p->row + p->row_of[b->token];
     const int64_t shared = shared_by(b);
-    weigh_all(b, 0, b->queries, seen_by(p, row, b->token), 0, shared, from, to);
+    int64_t least, low;
+    lows_of(b, &least, &low);
+    if (low) EACH(i, b->queries) memset(out_of(b, i) + from, 0, (size_t)(to - from) * 4);
+    EACH(t, b->count) { /* what windows of others leave out */
+        const int64_t own = low_of(b, t), count = p->counts[b->token + t], stop = count < low ? count : low;
+        if (own < stop)
+            weigh_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), own, stop, from, to);
+    }
+    if (low < shared || !low) weigh_all(b, 0, b->queries, seen_by(p, row, b->token), low, shared, from, to);
     EACH(t, b->count) {
-        const int64_t count = p->counts[b->token + t];
-        if (count > shared)
-            weigh_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), shared, count, from, to);
+        const int64_t own = larger(shared, low), count = p->counts[b->token + t];
+        if (count > own)
+            weigh_all(b, t * b->group, (t + 1) * b->group, seen_by(p, row, b->token + t), own, count, from, to);
     }
     EACH(i, b->queries) {
         float *out = out_of(b, i);

@@ -1,4 +1,4 @@
-/* A Llama-shaped model's whole forward pass on a CPU: sums in float32, whatever the weights are kept in.
+/* The whole forward pass of a model of Llama's kind on a CPU: sums in float32, whatever the weights are kept in.
  *
  * One call runs every layer: an eager pass of a small model is mostly the price of some two hundred operator calls, and
  * its products of a few rows read the weights through kernels cut for many. Here every weight is read once for all
@@ -18,7 +18,7 @@
 
 INLINE void norm_all(const Model *m, const Pass *p, const float *weight, int64_t from, int64_t to) {
     for (int64_t t = from; t < to; t++)
-        norm(p->hidden + t * m->hidden, weight, m->hidden, (float)m->epsilon, p->normed + t * m->hidden);
+        norm(p->hidden + t * m->hidden, weight, m->hidden, (float)m->epsilon, m->exact_norm, p->normed + t * m->hidden);
 }
 
 INLINE void feature(const Model *m, const Pass *p, int64_t layer, const float *states, int64_t from, int64_t to) {
@@ -26,11 +26,41 @@ INLINE void feature(const Model *m, const Pass *p, int64_t layer, const float *s
         memcpy(p->features[layer] + from * m->hidden, states + from * m->hidden, (size_t)((to - from) * m->hidden) * 4);
 }
 
-/* Columns [from, to) of the hidden states += x @ w.T, by way of `normed`, which nobody reads then. */
-INLINE void add_product(const Model *m, const Pass *p, Tokens *x, const Weight *w, const float *bias, int64_t from,
-                        int64_t to) {
+/* Columns [from, to) of the hidden states += x @ w.T, by way of `normed`, which nobody reads then. What is to be
+ * normalised before it is added (`add_normed`) stays there. */
+INLINE void add_product(const Model *m, const Pass *p, Tokens *x, const Weight *w, const float *bias,
+                        const float *normalised, int64_t from, int64_t to) {
     multiply(x, 0, x->tokens, w, bias, from, to, p->normed, m->hidden);
-    EACH(t, x->tokens) add(p->hidden + t * m->hidden + from, p->normed + t * m->hidden + from, to - from);
+    EACH(t, x->tokens) {
+        float *product = p->normed + t * m->hidden + from;
+        if (m->added_scale != 1) rescale(product, (float)m->added_scale, to - from);
+        if (!normalised) add(p->hidden + t * m->hidden + from, product, to - from);
+    }
+}
+
+INLINE void add_normed(const Model *m, const Pass *p, const float *weight, int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+        float *product = p->normed + t * m->hidden;
+        round_all(NUMBER, product, m->hidden);
+        norm(product, weight, m->hidden, (float)m->epsilon, m->exact_norm, product);
+        add(p->hidden + t * m->hidden, product, m->hidden);
+    }
+}
+
+/* Logits as the model gives them, before the last rounding. */
+INLINE void finish(const Model *m, float *logits, int64_t count) {
+    const float cap = (float)m->logit_cap, divisor = (float)m->divisor;
+    if (cap == 0 && divisor == 1) return;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t some = count - i < LANES ? count - i : LANES;
+        float own[LANES] = {0};
+        memcpy(own, logits + i, (size_t)some * 4);
+        vec x = nearest(load(own));
+        if (divisor != 1) x = nearest(x / divisor);
+        if (cap > 0) x = capped(x, cap);
+        store(own, x);
+        memcpy(logits + i, own, (size_t)some * 4);
+    }
 }
 
 /* Tokens [*first, *stop): all of them, or the next neighbours of which something is kept, from *first on. */
@@ -60,6 +90,7 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
     SHARE(from, to, tokens, 4) {
         for (int64_t t = from; t < to; t++) {
             widen(NUMBER, m->embed + p->ids[t] * hidden, hidden, p->hidden + t * hidden);
+            if (m->embed_scale != 1) rescale(p->hidden + t * hidden, (float)m->embed_scale, hidden);
             look(p, t);
         }
     }
@@ -126,20 +157,29 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
         }
         NEXT;
         Tokens attended = {p->attended, tokens, heads * size, room, F32};
-        SHARE(from, to, hidden, chunk(hidden, threads)) add_product(m, p, &attended, w + O, v[O], from, to);
+        SHARE(from, to, hidden, chunk(hidden, threads))
+            add_product(m, p, &attended, w + O, v[O], v[NORM_ATTENDED], from, to);
         NEXT;
-        SHARE(from, to, tokens, 4) norm_all(m, p, v[NORM_AFTER], from, to);
+        SHARE(from, to, tokens, 4) {
+            if (v[NORM_ATTENDED]) add_normed(m, p, v[NORM_ATTENDED], from, to);
+            norm_all(m, p, v[NORM_AFTER], from, to);
+        }
         NEXT;
         normed = (Tokens){p->normed, tokens, hidden, room, F32};
         SHARE(from, to, inner, CHUNK) {
             multiply(&normed, 0, tokens, w + GATE, v[GATE], from, to, p->acted, inner);
             multiply(&normed, 0, tokens, w + UP, v[UP], from, to, own - from, CHUNK);
-            EACH(t, tokens) act(p->acted + t * inner + from, own + t * CHUNK, to - from);
+            EACH(t, tokens) act(p->acted + t * inner + from, own + t * CHUNK, to - from, m->gelu);
         }
         NEXT;
         Tokens acted = {p->acted, tokens, inner, room, F32};
-        SHARE(from, to, hidden, chunk(hidden, threads)) add_product(m, p, &acted, w + DOWN, v[DOWN], from, to);
+        SHARE(from, to, hidden, chunk(hidden, threads))
+            add_product(m, p, &acted, w + DOWN, v[DOWN], v[NORM_FED], from, to);
         NEXT;
+        if (v[NORM_FED]) {
+            SHARE(from, to, tokens, 4) add_normed(m, p, v[NORM_FED], from, to);
+            NEXT;
+        }
     }
     SHARE(from, to, tokens, 4) {
         norm_all(m, p, m->norm, from, to);
@@ -151,6 +191,7 @@ static void run(const Model *m, const Pass *p, int64_t thread, int64_t threads, 
         float *logits = p->logits;
         for (int64_t first = 0, stop = tokens; few ? first < stop : next_run(p, 1, &first, &stop); first = stop) {
             multiply(&normed, first, stop - first, &m->head, m->head_bias, from, to, logits, m->vocab);
+            EACH(t, stop - first) finish(m, logits + t * m->vocab + from, to - from);
             logits += (stop - first) * m->vocab;
         }
     }
@@ -165,12 +206,12 @@ const int ENTRY(ENTRY(NAME, NUMBER), threaded) = 1;
 const int ENTRY(ENTRY(NAME, NUMBER), threaded) = 0;
 #endif
 
-/* Runs the pass. NAME: one that other versions of these sources do not have (build.py). tickets: 10 per layer and 3 more.
+/* Runs the pass. NAME: one that other versions of these sources do not have (build.py). tickets: 11 per layer and 3 more.
  * Returns 0, or 1 + the index of a token that has no embedding (then nothing was done). */
 int64_t ENTRY(NAME, NUMBER)(const Model *m, Pass *p) {
     Gate gate = {0, 0};
     EACH(i, p->tokens) if (p->ids[i] < 0 || p->ids[i] >= m->embedded) return i + 1;
-    EACH(i, 10 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);
+    EACH(i, 11 * m->layers + 3) atomic_store_explicit(&p->tickets[i], 0, memory_order_relaxed);
     arrange(m, p);
 #if defined(_OPENMP)
     if (p->threads > 1) {

@@ -4,18 +4,32 @@
 #include "numbers.h"
 
 enum { Q, K, V, O, GATE, UP, DOWN, NUM_WEIGHTS };
-enum { NORM_BEFORE = NUM_WEIGHTS, NORM_AFTER, Q_NORM, K_NORM, NUM_VECTORS };
+enum { NORM_BEFORE = NUM_WEIGHTS, NORM_AFTER, Q_NORM, K_NORM, NORM_ATTENDED, NORM_FED, NUM_VECTORS };
 
-/* weights: NUM_WEIGHTS per layer. vectors: NUM_VECTORS pointers per layer, first the biases in the order of the weights,
- * 0 where a layer has none. */
+/* window: positions that a token sees, its own included; 0: all. angles: where those of the layer begin in a token's
+ * `Pass.angles`; -1: it does not rotate. */
 typedef struct {
-    int64_t layers, hidden, heads, kv_heads, head_dim, inner, vocab, embedded;
+    int64_t window, angles;
+} Layer;
+
+/* What a model is made of, and in what it differs from Llama, which has ones for the scales, 0 for the flags and caps,
+ * and rotates whole heads.
+ *
+ * weights: NUM_WEIGHTS per layer. vectors: NUM_VECTORS pointers per layer, first the biases in the order of the weights,
+ * 0 where a layer has none; NORM_ATTENDED and NORM_FED are of what attention and the inner layer add to a token.
+ * angles: numbers of a token in `Pass.angles`. rotary: numbers of a head that are rotated, the first ones.
+ * exact_norm: norms are rounded after their weights only. gelu: the inner layer's gate, for silu.
+ * embed_scale, added_scale: of embeddings, and of what is added to a token. divisor: of logits.
+ * score_cap, logit_cap: x becomes cap * tanh(x / cap); 0: it does not. */
+typedef struct {
+    int64_t layers, hidden, heads, kv_heads, head_dim, inner, vocab, embedded, angles, rotary, exact_norm, gelu;
+    const Layer *layer;
     const Weight *weights;
     const float *const *vectors;
     const number *embed;
     const float *norm, *head_bias;
     Weight head;
-    double epsilon, scaling;
+    double epsilon, scaling, embed_scale, added_scale, divisor, score_cap, logit_cap;
 } Model;
 
 /* One row of the pass: `width` tokens from token `first` on; the first of them belongs to slot `start`.
@@ -30,7 +44,8 @@ typedef struct {
 /* Slot s of a row lies at table[s / page_size] * page_stride + s % page_size * slot_stride, plus head * head_stride.
  * targets: where each token's own K/V goes (same unit, less the head), -1 for nowhere; 0: to its slot.
  * kept: tokens whose logits are wanted, ascending.
- * places: row of `angles` (cosines, signed sines) of each token; 0: the number of its slot.
+ * places: row of `angles` (cosines, signed sines, of one kind of layer after the other) of each token; 0: the number of
+ *     its slot.
  * features: where the hidden states of all tokens go that enter layer i, and as the last those after the final norm,
  *     [tokens, hidden] each; 0 where they are not wanted.
  * The rest is working memory. stride: from the scores of one query to those of the next. leads: of each token, how many

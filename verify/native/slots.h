@@ -58,8 +58,9 @@ static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, i
     round_all(NUMBER, x, size);
     if (head < heads + kv) {
         const float *weight = head < heads ? v[Q_NORM] : v[K_NORM];
-        if (weight) norm(x, weight, size, (float)m->epsilon, x);
-        rotate(x, p->angles + (p->places ? p->places[token] : slot) * 2 * size, size);
+        if (weight) norm(x, weight, size, (float)m->epsilon, m->exact_norm, x);
+        const float *angles = p->angles + (p->places ? p->places[token] : slot) * m->angles + m->layer[layer].angles;
+        if (m->layer[layer].angles >= 0) rotate(x, angles, m->rotary);
         if (head < heads) return;
     }
     const int64_t target = p->targets ? p->targets[token] : address(p, row, slot);

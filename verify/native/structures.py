@@ -14,15 +14,22 @@ class Weight(ctypes.Structure):
     _fields_ = [*((name, Pointer) for name in ("values", "scales", "offsets")), ("format", Word), ("group", Word)]
 
 
+class Layer(ctypes.Structure):
+    """`Layer` of model.h."""
+
+    _fields_ = [("window", Word), ("angles", Word)]
+
+
 class Model(ctypes.Structure):
     """`Model` of model.h."""
 
     _fields_ = [
         *((name, Word) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "inner", "vocab", "embedded")),
-        *((name, Pointer) for name in ("weights", "vectors", "embed", "norm", "head_bias")),
+        *((name, Word) for name in ("angles", "rotary", "exact_norm", "gelu")),
+        *((name, Pointer) for name in ("layer", "weights", "vectors", "embed", "norm", "head_bias")),
         ("head", Weight),
-        ("epsilon", ctypes.c_double),
-        ("scaling", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("epsilon", "scaling", "embed_scale", "added_scale", "divisor")),
+        *((name, ctypes.c_double) for name in ("score_cap", "logit_cap")),
     ]
 
 

@@ -116,3 +116,17 @@ INLINE vec exponential(vec x) {
     y = y * (vec)((power + 127) << 23);
     return pick(under, (vec){0}, y);
 }
+
+/* tanh(x), as exact (Cephes' polynomial near 0); NaN stays NaN. */
+INLINE vec tangent(vec x) {
+    const ivec sign = (ivec)x & ~0x7fffffff;
+    const vec size = (vec)((ivec)x ^ sign), square = x * x;
+    vec y = all(-5.70498872745e-3f);
+    y = y * square + 2.06390887954e-2f;
+    y = y * square - 5.37397155531e-2f;
+    y = y * square + 1.33314422036e-1f;
+    y = y * square - 3.33332819422e-1f;
+    y = y * square * x + x;
+    const vec far = 1.f - 2.f / (exponential(2.f * size) + 1.f);
+    return pick(size < 0.625f, y, (vec)((ivec)far | sign));
+}

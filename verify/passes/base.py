@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -90,11 +90,13 @@ class Runner(ABC):
         name: for measurements and errors.
         joint: whether several parts become one pass, which reads the weights once.
         reads_prompts: whether unread text may stand before the nodes of a chain in one part.
+        sums: see `PassesReport`.
     """
 
     name: str
     joint = False
     reads_prompts = True
+    sums = "torch"
 
     def refusal(self, part: Part) -> str | None:
         """Why this part must be run in another way; None where it need not."""
@@ -107,6 +109,11 @@ class Runner(ABC):
             read: slots that are read already. most: tokens that are asked for.
         """
         return most
+
+    @property
+    def weights(self) -> Mapping[str, int] | None:
+        """Bytes of what a pass reads, by form (see `WeightForm`); None where that is the model's own weights."""
+        return None
 
     def prepared(self) -> AbstractContextManager[None]:
         """Inside the block the model stays as it is, unless `refusal` says otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from specdec.kv.base import PassCache
 from specdec.kv.support import text_config
+from specdec.verify.passes.account import PassesReport, account, bytes_by_form
 from specdec.verify.passes.base import FIRST_CHUNK, PREFILL_CHUNK, Nodes, Output, Part, Runner, Text
 from specdec.verify.passes.choose import runners_for
 from specdec.verify.passes.linear import is_dense
@@ -67,6 +69,7 @@ class Forward:
         self.runners = runners_for(model) if runners is None else runners
         self.features: Sequence[int] | None = ()
         self.num_positions = usable_positions(text_config(model))
+        self._counts = Counter[Runner]()
         self.reads_prompts = all(runner.reads_prompts for runner in self.runners)
         # Offloading hooks create parameters during the pass, which must stay ordinary ones; so must the tensors that
         # make up a quantised weight.
@@ -79,6 +82,15 @@ class Forward:
             for runner in self.runners:
                 stack.enter_context(runner.prepared())
             yield
+
+    def account(self) -> PassesReport:
+        """How the passes so far were computed; to be asked inside `prepared`."""
+        if not self._counts:
+            return PassesReport()
+        most = self._counts.most_common(1)[0][0]
+        counts = {runner.name: count for runner, count in self._counts.items()}
+        weights = bytes_by_form(self.model) if most.weights is None else most.weights
+        return account(most.name, counts, weights, most.sums, str(self.model.dtype).removeprefix("torch."))
 
     def prefill(
         self,
@@ -188,8 +200,11 @@ class Forward:
     def _run(self, *parts: Part) -> list[Output]:
         """Every part by the first runner that takes it, those of one runner together."""
         if len(parts) == 1:
-            return self._observed(partial(self._runner(parts[0]), parts))
+            runner = self._runner(parts[0])
+            self._counts[runner] += 1
+            return self._observed(partial(runner, parts))
         chosen = [self._runner(part) for part in parts]
+        self._counts.update(set(chosen))
         given: dict[int, Output] = {}
         for runner in dict.fromkeys(chosen):
             mine = [i for i, own in enumerate(chosen) if own is runner]

@@ -46,15 +46,20 @@ class Inputs:
         """Int64 `[rows or 1, T]`, all of them usable."""
         return self.usable(self._positions(part))
 
-    def of(self, part: Part, dtype: torch.dtype | None = None) -> tuple[Tensor, Any]:
+    def of(self, part: Part) -> tuple[Tensor, Any]:
         """Positions, and additive masks `[rows or 1, 1, T, read]`: a tensor, a dict of them by layer type, or None (see
-        `folded_attention`). dtype: that of the masks; None for the model's."""
-        positions, dtype = self._positions(part), dtype or self.dtype
+        `folded_attention`)."""
+        positions, dtype = self._positions(part), self.dtype
         if part.nodes is None:
             mask = self._text_mask(part, positions, dtype)
         else:
-            mask = self._tree_mask(part, part.nodes, positions, dtype)
+            mask = self._tree_mask(part, part.nodes, positions, dtype, self.windows)
         return self.usable(positions), mask
+
+    def ancestors(self, part: Part, nodes: Nodes) -> Tensor:
+        """Additive float32 mask `[rows or 1, 1, T, read]` of what nodes see that see everything."""
+        mask: Tensor = self._tree_mask(part, nodes, nodes.depths, torch.float32, {})
+        return mask
 
     def usable(self, positions: Tensor) -> Tensor:
         """Positions that the model has, of those that were asked for."""
@@ -85,7 +90,9 @@ class Inputs:
         slots = torch.arange(read, device=device).expand(len(starts), read) if self.windows else None
         return additive_masks(visible, positions, slots, self.windows, dtype)
 
-    def _tree_mask(self, part: Part, nodes: Nodes, positions: Tensor, dtype: torch.dtype) -> Any:
+    def _tree_mask(
+        self, part: Part, nodes: Nodes, positions: Tensor, dtype: torch.dtype, windows: Mapping[str, int | None]
+    ) -> Any:
         read, width, device = part.write.read, part.tokens.shape[1], part.tokens.device
         committed = torch.tensor(nodes.lengths, device=device)[:, None]
         slots = torch.arange(read, device=device)
@@ -93,11 +100,11 @@ class Inputs:
         tail = (committed + torch.arange(nodes.first + width, device=device))[:, None, :].expand(-1, width, -1)
         visible.scatter_(2, tail, nodes.ancestors)
         slot_positions = None
-        if self.windows:
+        if windows:
             # A tail slot's position is its node's depth, not its index; nodes of a level share a position.
             slot_positions = slots.expand(len(nodes.lengths), read).clone()
             slot_positions.scatter_(1, tail[:, 0], committed + nodes.depths)
-        return additive_masks(visible, positions, slot_positions, self.windows, dtype)
+        return additive_masks(visible, positions, slot_positions, windows, dtype)
 
     def _may_skip_mask(self, read: int) -> bool:
         eager = self._config._attn_implementation == "eager"

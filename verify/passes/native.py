@@ -1,4 +1,4 @@
-"""The runner of native passes: one C call for a stock Llama on a CPU, computing what the direct pass does."""
+"""The runner of native passes: one C call for a model of Llama's kind on a CPU, computing what the direct pass does."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Native(Runner):
 
     name = "native"
     joint = True
+    sums = "float32"
 
     def __init__(self, inputs: Inputs, direct: Direct, any_text: bool = False, most_nodes: int | None = None):
         self._inputs, self._direct, self._any_text, self._most_nodes = inputs, direct, any_text, most_nodes
@@ -85,7 +86,8 @@ class Native(Runner):
 
     def _reads(self, width: int, read: int) -> bool:
         assert self._pass is not None
-        return self._any_text or not native_is_slower(self._pass.own, width, read, self._both)
+        own = self._pass.own
+        return self._any_text or own.score_cap > 0 or not native_is_slower(own, width, read, self._both)
 
     def _both(self, own: Parameters) -> list[Runner]:
         direct = Direct(self._direct.model, self._inputs)
@@ -99,9 +101,13 @@ class Native(Runner):
         return self._pass(parts)
 
     @property
+    def weights(self) -> dict[str, int] | None:
+        return None if self._pass is None else self._pass.weights.forms
+
+    @property
     def decodes(self) -> bool:
         own = None if self._pass is None else self._pass.own
-        return own is not None and own.static_rope and sum(map(len, own.hooks)) == own.num_hooks
+        return own is not None and sum(map(len, own.hooks)) == own.num_hooks
 
     def best_chain(self, part: Part, levels: int, vocab: int) -> Tensor:
         assert self._pass is not None
@@ -123,7 +129,11 @@ class _Given(NamedTuple):
 
 
 class NativePass:
-    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it."""
+    """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it.
+
+    Attributes:
+        own: whose pass it is. weights: what C is told of them.
+    """
 
     def __init__(self, own: Parameters, inputs: Inputs):
         assert own.shape is not None
@@ -131,10 +141,10 @@ class NativePass:
         self._dtype = own.embed.dtype
         self._call, self._chain = library().calls[self._dtype], library().chains[self._dtype]
         self._places = [layer.index for layer in own.layers]
-        self._weights = NativeWeights(own)
+        self.weights = NativeWeights(own)
         self._kv = (structures.Pointer * (2 * own.shape.layers))()
         self._wanted = (structures.Pointer * (own.shape.layers + 1))()
-        self._tickets = torch.zeros(10 * own.shape.layers + 3, dtype=torch.int64)
+        self._tickets = torch.zeros(11 * own.shape.layers + 3, dtype=torch.int64)
         self._like = own.embed.new_empty(1, own.shape.kv_heads, 0, own.shape.head_dim)
         self._angles = _floats(0)
         self._room, self._threads = (0, 0, 0), 0
@@ -157,7 +167,7 @@ class NativePass:
         for layer, states in zip(wanted, features, strict=True):
             self._wanted[layer] = states.data_ptr()
         run.logits = logits.data_ptr()
-        wrong = self._call(ctypes.byref(self._weights.model), ctypes.byref(run))
+        wrong = self._call(ctypes.byref(self.weights.model), ctypes.byref(run))
         for layer in wanted:
             self._wanted[layer] = None
         if wrong:
@@ -175,7 +185,7 @@ class NativePass:
         if layout.targets is not None:
             targets = layout.targets.view(count, levels).t().contiguous()
             chain.targets = targets.data_ptr()
-        wrong = self._chain(ctypes.byref(self._weights.model), ctypes.byref(self._pass), ctypes.byref(chain))
+        wrong = self._chain(ctypes.byref(self.weights.model), ctypes.byref(self._pass), ctypes.byref(chain))
         if wrong:
             raise FloatingPointError("NaN in the logits") if wrong < 0 else self._unknown(given.ids, wrong)
         return best
@@ -190,23 +200,21 @@ class NativePass:
         run, shape, first = self._pass, self._shape, layouts[0]
         run.threads = min(torch.get_num_threads(), usable_cores())
         rows, masks, kept, ids, read = self._rows(parts, layouts)
-        if self.own.static_rope and not masks:  # the angles of a text's token are those of the number of its slot
-            if len(self._angles) < read:
-                self._angles = self.own.angle_table(self._like, read).float()
-            angles, places = self._angles, None
-        else:
+        if len(self._angles) < read:
+            self._angles = self.own.angles.table(self._like, read).float()
+        places = None  # the angles of a text's token are those of the number of its slot
+        if masks:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
-            angles, places = self.own.angles(self._like, positions, read)
-            angles, places = angles.float(), places.contiguous()
+            places = positions.contiguous()
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])
         run.rows, run.row, run.num_kept, run.kept = len(rows), ctypes.addressof(rows), len(kept), kept.data_ptr()
-        run.tokens, run.ids, run.angles = len(ids), ids.data_ptr(), angles.data_ptr()
+        run.tokens, run.ids, run.angles = len(ids), ids.data_ptr(), self._angles.data_ptr()
         run.places = None if places is None else places.data_ptr()
         run.targets = None if targets is None else targets.data_ptr()
-        return _Given(rows, ids, kept, (masks, angles, places, targets, layouts))
+        return _Given(rows, ids, kept, (masks, places, targets, layouts))
 
     def _rows(
         self, parts: Sequence[Part], layouts: Sequence[Layout]
@@ -221,7 +229,7 @@ class NativePass:
             kept.append(_kept(part.tokens.shape, part.kept[1], first))
             ids.append(part.tokens.reshape(-1))
             if part.nodes is not None:
-                mask = self._inputs.of(part, torch.float32)[1]
+                mask = self._inputs.ancestors(part, part.nodes)
                 masks.append(mask)
             at = 0 if mask is None else mask.data_ptr()
             step = 0 if mask is None or len(mask) == 1 else mask.stride(0) * mask.element_size()
@@ -250,7 +258,7 @@ class NativePass:
         own = max(max(_QUERIES, shape.heads // shape.kv_heads) * (read + _ROOM), tokens * _ROOM) + _ROOM
         sizes = (shape.hidden, shape.hidden, wide, shape.heads * shape.head_dim, shape.inner)
         self._states = [_floats(tokens * size + _ROOM) for size in sizes]
-        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self._weights.prepares else 0
+        run.room_size = tokens * -(-max(sizes) // _UNIT) * _UNIT if self.weights.prepares else 0
         self._states += [_floats(own * threads), _floats(run.room_size * threads)]
         self._words = [torch.empty(size, dtype=torch.int64) for size in (lists, tokens, tokens, tokens, 2 * tokens)]
         run.hidden, run.normed, run.mixed, run.attended, run.acted, run.own, run.room = map(

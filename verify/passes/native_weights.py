@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from specdec.verify.native import structures
 from specdec.verify.native.library import DTYPES, library, why_not
-from specdec.verify.passes.parameters import PackedProduct, Parameters, Product
+from specdec.verify.packed import Packed
+from specdec.verify.passes.layers import Layer, PackedProduct, Product
+from specdec.verify.passes.parameters import Parameters
 
 _FORMATS: tuple[torch.dtype | int, ...] = (torch.float32, torch.bfloat16, torch.float16, 8, 4)
 """Dtypes, and bits of packed weights, in the order of weights.h; then the same bits of integer products."""
+_NAMES = ("float32", "bfloat16", "float16", "8 bits", "4 bits", "8 bits", "4 bits")
+"""The same for reports (`WeightForm`)."""
 _PREPARED = (1, 5, 6)
 """Those of them for which tokens are prepared (tokens.h): bfloat16 and integer products."""
 
@@ -33,24 +37,32 @@ class NativeWeights:
     """Those of a model that `is_native`.
 
     Attributes:
-        model: the structure. prepares: whether some format wants its tokens prepared (tokens.h).
+        model: the structure. prepares: whether some format wants its tokens prepared (tokens.h). forms: bytes of its
+            matrices by form (`WeightForm`).
     """
 
     def __init__(self, own: Parameters):
         assert own.shape is not None
-        weights = [_weight(product) for layer in own.layers for product in layer.products]
+        products = [product for layer in own.layers for product in layer.products]
+        weights, head = list(map(_weight, products)), _weight(own.head)
+        self.forms = _bytes_by_form([own.embed, *map(_stored, products), _stored(own.head)])
         vectors = [vector for layer in own.layers for vector in _vectors(layer)]
         # Norms and biases are few: in float32, which holds every number of the model's dtype.
         self._floats = [
-            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.weight, own.head.bias)
+            None if one is None else one.float().contiguous() for one in (*vectors, own.norm.factor, own.head.bias)
         ]
         *pointers, norm, bias = map(_address, self._floats)
-        self.prepares = any(weight.format in _PREPARED for weight in (*weights, _weight(own.head)))
+        self.prepares = any(weight.format in _PREPARED for weight in (*weights, head))
         self._weights = (structures.Weight * len(weights))(*weights)
         self._pointers = (structures.Pointer * len(pointers))(*pointers)
+        kinds = [structures.Layer(layer.window or 0, layer.angles) for layer in own.layers]
+        self._layers = (structures.Layer * len(kinds))(*kinds)
+        first, angles = own.layers[0], own.angles
         self.model = structures.Model(
-            *(*own.shape, len(own.embed), ctypes.addressof(self._weights), ctypes.addressof(self._pointers)),
-            *(own.embed.data_ptr(), norm, bias, _weight(own.head), own.norm.epsilon, own.layers[0].scaling),
+            *(*own.shape, len(own.embed), angles.width, angles.rotary, own.norm.centred, first.gelu),
+            *map(ctypes.addressof, (self._layers, self._weights, self._pointers)),
+            *(own.embed.data_ptr(), norm, bias, head, own.norm.epsilon, first.scaling),
+            *(own.embed_scale, first.added_scale, own.divisor, own.score_cap, own.logit_cap),
         )
 
 
@@ -59,19 +71,38 @@ def _readable(product: Product) -> bool:
     return isinstance(product, PackedProduct) or product.weight.is_contiguous()
 
 
+def _stored(product: Product) -> Tensor | Packed:
+    """What is read for it."""
+    return product.packed if isinstance(product, PackedProduct) else product.weight
+
+
 def _weight(product: Product) -> structures.Weight:
     """See weights.h."""
-    if not isinstance(product, PackedProduct):
-        return structures.Weight(product.weight.data_ptr(), None, None, _FORMATS.index(product.weight.dtype), 0)
-    packed = product.packed
-    parts = map(_address, (packed.codes, packed.scales, packed.offsets))
-    return structures.Weight(*parts, _FORMATS.index(packed.bits) + 2 * product.integer, packed.group)
+    stored = _stored(product)
+    if isinstance(stored, Tensor):
+        return structures.Weight(stored.data_ptr(), None, None, _FORMATS.index(stored.dtype), 0)
+    integer = isinstance(product, PackedProduct) and product.integer
+    parts = map(_address, (stored.codes, stored.scales, stored.offsets))
+    return structures.Weight(*parts, _FORMATS.index(stored.bits) + 2 * integer, stored.group)
 
 
-def _vectors(layer: Any) -> list[Tensor | None]:
+def _bytes_by_form(stored: Iterable[Tensor | Packed]) -> dict[str, int]:
+    forms, found = dict[str, int](), {_place(one): one for one in stored}
+    for one in found.values():
+        kind, size = (one.dtype, one.nbytes) if isinstance(one, Tensor) else (one.bits, one.num_bytes)
+        name = _NAMES[_FORMATS.index(kind)]
+        forms[name] = forms.get(name, 0) + size
+    return forms
+
+
+def _place(stored: Tensor | Packed) -> int:
+    return (stored if isinstance(stored, Tensor) else stored.codes).data_ptr()
+
+
+def _vectors(layer: Layer) -> list[Tensor | None]:
     """In the order of model.h."""
-    norms = [norm.weight for norm in layer.norms]
-    return [*(product.bias for product in layer.products), *norms, *[None] * (4 - len(norms))]
+    norms = (layer.before, layer.after, layer.q_norm, layer.k_norm, layer.attended, layer.fed)
+    return [*(product.bias for product in layer.products), *(None if norm is None else norm.factor for norm in norms)]
 
 
 def _address(tensor: Tensor | None) -> int | None:

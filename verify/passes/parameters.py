@@ -1,4 +1,4 @@
-"""The parameters of a Llama-shaped model that nobody has changed, for passes that go past its modules."""
+"""The parameters of a model of Llama's kind that nobody has changed, for passes that go past its modules."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
-from specdec.verify.packed import Packed, PackedLinear
-from specdec.verify.passes.linear import Form, few_row_form
-from specdec.verify.stock import is_stock
-
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-"""Rotary kinds whose angles depend on the position alone; the others look at the whole pass."""
-_FIRST_POSITIONS = 512
-"""Length of the first table of angles; it doubles when a text outgrows it."""
+from specdec.verify.packed import Packed
+from specdec.verify.passes.angles import Angles
+from specdec.verify.passes.layers import Layer, Norm, PackedProduct, Product, product_of
+from specdec.verify.positions import length_dependent_positions, windows_of
+from specdec.verify.stock import Family, caps_scores, family_of, is_stock
 
 
 class Shape(NamedTuple):
-    """Sizes of a Llama-shaped model."""
+    """Sizes of a model."""
 
     layers: int
     hidden: int
@@ -33,116 +29,34 @@ class Shape(NamedTuple):
     vocab: int
 
 
-class Linear:
-    """`x @ weight.T + bias` of `[count, in]` by the form that is fastest for that many rows."""
+class Parameters:
+    """Those of one model, by their places in the pass; its angles; and in what it differs from Llama.
 
-    __slots__ = ("bias", "forms", "shape", "transposed", "weight", "weights")
-
-    def __init__(self, layer: nn.Linear, weights: list[Tensor]):
-        bias: Tensor | None = layer.bias  # declared a Tensor, but None where a layer has none
-        self.weight, self.bias = layer.weight.detach(), None if bias is None else bias.detach()
-        self.shape = tuple(self.weight.shape)
-        self.transposed = self.weight.t()
-        self.weights = weights
-        self.forms: dict[int, Form] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            return torch.addmm(self.bias, x, self.transposed)
-        count = x.shape[0]
-        form = self.forms.get(count)
-        if form is None:
-            form = self.forms[count] = few_row_form(self.weight, self.weights, count)
-        return torch.mm(x, self.transposed) if form is F.linear else form(x, self.weight)
-
-
-class PackedProduct:
-    """The same of a weight in few bits, as its layer computes it.
-
-    integer: see `PackedLinear`.
+    Attributes:
+        embed_scale, divisor, score_cap, logit_cap: as the C code has them (model.h).
     """
 
-    __slots__ = ("_layer", "bias", "integer", "packed", "shape")
-
-    def __init__(self, layer: PackedLinear):
-        self._layer, self.packed, self.integer = layer, layer.packed, layer.integer
-        self.shape, self.bias = self.packed.shape, None if layer.bias is None else layer.bias.detach()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._layer(x)
-
-
-Product = Linear | PackedProduct
-
-
-def _product(layer: Any, weights: list[Tensor]) -> Product:
-    return PackedProduct(layer) if isinstance(layer, PackedLinear) else Linear(layer, weights)
-
-
-class Layer:
-    """One decoder layer's parameters."""
-
-    def __init__(self, layer: Any, weights: list[Tensor]):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.q, self.k, self.v, self.o = (
-            _product(getattr(attention, name), weights) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        )
-        self.gate, self.up, self.down = (
-            _product(getattr(mlp, name), weights) for name in ("gate_proj", "up_proj", "down_proj")
-        )
-        self.before, self.after = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
-        self.normed = hasattr(attention, "q_norm")
-        if self.normed:
-            self.q_norm, self.k_norm = Norm(attention.q_norm), Norm(attention.k_norm)
-        self.scaling, self.index = attention.scaling, attention.layer_idx
-        self.heads = attention.head_dim, attention.num_key_value_groups
-
-    @property
-    def products(self) -> tuple[Product, ...]:
-        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
-
-    @property
-    def alike(self) -> tuple[Any, ...]:
-        """What a kernel for all layers takes for granted."""
-        epsilons = {norm.epsilon for norm in self.norms}
-        return self.scaling, epsilons, [product.shape for product in self.products], self.normed
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        own = (self.q_norm, self.k_norm) if self.normed else ()
-        return self.before, self.after, *own
-
-
-class Norm:
-    """What `LlamaRMSNorm.forward` computes: in float32, rounded to the model's dtype before the weight."""
-
-    __slots__ = ("epsilon", "shape", "weight")
-
-    def __init__(self, norm: Any):
-        self.weight, self.epsilon = norm.weight.detach(), norm.variance_epsilon
-        self.shape = list(self.weight.shape)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return torch.rms_norm(x, self.shape, self.weight, self.epsilon)
-        return self.weight * torch.rms_norm(x.float(), self.shape, None, self.epsilon).to(x.dtype)
-
-
-class Parameters:
-    """Those of one model, by their places in the pass; and its angles."""
-
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, family: Family):
         inner, config = model.model, model.config
         weights = [part.weight.detach() for part in model.modules() if isinstance(part, nn.Linear)]
-        self.layers = [Layer(layer, weights) for layer in inner.layers[: config.num_hidden_layers]]
-        self.embed = inner.embed_tokens.weight.detach()
-        self.norm, self._rotary = Norm(inner.norm), inner.rotary_emb
-        self.head = _product(model.lm_head, weights)
+        kinds, windows = getattr(config, "layer_types", None), windows_of(config)
+        self.angles = Angles(inner.rotary_emb, length_dependent_positions(config))
+        self.layers = []
+        for i, layer in enumerate(inner.layers[: config.num_hidden_layers]):
+            kind = next(iter(windows), "") if kinds is None else kinds[i]
+            self.layers.append(Layer(layer, weights, family, kind, windows.get(kind), self.angles.start_of(kind)))
+        self.embed, self._partial = inner.embed_tokens.weight.detach(), family.partial
+        self.norm = Norm(inner.norm, family.centred)
+        self.head = product_of(model.lm_head, weights)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = inner.layers[0].self_attn.head_dim
-        self._frequencies = inner.rotary_emb.inv_freq
-        self.static_rope = getattr(inner.rotary_emb, "rope_type", None) in _STATIC_ROPE
-        self._table: Tensor | None = None
+        self.embed_scale = self.divisor = 1.0
+        if family.multipliers:
+            self.embed_scale, self.divisor = inner.embedding_multiplier, config.logits_scaling
+        elif family.centred:
+            self.embed_scale = float(inner.embed_tokens.embed_scale.to(self.embed.dtype))
+        self.score_cap = config.attn_logit_softcapping if family.score_caps and caps_scores(model) else 0.0
+        self.logit_cap = (config.final_logit_softcapping if family.logit_caps else None) or 0.0
         self.hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self.hooks += [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
         self.num_hooks = sum(map(len, self.hooks))  # harmless ones (see `is_stock`)
@@ -151,7 +65,8 @@ class Parameters:
     def of(model: PreTrainedModel) -> Parameters | None:
         """None where the modules of `model` must be called (see `is_stock`), or would not fit together: whoever takes
         heads out of a model without saying so in its configuration relies on its modules."""
-        own = Parameters(model) if is_stock(model) else None
+        family = family_of(model)
+        own = Parameters(model, family) if family is not None and is_stock(model) else None
         return own if own is not None and own.fits else None
 
     @property
@@ -166,11 +81,12 @@ class Parameters:
         Modules broadcast what is smaller; a kernel would read beyond it.
         """
         size, groups = self.head_dim, self.heads // self.kv_heads
-        if self.embed.dim() != 2 or groups * self.kv_heads != self.heads or self._frequencies.shape != (size // 2,):
+        if self.embed.dim() != 2 or groups * self.kv_heads != self.heads or not self.angles.fits(size, self._partial):
             return False
         numbers = [norm.epsilon for layer in self.layers for norm in layer.norms] + [self.norm.epsilon]
-        numbers += [layer.scaling for layer in self.layers]
-        if not all(isinstance(number, float) for number in numbers):
+        numbers += [number for layer in self.layers for number in (layer.scaling, layer.added_scale)]
+        numbers += [self.embed_scale, self.divisor, self.score_cap, self.logit_cap]
+        if not all(isinstance(number, (int, float)) for number in numbers) or not self.divisor:
             return False
         return all(layer.heads == (size, groups) for layer in self.layers) and all(
             _plain(tensor, shape, self.embed.dtype) for tensor, shape in self._read()
@@ -185,8 +101,8 @@ class Parameters:
             sizes = [(own, hidden), (kv, hidden), (kv, hidden), (hidden, own), *[(inner, hidden)] * 2, (hidden, inner)]
             for product, (outputs, inputs) in zip(layer.products, sizes, strict=True):
                 yield from _of(product, outputs, inputs)
-            for norm, width in zip(layer.norms, (hidden, hidden, self.head_dim, self.head_dim), strict=False):
-                yield norm.weight, (width,)
+            for norm in layer.norms:
+                yield norm.weight, (self.head_dim if norm in (layer.q_norm, layer.k_norm) else hidden,)
         yield self.embed, (known, hidden)
         yield self.norm.weight, (hidden,)
         yield from _of(self.head, vocab, hidden)
@@ -201,25 +117,11 @@ class Parameters:
         sizes = (self.heads, self.kv_heads, self.head_dim, inner, self.head.shape[0])
         return Shape(len(self.layers), hidden, *sizes)
 
-    def angles(self, like: Tensor, positions: Tensor, read: int) -> tuple[Tensor, Tensor]:
-        """Angles `[*, 2 * head_dim]`, cosines and signed sines, and the row of them for each token, int64 `[tokens]`.
-
-        Args:
-            like: of the dtype and device of the hidden states. positions: int64 `[tokens]`, below `read`.
-        """
-        if not self.static_rope:
-            return self._both(like, positions), torch.arange(len(positions))
-        return self.angle_table(like, read), positions
-
-    def angle_table(self, like: Tensor, count: int) -> Tensor:
-        """Angles of all positions up to `count` at least, where they depend on the position alone."""
-        if self._table is None or len(self._table) < count:
-            self._table = self._both(like, torch.arange(max(2 * count, _FIRST_POSITIONS)))
-        return self._table
-
-    def _both(self, like: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self._rotary(like, positions[None])
-        return torch.cat([cos[0], _signed(sin[0])], dim=-1)
+    def finished(self, logits: Tensor) -> Tensor:
+        """Logits as the model gives them, from those of its head."""
+        if self.divisor != 1:
+            logits = logits / self.divisor
+        return torch.tanh(logits / self.logit_cap) * self.logit_cap if self.logit_cap else logits
 
 
 def _of(product: Product, outputs: int, inputs: int) -> Iterator[tuple[Tensor | Packed | None, tuple[int, ...]]]:
@@ -235,8 +137,3 @@ def _plain(tensor: Tensor | Packed | None, shape: tuple[int, ...], dtype: torch.
         return tensor.shape == shape and tensor.device.type == "cpu"
     stored = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
     return stored and tensor.dtype == dtype and tuple(tensor.shape) == shape and not tensor.is_neg()
-
-
-def _signed(sin: Tensor) -> Tensor:
-    half = sin.shape[-1] // 2
-    return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)

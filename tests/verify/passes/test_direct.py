@@ -26,10 +26,10 @@ from specdec.verify.passes.parameters import Parameters
 
 DIRECT = [
     "llama-mha", "llama-gqa", "llama-mqa", "llama-tied", "llama-bias", "llama-rope-linear", "llama-rope-dynamic",
-    "llama-rope-llama3", "llama-rope-yarn", "llama-past-maximum", "qwen2", "qwen3", "mistral",
+    "llama-rope-llama3", "llama-rope-yarn", "llama-past-maximum", "qwen2", "qwen3", "mistral", "mistral-window",
+    "qwen2-mixed-window", "gemma", "gemma3-mixed", "phi3", "phi3-longrope", "granite", "smollm3",
 ]  # fmt: skip
-MODULES = ["gpt2", "gpt-neox", "gemma", "gemma2", "gemma3"]
-WINDOWED = ["mistral-window", "qwen2-mixed-window"]
+MODULES = ["gpt2", "gpt-neox"]
 
 
 def goes_direct(forward: Forward) -> bool:
@@ -75,10 +75,10 @@ def test_the_table_of_angles_holds_every_position_asked_for() -> None:
     direct = Parameters.of(models.target("llama-gqa"))
     assert direct is not None
     for count in (1, 512, 513, 1026, 1027, 2055):
-        assert len(direct.angle_table(direct.embed, count)) >= count
+        assert len(direct.angles.table(direct.embed, count)) >= count
 
 
-@pytest.mark.parametrize("family", MODULES + WINDOWED)
+@pytest.mark.parametrize("family", MODULES)
 def test_other_families_go_through_their_modules(family: str) -> None:
     forward = Forward(models.target(family), "target")
     with forward.prepared():

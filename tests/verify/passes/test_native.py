@@ -62,8 +62,13 @@ def test_on_processors_with_other_vectors(processor: str, monkeypatch: pytest.Mo
     """Vectors of 4 and 8 floats, where this machine may have 16."""
     other = library._load(build.compiled(tmp_path, processor))
     monkeypatch.setattr(native, "library", lambda: other)
-    test_as_accurate_as_float32_in_torch("qwen3", (7, 3, 5))
-    test_a_tokens_bits_depend_on_its_text_alone("llama-gqa")
+    for family in ("qwen3", "gemma3-mixed", "granite"):
+        test_as_accurate_as_float32_in_torch(family, (7, 3, 5))
+    capped, exact = models.target("gemma2-capped", "fp32"), models.target("gemma2-capped")
+    wanted = history(forward_by(exact, "modules"), next(caches(exact, 2)), (7, 3))
+    assert error(history(forward_by(capped, "native"), next(caches(capped, 2)), (7, 3)), wanted) < 1e-5
+    for family in ("llama-gqa", "gemma3-mixed", "gemma2-capped"):
+        test_a_tokens_bits_depend_on_its_text_alone(family)
 
 
 def test_the_comparison_sees_a_single_wrong_weight() -> None:
