@@ -61,6 +61,9 @@ class Batch:
     Attributes:
         rule: None where it depends on each tree, because the drafter does not say what it proposes.
         stops: the stop rules by row.
+        first_draft: the first step of a row that it may be drafted for in. A drafter that reads the target's K/V waits
+            for the second: the first one's pass is what reads the prompt in `generate`, and a sampled text is the same
+            wherever its request is served.
         record: where a caller wants scores, logits or hidden states.
     """
 
@@ -83,6 +86,7 @@ class Batch:
     ):
         self.rows, self.cache, self.law, self.drafter, self.sampling = rows, cache, law, drafter, sampling
         kind = NO_DRAFTS if drafter is None else drafter.kind
+        self.first_draft = int(drafter is not None and drafter.shares_target_kv)
         self.rule: AcceptanceRule | None = choose_rule(rule, sampling, kind, top_down=in_order)
         self.noise = NoiseStream(seeds, requests, rows.device)
         self.races = None

@@ -178,7 +178,7 @@ class DecodeLoop(Batch):
             budget = Budget(depth_limits(self.drafter.max_depth, left), self.drafter.max_nodes)
         else:
             budget = self.planner.budget(live, left, self.rows.lengths())
-        if step == 0 and self.drafter.shares_target_kv:  # there is none of the prompt yet: this step's pass writes it
+        if step < self.first_draft:
             budget = replace(budget, depths=(0,) * len(live))
         return self.propose(budget, step)
 

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.verify.nucleus import TopP
+from specdec.verify.nucleus import TopK, TopP
 from specdec.verify.purity import PREFIX_FREE, ROW_FREE, is_pure
 from specdec.verify.rows import Rows
 
@@ -190,6 +190,7 @@ class _PerRowConstraint(hf.LogitsProcessor):
 
 _OURS: dict[type, Callable[[Any], hf.LogitsProcessor]] = {
     hf.PrefixConstrainedLogitsProcessor: _PerRowConstraint,
+    hf.TopKLogitsWarper: TopK,
     hf.TopPLogitsWarper: TopP,
 }
 """What stands in for processors of transformers, and gives the same scores."""

@@ -116,15 +116,27 @@ class Weights:
         return chain.from_iterable(map(dict.values, self._tables))
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A few values of every weight, hashed: for what is kept of a model beyond this process."""
+def fingerprint(model: nn.Module, whole: bool = False) -> str:
+    """A few values of every weight, hashed: for what is kept of a model beyond this process.
+
+    Args:
+        whole: all numbers count, by the sum of their bits: weights are read once.
+    """
     digest = hashlib.sha256()
     for name, weight in _weights(model):
         digest.update(name.encode())
         for part in _numbers(weight.detach()):
             some = part.flatten()[:: max(1, part.numel() // _VALUES)][:_VALUES]
             digest.update(some.double().cpu().numpy().tobytes())
+            if whole:
+                digest.update(str(_sum_of_bits(part)).encode())
     return digest.hexdigest()[:24]
+
+
+def _sum_of_bits(numbers: Tensor) -> int:
+    """The sum of all numbers' bits, taken as integers of their width, modulo 2^64."""
+    kind = _INTEGERS.get(numbers.element_size())
+    return 0 if kind is None else int(numbers.contiguous().view(kind).sum(dtype=torch.int64))
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
 from specdec.verify.passes.forward import Forward
 
-NUM_TEXTS = 16
+NUM_TEXTS = 32
 NUM_TOKENS = 128
 """Tokens of each text that a model writes for its own calibration."""
 
-_DAMPING = 0.01
+_DAMPING = 0.05
 """Share of the mean square of all inputs that is added to each one's."""
 
 
@@ -92,28 +92,43 @@ def own_texts(model: PreTrainedModel) -> Tensor:
     return torch.cat(columns, 1)
 
 
+class _TargetsOwn(DynamicCache):
+    """Keeps nothing: the second half of a batch is given the keys and values of the first."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        half = len(key_states) // 2
+        return key_states[:half].repeat(2, 1, 1, 1), value_states[:half].repeat(2, 1, 1, 1)
+
+
 @torch.no_grad()
 def fit_in_order(model: PreTrainedModel, texts: Sequence[Tensor], fits: dict[nn.Module, Fit]) -> None:
     """Fit layers in the order in which one pass over the texts meets them, each to what those before it give by then.
+
+    As a copy does when it drafts, it reads the target's own keys and values: every text is there twice, first as the
+    target reads it.
 
     Args:
         texts: each int64 `[tokens]`; they are cut to the length of the shortest. fits: by layer.
     """
     width = min(len(text) for text in texts)
     tokens = torch.stack([text[:width] for text in texts])
+    whole = 2 * len(tokens), 2 * tokens.numel()
 
     seen: list[Any] = [None, None]
 
     def fitted(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        first = len(given[0]) // 2 if len(given[0]) in whole else 0  # some layers see only some of the tokens
         if seen[0] is not given[0]:
-            seen[:] = given[0], Inputs(given[0])
+            seen[:] = given[0], Inputs(given[0][first:])
         weight = fits[layer](seen[1])
         bias: Any = layer.bias
-        return None if weight is None else F.linear(given[0], weight.to(output.dtype), bias)
+        if weight is None:
+            return None
+        return torch.cat([output[:first], F.linear(given[0][first:], weight.to(output.dtype), bias)])
 
     handles = [layer.register_forward_hook(fitted) for layer in fits]
     try:
-        model.base_model(input_ids=tokens, use_cache=False)
+        model.base_model(input_ids=tokens.repeat(2, 1), past_key_values=_TargetsOwn(), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()

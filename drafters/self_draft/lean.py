@@ -106,7 +106,7 @@ class LeanCopy:
         """All linear layers in 4 bits but the head and those of the outer decoder layers, which have 8."""
         layers, outer = named_weighted(model), _outer(model)
         kind = {"form": "int4", "group": GROUP, "outer": OUTER}
-        key = {**kind, "weights": fingerprint(self.target), "texts": _digest(self._texts)}
+        key = {**kind, "weights": fingerprint(self.target, whole=True), "texts": _digest(self._texts)}
         path = stored_path(key)
         found = None if path is None else stored(path)
         if found is not None and {name: tuple(weight_of(layer).shape) for name, layer in layers.items()} == {

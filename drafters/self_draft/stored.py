@@ -15,7 +15,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.folders import cache_folder, writing_whole
 from specdec.verify.packed import Packed
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def stored_path(key: Mapping[str, Any]) -> Path | None:

@@ -62,8 +62,6 @@ class Lane(Batch):
         self.acceptance = Acceptance(0 if drafter is None else drafter.max_depth)
         self._num_faults = 0
         self._num_positions = None if drafter is None else drafter.num_positions
-        # As in `generate`, where the first pass reads the prompt: or sampled texts would be others.
-        self._from_second = drafter is not None and drafter.shares_target_kv
         self.nodes = [0]
         if drafter is not None:
             self.nodes += [drafter.nodes_within(depth) for depth in range(1, drafter.max_depth + 1)]
@@ -116,7 +114,7 @@ class Lane(Batch):
 
     def limit(self, task: Task) -> int:
         """Levels the request may draft at most."""
-        if self.drafter is None or (self._from_second and task.steps == 0):
+        if self.drafter is None or task.steps < self.first_draft:
             return 0
         deepest = levels_within(self._num_positions, self.drafter.max_depth, len(task.text))
         return depth_limits(deepest, [self.stops[task.row].remaining(task.row)])[0]

@@ -93,11 +93,10 @@ class PlanReport:
     def lines(self) -> list[tuple[str, str]]:
         """For the report's table."""
         plans = ", ".join(f"{name} {count}" for name, count in sorted(self.steps.items(), key=lambda item: -item[1]))
-        lines = [
-            ("steps by plan", plans or "none"),
-            ("decoding speed", f"{self.realised_tokens_per_second:.1f} tokens/s, foretold "
-                               f"{self.predicted_tokens_per_second:.1f}"),
-        ]  # fmt: skip
+        lines = [("steps by plan", plans or "none")]
+        if self.realised_ms:  # there was more than the first step
+            real, foretold = self.realised_tokens_per_second, self.predicted_tokens_per_second
+            lines.append(("decoding speed", f"{real:.1f} tokens/s, foretold {foretold:.1f}"))
         if self.why_plain is not None:
             lines.append(("stopped drafting", f"{self.num_stops} times, last: {self.why_plain}"))
         if self.ms_measuring:

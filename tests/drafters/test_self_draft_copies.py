@@ -20,6 +20,7 @@ from specdec.drafters.self_draft.gptq import gptq
 from specdec.drafters.self_draft.lean import LeanCopy
 from specdec.verify.kept import kept_files
 from specdec.verify.packed import Packed, PackedLinear
+from specdec.verify.weights import fingerprint
 
 TEXTS = list(models.prompts((24, 24), models.VOCAB, 9)[0])
 
@@ -158,6 +159,15 @@ def test_the_packed_copy_is_found_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
         target.lm_head.weight += 0.1
     made(target, "int4")
     assert len(kept_files(tmp_path / "cache")) == 2
+
+
+def test_a_target_that_differs_in_a_single_number_has_a_stored_copy_of_its_own() -> None:
+    target, other = fresh(), fresh()
+    assert fingerprint(target, whole=True) == fingerprint(other, whole=True)
+    with torch.no_grad():  # the second number of a row: beside those that a quick look takes
+        other.model.layers[1].mlp.up_proj.weight[0, 1] += 0.5
+    assert fingerprint(target) == fingerprint(other)  # the control
+    assert fingerprint(target, whole=True) != fingerprint(other, whole=True)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,10 @@ def test_a_plan_report_by_hand() -> None:
     assert plan.realised_tokens_per_second == pytest.approx(1e3 * 6 / 21)
     assert plan.predicted_tokens_per_second == pytest.approx(1e3 * plan.predicted_tokens / plan.predicted_ms)
     assert PlanReport().realised_tokens_per_second == PlanReport().predicted_tokens_per_second == 0.0
+    assert "decoding speed" in dict(plan.lines())
+    only = PlanReport()
+    only.add("plain", 2.0, 1.0, step([0], [0], [False]), 1)
+    assert dict(only.lines()) == {"steps by plan": "plain 1"}  # nothing was timed and nothing foretold
     lines = dict(plan.lines())
     assert lines["steps by plan"] == "model k=4 2, plain 1"
 

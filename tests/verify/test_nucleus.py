@@ -1,4 +1,4 @@
-"""Top-p without sorting: the very scores that transformers' processor returns."""
+"""Top-k and top-p without sorting: the very scores that transformers' processors return."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from specdec.verify import nucleus
-from specdec.verify.nucleus import TopP
+from specdec.verify.nucleus import TopK, TopP, largest
 
 VOCAB = 9000
 INF = float("inf")
@@ -92,3 +92,39 @@ def test_scores_that_are_no_numbers():
 def test_small_vocabularies_and_other_dtypes_are_left_alone():
     assert compared(torch.randn(3, 500), top_p=0.9) == 3
     assert compared(torch.randn(3, VOCAB, dtype=torch.float64), top_p=0.9) == 3
+
+
+@pytest.mark.parametrize("vocab", [9000, 9001, 49_152])
+@pytest.mark.parametrize("count", [1, 7, 50, 2048, 9000])
+def test_the_largest_are_those_that_torch_selects(vocab, count):
+    generator = torch.Generator().manual_seed(6)
+    scores = torch.randn(5, vocab, generator=generator)
+    scores[0, : vocab - 1 : 3] = 2.5  # more equal ones than are asked for
+    scores[1], scores[2, 5], scores[3, 60:] = 0.0, float("inf"), -INF
+    scores[4, -1] = 9.0  # beyond the last whole list
+    values, places = largest(scores, count)
+    assert torch.equal(values, scores.topk(count).values)
+    assert torch.equal(values, scores.gather(1, places))
+    assert all(len(set(row)) == count for row in places.tolist())
+    assert int(places[4, 0]) == vocab - 1
+
+
+@pytest.mark.parametrize("top_k", [1, 50, 20_000])
+def test_top_k_keeps_what_transformers_keeps(top_k):
+    scores = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(7)) * 3
+    scores[1], scores[2, ::2], scores[3, 9], scores[4] = 0.0, scores[2].amax(), float("nan"), -INF
+    scores[5, 4] = INF
+    given = scores.clone()
+    for fill in (-INF, -50.0):
+        inner = hf.TopKLogitsWarper(top_k, filter_value=fill)
+        torch.testing.assert_close(TopK(inner)(IDS, scores), inner(IDS, scores), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scores, given, rtol=0, atol=0, equal_nan=True)  # not written to
+
+
+def test_top_k_asks_torch_where_there_is_little_to_look_through(monkeypatch):
+    monkeypatch.setattr(nucleus, "largest", None)
+    inner = hf.TopKLogitsWarper(3)
+    for scores in (torch.randn(3, 500), torch.randn(3, VOCAB, dtype=torch.float64)):
+        assert torch.equal(TopK(inner)(IDS, scores), inner(IDS, scores))
+    with pytest.raises(TypeError):  # the control
+        TopK(inner)(IDS, torch.randn(3, VOCAB))
