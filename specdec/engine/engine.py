@@ -117,6 +117,11 @@ class Engine:
         return self._stepping.pool
 
     @property
+    def max_request_tokens(self) -> int:
+        """What prompt and new tokens of one request may be together, by whatever drafter."""
+        return self._stepping.max_request_tokens
+
+    @property
     def threaded(self) -> bool:
         """Whether a thread of the engine's own takes the steps, so that whoever asks may wait for them."""
         return self._thread.alive and not self._thread.current
@@ -148,7 +153,7 @@ class Engine:
             refuse_forked(self._process)
         with self._lock:
             self._refuse_within_step()
-            self._take_arrivals()
+            self._stepping.take(self._arrivals.take_into(self._tasks))
             if not self._stepping.scheduler.idle:
                 before = marks(self._tasks.values())
                 self._stepper = threading.get_ident()
@@ -172,11 +177,6 @@ class Engine:
     @property
     def _idle(self) -> bool:
         return self._stepping.scheduler.idle and not len(self._arrivals)
-
-    def _take_arrivals(self) -> None:
-        for task in self._arrivals.take_into(self._tasks):
-            self._stepping.scheduler.waiting.append(task)
-            self._counters.add("num_prompt_tokens", task.prompt_length)
 
     def _take_step(self) -> None:
         if self._stepping.models_changed():
@@ -237,7 +237,7 @@ class Engine:
         self.stop()
         with self._lock:
             self._arrivals.close()
-            self._take_arrivals()
+            self._stepping.take(self._arrivals.take_into(self._tasks))
             for task in list(self._tasks.values()):
                 task.cancelled = True
             with suppress(Exception):  # whom it concerns has been told

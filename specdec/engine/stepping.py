@@ -61,6 +61,16 @@ class Stepping:
     def vocab(self) -> int:
         return self._passes.target.vocab
 
+    @property
+    def max_request_tokens(self) -> int:
+        """What always fits an empty pool."""
+        return self.scheduler.room - max([1, *(one.tail_slots for one in self.drafters.values() if one is not None)])
+
+    def take(self, tasks: Sequence[Task]) -> None:
+        """These requests have arrived."""
+        self.scheduler.waiting.extend(tasks)
+        self._counters.add("num_prompt_tokens", sum(task.prompt_length for task in tasks))
+
     def contexts(self) -> list[AbstractContextManager[object]]:
         """To be entered in this order, and left in the opposite one, around any number of steps."""
         drafting = [drafter.running() for drafter in self.drafters.values() if drafter is not None]
