@@ -8,19 +8,15 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import sleep
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 
-import specdec
+from specdec.serve.page_files import PageFiles
 
-FILES = Path(specdec.__file__).parent / "serve" / "page"
-POLICY = "default-src 'self'"
 WORDS = (
     "Rain is water that comes back . First the sun warms the sea , and a little of the water rises as vapour . High up "
     "it is cold , so the vapour turns into tiny drops , and many tiny drops make a cloud . When they grow too heavy , "
@@ -61,24 +57,23 @@ class PageServer:
         self.app.get("/specdec/info")(self.info)
         self.app.post("/v1/chat/completions")(self.generate)
         self.app.post("/v1/completions")(self.generate)
-        self.app.mount("/", StaticFiles(directory=FILES, html=True))
-        self.app.middleware("http")(self._guarded)
+        self.app.mount("/", PageFiles())
 
-    async def _guarded(self, request: Request, call_next: Any) -> Response:
-        asked = not request.url.path.startswith(("/v1", "/specdec"))
-        if self.key is not None and not asked and request.headers.get("authorization") != f"Bearer {self.key}":
-            return JSONResponse({"error": {"message": "no valid key"}}, 401)
-        response: Response = await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
-        return response
+    def _refusal(self, request: Request) -> Response | None:
+        if self.key is None or request.headers.get("authorization") == f"Bearer {self.key}":
+            return None
+        return JSONResponse({"error": {"message": "no valid key"}}, 401)
 
-    async def info(self) -> dict[str, Any]:
-        return {
+    async def info(self, request: Request) -> Response:
+        offered = {
             "model": "smollm2-135m", "drafters": ["ngram", "self:int4", "none"], "chat_template": self.chat_template,
             "max_request_tokens": 2048, "max_new_tokens": 1024, "version": "0",
         }  # fmt: skip
+        return self._refusal(request) or JSONResponse(offered)
 
     async def generate(self, request: Request) -> Response:
+        if (refused := self._refusal(request)) is not None:
+            return refused
         body = await request.json()
         self.bodies.append(body)
         prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
