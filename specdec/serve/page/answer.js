@@ -109,7 +109,7 @@ export class Answer {
     this.finished = true;
     this.caret.remove();
     this.body.setAttribute("aria-busy", "false");
-    const why = note || (this.reason === "length" ? "cut at the most tokens that the settings allow" : "");
+    const why = note || (this.reason === "length" ? "cut at max tokens: see the settings" : "");
     if (!why) return;
     const told = element("p", isError ? "note error" : "note", why);
     if (isError) told.setAttribute("role", "alert");

@@ -108,7 +108,7 @@ async function send(text) {
   const greedy = number("temperature", 0) === 0;
   const seed = number("seed", both && !greedy ? Math.floor(Math.random() * 2 ** 31) : undefined);
   messages.push({ role: "user", content: text });
-  const answers = both ? [new Answer(`with drafts of ${draft}`), new Answer("no drafts")] : [new Answer("")];
+  const answers = both ? [new Answer(`drafter: ${draft}`), new Answer("no drafts")] : [new Answer("")];
   const turn = element("article", both ? "turn both" : "turn");
   const columns = element("div", "columns");
   columns.append(...answers.map((answer) => answer.node));
