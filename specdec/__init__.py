@@ -75,6 +75,7 @@ __all__ = [
     "load_pair",
     "patch",
     "pure",
+    "serve",
 ]
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "serve":  # a package by itself: what it needs is an extra
+        return import_module("specdec.serve")
     if name not in _EXPORTS:
         raise AttributeError("; ".join([f"module 'specdec' has no attribute {name!r}", *_namesake()]))
     try:

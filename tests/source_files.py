@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ["kv", "verify", "drafters", "specdec", "experiments", "specdec.cli"]
+FLOORS = ["kv", "verify", "drafters", "specdec", "experiments", "specdec.serve", "specdec.cli"]
 """Lowest first. A floor imports itself and what lies below it."""
 FOLDERS = ["kv", "verify", "drafters", "experiments"]
 """Folders at the top of the repository that are imported as `specdec.<folder>` through a symlink."""
@@ -17,7 +17,7 @@ def floor_of_file(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
     if parts[:2] == ("specdec", "cli") or parts == ("specdec", "__main__.py"):
         return "specdec.cli"
-    return parts[0]
+    return "specdec.serve" if parts[:2] == ("specdec", "serve") else parts[0]
 
 
 def floor_of_module(name: str) -> str | None:
@@ -27,7 +27,7 @@ def floor_of_module(name: str) -> str | None:
         return None
     if len(parts) > 1 and parts[1] in FOLDERS:
         return parts[1]
-    return "specdec.cli" if parts[1:2] == ["cli"] else "specdec"
+    return f"specdec.{parts[1]}" if parts[1:2] in (["cli"], ["serve"]) else "specdec"
 
 
 def sources() -> Iterator[Path]:

@@ -16,6 +16,7 @@ from specdec.cli.check import check
 from specdec.cli.doctor import doctor
 from specdec.cli.generate import generate
 from specdec.cli.pairs import pairs
+from specdec.cli.serve import serve
 from specdec.cli.warmup import warmup
 from specdec.experiments.accept.__main__ import main as accept
 from specdec.experiments.bench.__main__ import main as bench
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command("bench")(bench.function)
 app.command()(check)
 app.add_typer(accept.app, name="accept")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli import options as cli
-from specdec.cli.text import Detokenizer, Screen, Writer
+from specdec.cli.text import Screen, Writer
 from specdec.cli.values import file_text
+from specdec.detokenizer import Detokenizer
 from specdec.prompt_files import has_template, how_asked
 
 

@@ -49,7 +49,27 @@ class Loaded:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
+@dataclass(frozen=True)
+class LoadedModels:
+    """draft: a model, a word, or None for plain decoding."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel | str | None
+    tokenizer: Any
+    device: torch.device
+
+
 def load(choice: ModelChoice) -> Loaded:
+    """What a command generates with. Raises as `load_models`."""
+    models = load_models(choice)
+    speculator = Speculator(
+        models.target, models.draft, k=choice.k, tree=choice.tree, rule=choice.rule, lossy=choice.lossy,
+        tokenizer=models.tokenizer,
+    )  # fmt: skip
+    return Loaded(speculator, models.tokenizer, models.device)
+
+
+def load_models(choice: ModelChoice) -> LoadedModels:
     """Load the target, its tokenizer and the drafter.
 
     Raises:
@@ -74,10 +94,7 @@ def load(choice: ModelChoice) -> Loaded:
     if has_model:
         draft = load_part(choice.pair, "draft", dtype, device)
         _warn_if_tokenizers_differ(tokenizer, choice.pair)
-    speculator = Speculator(
-        target, draft, k=choice.k, tree=choice.tree, rule=choice.rule, lossy=choice.lossy, tokenizer=tokenizer
-    )
-    return Loaded(speculator, tokenizer, device)
+    return LoadedModels(target, draft, tokenizer, device)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Tokens on the way to a terminal: readable text as early as possible, coloured by where each token came from."""
+"""Text on a terminal, coloured by where each token came from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 from typing import Any, TextIO
+
+from specdec.detokenizer import Detokenizer
 
 COLOURS = {"accepted": "32", "recovered": "1;33", "bonus": "4;36"}
 """ANSI attributes per kind of token; weight and underline help whoever cannot tell the colours apart."""
@@ -20,42 +22,6 @@ MEANINGS = {
 }
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class Detokenizer:
-    """Turns a stream of token ids into text, piece by piece.
-
-    A byte-level token may end inside a character, and some tokenizers write a token differently after another one;
-    so each piece is the difference of two decodings of a short window, held back while it ends in a half character.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes; "" while it completes nothing."""
-        self._ids.append(token)
-        return self._advance(final=False)
-
-    def flush(self) -> str:
-        """What is still held back, half characters included."""
-        return self._advance(final=True)
-
-    def _advance(self, final: bool) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
-        text = self._decode(self._ids[self._start :])
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
 
 
 class Screen:

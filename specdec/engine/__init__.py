@@ -5,6 +5,7 @@ from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFull
 from specdec.engine.handle import Handle, Result
 from specdec.engine.metrics import EngineMetrics, Latency
 from specdec.engine.params import Params
+from specdec.engine.step_output import StepOutput, TokenLogprobs
 
 __all__ = [
     "Engine",
@@ -17,4 +18,6 @@ __all__ = [
     "QueueFullError",
     "RequestFaultError",
     "Result",
+    "StepOutput",
+    "TokenLogprobs",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from specdec.arguments import Draft, Target
-from specdec.engine.errors import EngineClosedError, QueueFullError, refuse_forked
+from specdec.engine.arrivals import Arrivals
+from specdec.engine.errors import refuse_forked
 from specdec.engine.handle import Handle
 from specdec.engine.intake import Intake
 from specdec.engine.metrics import Counters, EngineMetrics
@@ -91,7 +92,8 @@ class Engine:
         self.limits = limits
         pooled = make_pool(target, named, num_bytes, num_pages, page_size)
         self._lock = threading.RLock()
-        self._work = threading.Condition(self._lock)
+        self._intake_lock = threading.RLock()
+        self._arrivals = Arrivals()
         self._counters = Counters()
         self._stepping = Stepping(target, named, pooled, self.limits, self._counters, adaptive)
         self._intake = Intake(preparation, named, self._stepping.vocab, self._stepping.device)
@@ -99,15 +101,14 @@ class Engine:
         self._prepared = ExitStack()
         self._is_prepared = False
         self._stepper: int | None = None
-        self._thread = StepThread(self.step, lambda: self._stepping.scheduler.idle, self._work)
-        self._closed = False
+        self._thread = StepThread(self.step, lambda: self._idle, self._arrivals.work)
         self._process = os.getpid()
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
         """See `renewed_after_fork`."""
-        self._lock = threading.RLock()
-        self._work = threading.Condition(self._lock)
+        self._lock, self._intake_lock = threading.RLock(), threading.RLock()
+        self._arrivals = Arrivals()
         self._stepper = None
 
     @property
@@ -116,12 +117,17 @@ class Engine:
         return self._stepping.pool
 
     @property
+    def max_request_tokens(self) -> int:
+        """What prompt and new tokens of one request may be together, by whatever drafter."""
+        return self._stepping.max_request_tokens
+
+    @property
     def threaded(self) -> bool:
         """Whether a thread of the engine's own takes the steps, so that whoever asks may wait for them."""
         return self._thread.alive and not self._thread.current
 
     def submit(self, prompt: Sequence[int] | Tensor, params: Params | None = None, **options: Any) -> Handle:
-        """Queue one request; safe from any thread.
+        """Queue one request; safe from any thread, and waits for no step to end.
 
         Args:
             prompt: token ids, a list or a tensor `[tokens]` or `[1, tokens]`.
@@ -132,20 +138,13 @@ class Engine:
             QueueFullError: `max_waiting` requests wait already. EngineClosedError: after `close`.
         """
         asked = (params or Params()).changed(options)
-        with self._lock:
-            self._refuse_closed()
-            scheduler = self._stepping.scheduler
-            if len(scheduler.waiting) >= self.limits.max_waiting:
-                raise QueueFullError(
-                    f"expected fewer than {self.limits.max_waiting} waiting requests: wait for some to finish and "
-                    "submit again, or give the engine a larger max_waiting"
-                )
+        scheduler, most = self._stepping.scheduler, self.limits.max_waiting
+        refuse_forked(self._process)
+        with self._intake_lock:
+            self._arrivals.refuse(len(scheduler.waiting), most)
             task = self._intake.task(self, prompt, asked, self._stepping.num_steps)
             scheduler.refuse(task)
-            self._tasks[task.handle.id] = task
-            scheduler.waiting.append(task)
-            self._counters.add("num_prompt_tokens", task.prompt_length)
-            self._work.notify_all()
+            self._arrivals.add(task, len(scheduler.waiting), most)
         return task.handle
 
     def step(self) -> bool:
@@ -154,6 +153,7 @@ class Engine:
             refuse_forked(self._process)
         with self._lock:
             self._refuse_within_step()
+            self._stepping.take(self._arrivals.take_into(self._tasks))
             if not self._stepping.scheduler.idle:
                 before = marks(self._tasks.values())
                 self._stepper = threading.get_ident()
@@ -169,10 +169,14 @@ class Engine:
                     raise
                 finally:
                     self._stepper = None
-            if self._stepping.scheduler.idle:
+            if self._idle:
                 self._rest()
                 return False
             return True
+
+    @property
+    def _idle(self) -> bool:
+        return self._stepping.scheduler.idle and not len(self._arrivals)
 
     def _take_step(self) -> None:
         if self._stepping.models_changed():
@@ -190,11 +194,9 @@ class Engine:
 
     def cancel(self, handle: Handle) -> None:
         """End a request with the tokens it has, at the next step."""
-        task = self._tasks.get(handle.id)
+        task = self._arrivals.find(handle.id) or self._tasks.get(handle.id)
         if task is not None and task.handle is handle:
             task.cancelled = True
-            with self._lock:
-                self._work.notify_all()
 
     def clear_prefix_cache(self) -> None:
         """Forget the K/V of all prompts and texts seen so far.
@@ -213,12 +215,13 @@ class Engine:
         with self._lock:
             scheduler, pool = self._stepping.scheduler, self.pool
             usage = pool.num_held_pages / scheduler.num_pages
-            running = len(scheduler.running) + len(scheduler.prefilling)
-            return self._counters.snapshot(running, len(scheduler.waiting), usage)
+            running, waiting = len(scheduler.running) + len(scheduler.prefilling), len(scheduler.waiting)
+            return self._counters.snapshot(running, waiting + len(self._arrivals), usage)
 
     def start(self) -> None:
         """Take steps in a thread of the engine's own from now on."""
-        self._refuse_closed()
+        refuse_forked(self._process)
+        self._arrivals.refuse_closed()
         self._thread.start()
 
     def stop(self) -> None:
@@ -233,7 +236,8 @@ class Engine:
         self._refuse_within_step()
         self.stop()
         with self._lock:
-            self._closed = True
+            self._arrivals.close()
+            self._stepping.take(self._arrivals.take_into(self._tasks))
             for task in list(self._tasks.values()):
                 task.cancelled = True
             with suppress(Exception):  # whom it concerns has been told
@@ -253,11 +257,6 @@ class Engine:
 
     async def __aexit__(self, *error: object) -> None:
         await asyncio.to_thread(self.close)
-
-    def _refuse_closed(self) -> None:
-        refuse_forked(self._process)
-        if self._closed:
-            raise EngineClosedError("expected an open engine, this one was closed: make another one")
 
     def _refuse_within_step(self) -> None:
         if self._stepper == threading.get_ident():

@@ -1,4 +1,4 @@
-"""What `submit` returns: the tokens of one request as they come, its result, and the means to cancel it."""
+"""What `submit` returns: the tokens of one request as they come, step by step, its result, and how to cancel it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
+from specdec.engine.step_output import StepOutput
 from specdec.kv import SpecdecError
 
 
@@ -52,6 +53,19 @@ class Driver(Protocol):
     def cancel(self, handle: Handle) -> None: ...
 
 
+class Steps:
+    """The steps of one request, for `for` and `async for`, each time from the first one."""
+
+    def __init__(self, handle: Handle):
+        self._handle = handle
+
+    def __iter__(self) -> Iterator[StepOutput]:
+        return self._handle._each_step()
+
+    def __aiter__(self) -> AsyncIterator[StepOutput]:
+        return self._handle._each_step_soon()
+
+
 class Handle:
     """One request. Iterating, waiting and cancelling are safe from any thread.
 
@@ -62,7 +76,7 @@ class Handle:
         self.id = number
         self.prompt_ids = list(prompt)
         self._engine = engine
-        self._tokens: list[int] = []
+        self._steps: list[StepOutput] = []
         self._result: Result | None = None
         self._error: SpecdecError | None = None
         self._changed = threading.Condition()
@@ -75,11 +89,11 @@ class Handle:
     @property
     def token_ids(self) -> list[int]:
         """The tokens so far."""
-        return list(self._tokens)
+        return [token for step in self._steps for token in step.token_ids]
 
     @property
     def num_tokens(self) -> int:
-        return len(self._tokens)
+        return self._steps[-1].stop if self._steps else 0
 
     def cancel(self) -> None:
         """End the request with the tokens it has. It is no error if it is done already."""
@@ -91,13 +105,18 @@ class Handle:
         Raises:
             TargetFaultError: after the last token, where the target failed on this request.
         """
-        sent = 0
-        while self._more_than(sent, None):
-            for token in self._tokens[sent:]:
-                sent += 1
+        for step in self.steps():
+            yield from step.token_ids
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        async for step in self.steps():
+            for token in step.token_ids:
                 yield token
-        if self._error is not None:
-            raise self._error
+
+    def steps(self) -> Steps:
+        """What every step emitted, from the first one, for `for` and `async for`: tokens, where each came from, and
+        log-probabilities where `logprobs=` was asked for. Raises as iterating over tokens does."""
+        return Steps(self)
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait until the request is done.
@@ -107,51 +126,44 @@ class Handle:
         """
         deadline = None if timeout is None else monotonic() + timeout
         while not self.done:
-            self._more_than(len(self._tokens), deadline)
+            self._more_than(len(self._steps), deadline)
         if self._error is not None:
             raise self._error
         assert self._result is not None
         return self._result
 
     def _more_than(self, have: int, deadline: float | None) -> bool:
-        """Wait for more than `have` tokens (True) or for the end (False)."""
+        """Wait for more than `have` steps (True) or for the end (False)."""
         while True:
-            if len(self._tokens) > have:
+            ended = self.done  # asked first: the last step may come between two looks, and the end follows it
+            if len(self._steps) > have:
                 return True
-            if self.done:
+            if ended:
                 return False
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
-                raise TimeoutError(f"request {self.id} is not done yet; it has {len(self._tokens)} tokens")
+                raise TimeoutError(f"request {self.id} is not done yet; it has {self.num_tokens} tokens")
             if not self._engine.threaded:
                 self._engine.step()
                 continue
             with self._changed:
-                if len(self._tokens) <= have and not self.done:
+                if len(self._steps) <= have and not self.done:
                     self._changed.wait(0.1 if left is None else min(0.1, left))
-
-    async def __aiter__(self) -> AsyncIterator[int]:
-        sent = 0
-        while await self._more_soon(sent):
-            for token in self._tokens[sent:]:
-                sent += 1
-                yield token
-        if self._error is not None:
-            raise self._error
 
     async def wait(self) -> Result:
         """`result()` for asyncio. Cancelling the awaiting task leaves the request running: see `cancel`."""
         while not self.done:
-            await self._more_soon(len(self._tokens))
+            await self._more_soon(len(self._steps))
         return self.result()
 
     async def _more_soon(self, have: int) -> bool:
+        """`_more_than` for asyncio."""
         event = asyncio.Event()
         listener = (asyncio.get_running_loop(), event)
         with self._changed:
             self._listeners.append(listener)
         try:
-            while len(self._tokens) <= have and not self.done:
+            while len(self._steps) <= have and not self.done:
                 if not self._engine.threaded:
                     await asyncio.to_thread(self._engine.step)
                     continue
@@ -163,11 +175,27 @@ class Handle:
         finally:
             with self._changed:
                 self._listeners.remove(listener)
-        return len(self._tokens) > have
+        return len(self._steps) > have
 
-    def push(self, tokens: Sequence[int]) -> None:
-        """The engine's: more tokens."""
-        self._tokens.extend(tokens)
+    def _each_step(self) -> Iterator[StepOutput]:
+        sent = 0
+        while self._more_than(sent, None):
+            yield self._steps[sent]
+            sent += 1
+        if self._error is not None:
+            raise self._error
+
+    async def _each_step_soon(self) -> AsyncIterator[StepOutput]:
+        sent = 0
+        while await self._more_soon(sent):
+            yield self._steps[sent]
+            sent += 1
+        if self._error is not None:
+            raise self._error
+
+    def push(self, step: StepOutput) -> None:
+        """The engine's: what one more step emitted."""
+        self._steps.append(step)
         self._wake()
 
     def finish(self, result: Result | None, error: SpecdecError | None = None) -> None:

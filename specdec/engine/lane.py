@@ -13,6 +13,7 @@ from specdec.decision import Decided
 from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import depth_limits, levels_within
 from specdec.engine.law import DraftingLaw, LaneLaw
+from specdec.engine.step_output import StepOutput, step_output
 from specdec.engine.task import Acceptance, LaneKey, State, Task
 from specdec.kv.faults import from_outside
 from specdec.kv.paged import PagedKVCache
@@ -24,11 +25,11 @@ from specdec.verify.purity import decides_by_row
 
 
 class Emitted(NamedTuple):
-    """What one step gave one request. tokens: after any stop rule's cut. reason: why it is finished, or None."""
+    """What one step gave one request. accepted: draft tokens kept, before any stop rule's cut. reason: why it is
+    finished, or None."""
 
     task: Task
-    tokens: list[int]
-    drafted: int
+    output: StepOutput
     accepted: int
     reason: str | None
 
@@ -132,9 +133,10 @@ class Lane(Batch):
                 continue
             if i in ended:
                 task.ending = "length" if self.stops[task.row].by_length_alone(task.row) else "stop"
-            task.text.extend(decision.runs[i])
+            output = step_output(decided, i, len(task.text) - task.prompt_length, task.params.logprobs)
+            task.text.extend(output.token_ids)
             task.steps += 1
-            out.append(Emitted(task, decision.runs[i], decision.drafted[i], decision.accepted[i], task.ending))
+            out.append(Emitted(task, output, decision.accepted[i], task.ending))
         return out
 
     def take_faults(self) -> int:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from specdec.report import DraftTotals
 
 WINDOW = 4096
 """Latest observations from which percentiles are formed."""
+BOUNDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0,
+)  # fmt: skip
+"""Seconds up to which latencies are counted, for histograms."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds. count and mean are over the engine's whole life, percentiles over the latest `WINDOW` observations."""
+    """Seconds. count, mean and histogram are over the engine's whole life, percentiles over the latest `WINDOW`
+    observations. histogram: observations of at most `BOUNDS[i]` seconds, those of smaller bounds included."""
 
     count: int = 0
     mean: float = 0.0
     p50: float = 0.0
     p99: float = 0.0
+    histogram: tuple[int, ...] = (0,) * len(BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,11 @@ class Observations:
         self._latest: deque[float] = deque(maxlen=WINDOW)
         self._count = 0
         self._total = 0.0
+        self._of_bound = [0] * (len(BOUNDS) + 1)
 
     def add(self, seconds: float, times: int = 1) -> None:
         """Observe `seconds`, `times` times."""
+        self._of_bound[bisect_left(BOUNDS, seconds)] += times
         self._latest.extend([seconds] * times)
         self._count += times
         self._total += seconds * times
@@ -76,7 +87,8 @@ class Observations:
             return Latency()
         values = sorted(self._latest)
         last = len(values) - 1
-        return Latency(self._count, self._total / self._count, values[last // 2], values[round(0.99 * last)])
+        histogram = tuple(accumulate(self._of_bound[:-1]))
+        return Latency(self._count, self._total / self._count, values[last // 2], values[round(0.99 * last)], histogram)
 
 
 class Counters:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec.engine.step_output import MOST_LOGPROBS
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.versions import CACHE_KEYWORDS
 from specdec.preparation import Preparation
@@ -44,6 +45,8 @@ class Params:
     rule, lossy: as in Speculator.
     priority: smaller is served first; waiting requests grow more urgent with time, so that none starves.
     timeout: seconds after which the request ends with what it has; None = never.
+    logprobs: for every emitted token its log-probability and so many likeliest alternatives, 0 to 20, in the handle's
+        `steps()`; None for none. The target's own, before temperature and all processors (see `TokenLogprobs`).
     arguments: of `transformers`' `generate` (max_new_tokens, do_sample, temperature, eos_token_id, stop_strings, ...).
     """
 
@@ -53,6 +56,7 @@ class Params:
     lossy: bool = False
     priority: int = 0
     timeout: float | None = None
+    logprobs: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,11 @@ class Params:
         self._set("priority", _whole("priority: expected an int, smaller is sooner", self.priority))
         if self.seed is not None:
             self._set("seed", _whole("seed: expected an int or None", self.seed))
+        if self.logprobs is not None:
+            wanted = f"logprobs: expected 0 to {MOST_LOGPROBS} alternatives per token, or None for no log-probabilities"
+            self._set("logprobs", _whole(wanted, self.logprobs))
+            if not 0 <= self.logprobs <= MOST_LOGPROBS:
+                raise UnsupportedArgumentError(f"{wanted}, got {self.logprobs}")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen: only here, before anybody has seen it

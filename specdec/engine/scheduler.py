@@ -78,6 +78,11 @@ class Scheduler:
         return not (self.waiting or self.prefilling or self.running)
 
     @property
+    def room(self) -> int:
+        """Tokens that an empty pool holds."""
+        return self.num_pages * self.pool.page_size
+
+    @property
     def most_fixed(self) -> int:
         """Tokens per step that running requests may be sure of together."""
         return max(1, self.limits.max_step_tokens - self.limits.prefill_share)
@@ -94,7 +99,7 @@ class Scheduler:
                 f"but with a seed this request drafts {task.fixed_tokens - 1} tokens behind its root in every step: "
                 "raise max_step_tokens, draft fewer tokens, or leave the seed out"
             )
-        room, limit, prompt = self.num_pages * self.pool.page_size, task.request.criteria.max_length, task.prompt_length
+        room, limit, prompt = self.room, task.request.criteria.max_length, task.prompt_length
         if limit is None:
             raise UnsupportedArgumentError(
                 "expected max_new_tokens or max_length: without a limit no pool is certain to be large enough"

@@ -61,6 +61,16 @@ class Stepping:
     def vocab(self) -> int:
         return self._passes.target.vocab
 
+    @property
+    def max_request_tokens(self) -> int:
+        """What always fits an empty pool."""
+        return self.scheduler.room - max([1, *(one.tail_slots for one in self.drafters.values() if one is not None)])
+
+    def take(self, tasks: Sequence[Task]) -> None:
+        """These requests have arrived."""
+        self.scheduler.waiting.extend(tasks)
+        self._counters.add("num_prompt_tokens", sum(task.prompt_length for task in tasks))
+
     def contexts(self) -> list[AbstractContextManager[object]]:
         """To be entered in this order, and left in the opposite one, around any number of steps."""
         drafting = [drafter.running() for drafter in self.drafters.values() if drafter is not None]
@@ -238,22 +248,23 @@ class Stepping:
 
     def _emit(self, lane: Lane, emitted: Emitted) -> None:
         """Tokens to the handle, figures to the counters, the end if it is one."""
-        task, now = emitted.task, monotonic()
-        if emitted.tokens:  # first: what nobody was told is taken again after an interruption, and must not be known
-            task.handle.push(emitted.tokens)
-        task.num_draft_tokens += emitted.drafted
+        task, output, now = emitted.task, emitted.output, monotonic()
+        num_tokens = len(output.token_ids)
+        if num_tokens:  # first: what nobody was told is taken again after an interruption, and must not be known
+            task.handle.push(output)
+        task.num_draft_tokens += output.num_draft_tokens
         task.num_accepted_tokens += emitted.accepted
         if lane.drafter is not None:
-            self._counters.drafted(emitted.drafted, emitted.accepted)
+            self._counters.drafted(output.num_draft_tokens, emitted.accepted)
         if task.acceptance is not None and task.depth:
             task.acceptance.observe(task.depth, emitted.accepted)
-        if emitted.tokens:
-            self._counters.add("num_generation_tokens", len(emitted.tokens))
+        if num_tokens:
+            self._counters.add("num_generation_tokens", num_tokens)
             if task.last_token is None:
                 task.first_token = now
                 self._counters.first_token.add(now - task.submitted)
             else:
-                self._counters.between.add((now - task.last_token) / len(emitted.tokens), len(emitted.tokens))
+                self._counters.between.add((now - task.last_token) / num_tokens, num_tokens)
             task.last_token = now
         if emitted.reason is not None:
             self.scheduler.release(task, publish=True)

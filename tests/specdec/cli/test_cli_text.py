@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_pair import byte_tokenizer
 
-from specdec.cli.text import Detokenizer, Screen, Writer, has_colours
+from specdec.cli.text import Screen, Writer, has_colours
+from specdec.detokenizer import Detokenizer
 from specdec.trace import StepTrace
 
 TOKENIZER = byte_tokenizer()

@@ -1,0 +1,212 @@
+"""One generation as an ASGI response: submitted, streamed or collected, and cancelled when its client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from specdec.engine import Engine, Handle, Params
+from specdec.serve.answers import Form, Whole, usage
+from specdec.serve.choice import Choice, Piece
+from specdec.serve.errors import Refusal, refusal
+from specdec.serve.gate import answer
+from specdec.serve.lifecycle import Lifecycle
+from specdec.serve.options import ServeOptions
+
+_LOG = logging.getLogger("specdec.serve")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One text to be generated."""
+
+    prompt: list[int]
+    params: Params
+
+
+class Client(Exception):
+    """The client is gone, or takes nothing any more."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What all generations of a server share. gone: told of every client that left early."""
+
+    engine: Engine
+    tokenizer: Any
+    options: ServeOptions
+    lifecycle: Lifecycle
+    gone: Callable[[], None]
+
+
+class Generating(Response):
+    """Everything it takes is taken and given back inside its call: a place, rows, pages.
+
+    Args:
+        prepare: what is to be generated, in the order of the choices; called in a thread. It may raise `Refusal`.
+        num_choices: texts of each prompt. stops: stop strings. with_usage: a stream ends with the counts.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        form: Form,
+        prepare: Callable[[], Sequence[Ask]],
+        num_choices: int,
+        stops: Sequence[str],
+        stream: bool,
+        with_usage: bool,
+    ):
+        super().__init__()
+        self._desk, self._form, self._prepare, self._num_choices = desk, form, prepare, num_choices
+        self._stops, self._stream, self._with_usage = stops, stream, with_usage
+        self._handles: list[Handle] = []
+        self._ended = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def timely(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._desk.options.write_seconds):
+                    await send(message)
+            except (TimeoutError, OSError):
+                raise Client from None
+
+        gone = asyncio.create_task(_disconnect(receive))
+        work = asyncio.create_task(self._work(scope, receive, timely))
+        try:
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self._desk.gone()
+        finally:
+            self.abort()
+            for task in (gone, work):
+                task.cancel()
+            done = await asyncio.gather(gone, work, return_exceptions=True)
+            self._desk.lifecycle.leave(self)
+        if isinstance(done[1], Client):
+            self._desk.gone()
+        elif isinstance(done[1], Exception):
+            raise done[1]
+
+    def abort(self) -> None:
+        """Cancel all of it; a client that is still there is told that the server ends."""
+        self._ended = True
+        for handle in list(self._handles):
+            handle.cancel()
+
+    def _begin(self) -> list[Choice]:
+        """In a thread: tokenizing and submitting take some time."""
+        for ask in self._prepare():
+            handle = self._desk.engine.submit(ask.prompt, ask.params)
+            self._handles.append(handle)
+            if self._ended:  # while this one was on its way
+                handle.cancel()
+        return [Choice(i, handle, self._desk.tokenizer, self._stops) for i, handle in enumerate(self._handles)]
+
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._desk.lifecycle.enter(self)
+            choices = await asyncio.to_thread(self._begin)
+            response = None if self._stream else await self._collected(choices)
+        except Exception as error:
+            response = answer(self._told(error))
+        if response is not None:
+            await response(scope, receive, send)
+            return
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+                   (b"x-accel-buffering", b"no")]  # fmt: skip
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async with aclosing(self._chunks(choices)) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": _event(chunk), "more_body": True})
+        except Client:
+            raise
+        except Exception as error:  # the status is sent already: the stream ends with the error
+            event = _event(self._told(error).body)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _collected(self, choices: Sequence[Choice]) -> Response:
+        wholes = [Whole() for _ in choices]
+        async with aclosing(_merged(choices)) as pieces:
+            async for choice, piece in pieces:
+                self._refuse_unfinished(piece)
+                wholes[choice.index].add(piece)
+        return JSONResponse(self._form.whole(wholes, self._usage(choices)))
+
+    async def _chunks(self, choices: Sequence[Choice]) -> AsyncGenerator[dict[str, Any], None]:
+        begun: set[int] = set()
+        rest = {"usage": None} if self._with_usage else {}
+        async with aclosing(_merged(choices)) as pieces:
+            async for choice, piece in pieces:
+                self._refuse_unfinished(piece)
+                first = choice.index not in begun
+                if piece.text or piece.tokens or piece.finish_reason:  # else all of it is held back
+                    begun.add(choice.index)
+                    yield {**self._form.chunk(choice.index, piece, first), **rest}
+        if self._with_usage:
+            yield self._form.usage_chunk(self._usage(choices))
+
+    def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        return usage([one.result for one in choices if one.result is not None], self._num_choices)
+
+    def _refuse_unfinished(self, piece: Piece) -> None:
+        if piece.finish_reason == "timeout":
+            seconds = self._desk.options.request_seconds
+            raise Refusal(408, f"not done within {seconds:g} seconds: ask for fewer tokens", code="request_timeout")
+        if piece.finish_reason == "cancelled":
+            raise Refusal(503, "the server is shutting down", code="shutting_down")
+
+    def _told(self, error: Exception) -> Refusal:
+        """The refusal to send; errors nobody expects are logged."""
+        told = refusal(error)
+        if told.status_code == 500:
+            _LOG.error("a generation failed", exc_info=error)
+        return told
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode()
+
+
+async def _merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece], None]:
+    """The pieces of all texts as they come."""
+    if len(choices) == 1:
+        async for piece in choices[0].pieces():
+            yield choices[0], piece
+        return
+    ready: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue(len(choices))
+
+    async def read(choice: Choice) -> None:
+        try:
+            async for piece in choice.pieces():
+                await ready.put((choice, piece))
+        except Exception as error:
+            await ready.put((choice, error))
+
+    readers = [asyncio.create_task(read(choice)) for choice in choices]
+    try:
+        left = len(choices)
+        while left:
+            choice, found = await ready.get()
+            if isinstance(found, Exception):
+                raise found
+            left -= found.finish_reason is not None
+            yield choice, found
+    finally:
+        for reader in readers:
+            reader.cancel()

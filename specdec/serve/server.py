@@ -1,0 +1,81 @@
+"""The process: uvicorn, and an end in which every stream is finished."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from specdec.engine import Engine
+from specdec.serve.app import create_app
+from specdec.serve.lifecycle import Lifecycle
+from specdec.serve.options import ServeOptions
+
+_LEFT_OVER_SECONDS = 5
+"""What connections without a generation have left in the end."""
+
+
+def run(
+    engine: Engine,
+    tokenizer: Any,
+    name: str,
+    options: ServeOptions | None = None,
+    rule: str = "auto",
+    ready: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what has begun; a second signal ends everything at once.
+
+    Args:
+        tokenizer, name, rule: see `create_app`. ready: called with the address as soon as requests are taken.
+
+    Raises:
+        OSError: the address cannot be had. UnsupportedArgumentError: as `create_app`.
+    """
+    options = options or ServeOptions()
+    app = create_app(engine, tokenizer, name, options, rule)
+    with _bound(options) as bound:
+        host, port = bound.getsockname()[:2]
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, limit_concurrency=options.max_connections,
+            timeout_graceful_shutdown=_LEFT_OVER_SECONDS,
+        )  # fmt: skip
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        _Server(config, app.state.lifecycle, lambda: ready(address)).run(sockets=[bound])
+
+
+def _bound(options: ServeOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((options.host, options.port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """Drains before it shuts down: uvicorn alone would not let anybody hear why he is turned away."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, ready: Callable[[], None]):
+        super().__init__(config)
+        self._lifecycle, self._ready = lifecycle, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._lifecycle.draining:
+            self.should_exit = self.force_exit = True
+        self._lifecycle.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._lifecycle.drained():
+            self.should_exit = True
+        return await super().on_tick(counter)
