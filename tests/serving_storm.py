@@ -105,7 +105,9 @@ class ServingStorm:
     def run(self) -> None:
         """All of it; raises where anybody got something wrong."""
         kinds = [*PATIENT, *RUDE]
-        plans = [(kinds[i % len(kinds)], self.rng.choice(self.asks), self.rng.randrange(2**30)) for i in range(self.count)]
+        plans = [
+            (kinds[i % len(kinds)], self.rng.choice(self.asks), self.rng.randrange(2**30)) for i in range(self.count)
+        ]
         victim = subprocess.Popen(
             [sys.executable, "-S", "-c", VICTIM, str(self.server.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

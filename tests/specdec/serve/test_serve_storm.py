@@ -45,11 +45,12 @@ def p99(metrics: dict[str, float]) -> str:
     return next(re.findall(r'le="(.*?)"', name)[0] for name, value in buckets if value >= 0.99 * count)
 
 
+@pytest.mark.timeout(max(120, STREAMS))
 def test_a_storm_leaves_no_trace_and_sigterm_lets_streams_end(tiny_pair: Path, oracle: Oracle) -> None:
     many = str(2 * STREAMS + 16)
     with LiveServer(tiny_pair, "--max-concurrent", many, "--max-waiting", many) as server:
         memory = []
-        for seed in (SEED, SEED + 1, SEED):
+        for seed in (SEED, SEED):  # the second one finds what the first one has left
             storm = ServingStorm(server, oracle, seed, STREAMS)
             storm.run()
             found = idle(server)
@@ -57,10 +58,10 @@ def test_a_storm_leaves_no_trace_and_sigterm_lets_streams_end(tiny_pair: Path, o
             memory.append(server.resident_mib)
         statuses = {name: value for name, value in found.items() if name.startswith("http_requests")}
         print(
-            f"\n3 times {STREAMS} clients {dict(storm.ends)}: {statuses}, ended by {ends(found)}, left early "
+            f"\ntwice {STREAMS} clients {dict(storm.ends)}: {statuses}, ended by {ends(found)}, left early "
             f"{found['specdec:client_disconnects_total']:.0f}; 99 % waited {p99(found)} s at most; MiB {memory}"
         )
-        assert memory[2] - memory[1] < MOST_MIB
+        assert memory[1] - memory[0] < MOST_MIB
         assert not [name for name in statuses if 'status="5' in name]
         assert found["specdec:client_disconnects_total"] > 0
         asyncio.run(drained(server, oracle))
