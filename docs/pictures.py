@@ -1,4 +1,7 @@
-"""Draws the pictures of docs/planner.md from committed results: `python docs/pictures.py`. Needs matplotlib."""
+"""Draws the plots of docs/planner.md from committed results, and the way of a request for docs/serving.md.
+
+To be run as `python docs/pictures.py`. Needs matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,11 @@ SWEEPS = {
 }
 NEVER_SLOWER = "planner-never-slower-20261128-141138.json"
 MODEL, NGRAM, BOTH, GREY = "#3f51b5", "#e07b39", "#2e8b57", "#777777"
+SVG_STYLE = """<style>text{font:13px system-ui,sans-serif;fill:#222}.s{font-size:11px;fill:#555}\
+.b{fill:#eef3fb;stroke:#4a6fa5}.g{fill:#e6f4e6;stroke:#3d8b3d}.y{fill:#fff6dc;stroke:#c79a1b}\
+.h{fill:none;stroke:#bbb;stroke-dasharray:4 4}.l{stroke:#555;fill:none;stroke-width:1.4;marker-end:url(#a)}</style>\
+<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">\
+<path d="M0 0 8 4 0 8z" fill="#555"/></marker></defs>"""
 SAME_EVERYWHERE = {"svg.hashsalt": "specdec", "svg.fonttype": "none", "font.size": 10}
 """The same file on every machine, with its words as words."""
 
@@ -77,6 +85,64 @@ def never_slower() -> Figure:
     return figure
 
 
+def request_way() -> str:
+    """From a client's body to its stream: what the event loop does, and what the engine's thread does."""
+    title = "The way of a request: checked, queued, decoded with everybody else's, streamed"
+
+    def box(kind: str, x: int, y: int, head: str, under: str, width: int = 132) -> str:
+        middle = x + width // 2
+        return (
+            f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="52" rx="6"/>'
+            f'<text x="{middle}" y="{y + 23}" text-anchor="middle">{head}</text>'
+            f'<text class="s" x="{middle}" y="{y + 40}" text-anchor="middle">{under}</text>'
+        )
+
+    def lane(y: int, height: int, what: str, at: str = 'x="160"') -> str:
+        frame = f'<rect class="h" x="150" y="{y}" width="790" height="{height}" rx="8"/>'
+        return f'{frame}<text class="s" {at} y="{y + 16}">{what}</text>'
+
+    def row(y: int, kind: str, words: list[tuple[str, str]]) -> list[str]:
+        return [box(kind, 166 + 156 * place, y, *two) for place, two in enumerate(words)]
+
+    down = [("Gate", "id, key, size, pace"), ("Body", "fields and ranges"), ("Prompt", "template, token ids"),
+            ("Sampling", "processors, stops"), ("Queue", "bounded: 429, 503")]  # fmt: skip
+    steps = [("Admit", "pages, shared prefix"), ("Propose", "each its drafter"), ("One pass", "trees and prompts"),
+             ("Accept", "law p, stop rules"), ("Commit", "kept K/V stays")]  # fmt: skip
+    up = [("Chunk", "one per step"), ("Stop strings", "held back"), ("Characters", "never half of one"),
+          ("Origins", "and log-probabilities"), ("Step output", "tokens of this text")]  # fmt: skip
+    across = [f"M{298 + 156 * place} {{y}} {320 + 156 * place} {{y}}" for place in range(4)]
+    back = [f"M{322 + 156 * place} {{y}} {300 + 156 * place} {{y}}" for place in range(4)]
+    arrows = [
+        *(path.format(y=y) for y in (58, 168) for path in across),
+        *(path.format(y=278) for path in back),
+        "M116 58 164 58",
+        "M856 84 856 110 232 110 232 140",
+        "M856 194 856 250",
+        "M806 194 806 214 232 214 232 197",
+        "M166 278 118 278",
+        "M63 252 63 168 164 168",
+    ]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 950 330" role="img" aria-label="{title}">',
+        f"<title>{title}</title>",
+        SVG_STYLE,
+        '<rect width="950" height="330" fill="#fff"/>',
+        lane(8, 92, "event loop and its helper threads"),
+        lane(118, 104, "engine's thread, all requests together", 'x="928" text-anchor="end"'),
+        lane(228, 92, "event loop"),
+        box("y", 10, 32, "Client", "POST, a body", 106),
+        box("y", 10, 252, "Client", "an event stream", 106),
+        *row(32, "b", down),
+        *row(142, "g", steps),
+        *row(252, "b", up),
+        *(f'<path class="l" d="{path}"/>' for path in arrows),
+        '<text class="s" x="520" y="209" text-anchor="middle">next step</text>',
+        '<text class="s" x="12" y="146">a client that goes</text><text class="s" x="12" y="160">frees its pages</text>',
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
 def length(workload: str) -> int:
     """New tokens of a call, by the name of its workload."""
     return 256 if "long outputs" in workload else 96
@@ -95,6 +161,8 @@ def draw(folder: Path) -> list[Path]:
             path = folder / f"{name}.svg"
             FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
             written.append(path)
+    written.append(folder / "request.svg")
+    written[-1].write_text(request_way())
     return written
 
 

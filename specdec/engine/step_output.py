@@ -61,7 +61,7 @@ def step_output(decided: Decided, place: int, start: int, num_logprobs: int | No
     """
     decision = decided.decision
     tokens, drafted = decision.runs[place], decision.drafted[place]
-    origins = tuple(_ORIGINS[kind] for kind in decision.kinds[place]) if drafted else ("plain",) * len(tokens)
+    origins = tuple(_ORIGINS[kind] if drafted else "plain" for kind in decision.kinds[place])
     logprobs = None
     if num_logprobs is not None and tokens:
         nodes = decision.paths[place][: len(tokens)]  # the law at a node is that of the token after it

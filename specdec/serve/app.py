@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from time import time
 from typing import Any
 
@@ -14,7 +13,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -27,6 +25,7 @@ from specdec.serve.generation import Ask, Desk, Generating
 from specdec.serve.lifecycle import Lifecycle
 from specdec.serve.metrics import CONTENT_TYPE, ServerMetrics
 from specdec.serve.options import ServeOptions
+from specdec.serve.page_files import PageFiles
 from specdec.serve.prompts import Prompts
 from specdec.serve.replies import CHAT_REPLIES, COMPLETION_REPLIES, ERRORS, Info, Models
 from specdec.serve.requests import ChatRequest, CompletionRequest, Generation
@@ -34,8 +33,6 @@ from specdec.serve.sampling import Sampling
 from specdec.serve.token_texts import TokenTexts
 from specdec.version import __version__
 
-PAGE = Path(__file__).parent / "page"
-"""Static files, served at `/`."""
 _LOG = logging.getLogger("specdec.serve")
 
 
@@ -90,8 +87,7 @@ class _Server:
         app.get("/specdec/info", response_model=Info, responses=ERRORS)(self.info)
         app.post("/v1/completions", responses=COMPLETION_REPLIES)(self.completions)
         app.post("/v1/chat/completions", responses=CHAT_REPLIES)(self.chat)
-        if PAGE.is_dir():
-            app.mount("/", StaticFiles(directory=PAGE, html=True))
+        app.mount("/", PageFiles())
         if self.options.cors_origins:
             app.add_middleware(
                 CORSMiddleware, allow_origins=list(self.options.cors_origins), allow_methods=["GET", "POST"],
