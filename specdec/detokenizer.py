@@ -18,8 +18,8 @@ class Detokenizer:
     so each piece is what a short window decodes to, beyond what was given out of it. A half character at its end is
     held back until it is whole, or cannot become so any more.
 
-    Where a tokenizer falls back to bytes, `decode` makes U+FFFD of a whole run of them if its last one fits nothing;
-    characters of the run that were complete before stay what they were here.
+    Where a tokenizer falls back to bytes, `decode` makes U+FFFD of a whole run of them if one of them fits nothing;
+    characters of the run that were complete before stay what they were here. So no window begins with such bytes.
 
     Args:
         tokenizer: of `transformers`.
@@ -27,6 +27,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
+        self._bytes = _byte_tokens(tokenizer)
         self._window: list[int] = []
         self._edge = 0  # tokens of the window before which all text is given out
         self._given = 0  # characters of the window's text
@@ -49,7 +50,8 @@ class Detokenizer:
         if doubtful:
             self._cut(text)
         elif piece:  # from now on the window begins with the tokens of this piece, which are whole
-            self._window = self._window[self._edge :]
+            whole = [token for token in self._window[self._edge :] if token not in self._bytes]
+            self._window = whole or [token for token in self._window[: self._edge] if token not in self._bytes]
             self._edge, self._given = len(self._window), len(self._decode(self._window))
         return piece
 
@@ -68,3 +70,16 @@ class Detokenizer:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+def _byte_tokens(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens that stand for single bytes in vocabularies of characters (Llama 2's), if there are any."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    if tokenizer.convert_ids_to_tokens(_id(tokenizer, names[0])) != names[0]:
+        return frozenset()
+    return frozenset(_id(tokenizer, name) for name in names)
+
+
+def _id(tokenizer: Any, name: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(name)
+    return 0 if found is None else int(found)

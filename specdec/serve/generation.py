@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class Ask:
     params: Params
 
 
-class Client(Exception):
+class Gone(Exception):
     """The client is gone, or takes nothing any more."""
 
 
@@ -77,7 +77,7 @@ class Generating(Response):
                 async with asyncio.timeout(self._desk.options.write_seconds):
                     await send(message)
             except (TimeoutError, OSError):
-                raise Client from None
+                raise Gone from None
 
         gone = asyncio.create_task(_disconnect(receive))
         work = asyncio.create_task(self._work(scope, receive, timely))
@@ -91,7 +91,7 @@ class Generating(Response):
                 task.cancel()
             done = await asyncio.gather(gone, work, return_exceptions=True)
             self._desk.lifecycle.leave(self)
-        if isinstance(done[1], Client):
+        if isinstance(done[1], Gone):
             self._desk.gone()
         elif isinstance(done[1], Exception):
             raise done[1]
@@ -115,20 +115,28 @@ class Generating(Response):
         try:
             self._desk.lifecycle.enter(self)
             choices = await asyncio.to_thread(self._begin)
-            response = None if self._stream else await self._collected(choices)
+            if not self._stream:
+                response = await self._collected(choices)
+            else:
+                async with aclosing(self._chunks(choices)) as chunks:
+                    first = await anext(chunks)  # what fails before it still has a status of its own
+                    await self._streamed(first, chunks, send)
+                return
         except Exception as error:
+            if isinstance(error, Gone):
+                raise
             response = answer(self._told(error))
-        if response is not None:
-            await response(scope, receive, send)
-            return
+        await response(scope, receive, send)
+
+    async def _streamed(self, first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                    (b"x-accel-buffering", b"no")]  # fmt: skip
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": _event(first), "more_body": True})
         try:
-            async with aclosing(self._chunks(choices)) as chunks:
-                async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": _event(chunk), "more_body": True})
-        except Client:
+            async for chunk in rest:
+                await send({"type": "http.response.body", "body": _event(chunk), "more_body": True})
+        except Gone:
             raise
         except Exception as error:  # the status is sent already: the stream ends with the error
             event = _event(self._told(error).body)

@@ -6,9 +6,10 @@ made for it work unchanged. What vLLM does not have begins with `specdec:`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -53,16 +54,16 @@ class ServerMetrics:
         self._snapshot, self._model = snapshot, model
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._answers = Counter("http_requests", "Answers by status.", ["status"], registry=self._registry)
-        self._gone = Counter("specdec:client_disconnects", "Clients that left early.", registry=self._registry)
+        self._answers: Counter[int] = Counter()
+        self._num_gone = 0
 
     def answered(self, status: int) -> None:
         """An answer began."""
-        self._answers.labels(str(status)).inc()
+        self._answers[status] += 1
 
     def disconnected(self) -> None:
         """A client left before its text was complete."""
-        self._gone.inc()
+        self._num_gone += 1
 
     def exposition(self) -> bytes:
         """Prometheus's text format. Waits for the engine's step at hand."""
@@ -96,6 +97,11 @@ class ServerMetrics:
         for reason, count in now.num_finished.items():
             success.add_metric([*own, "abort" if reason == "cancelled" else reason], count)
         yield success
+        answers = CounterMetricFamily("http_requests", "Answers by status.", labels=["status"])
+        for status, count in sorted(self._answers.items()):
+            answers.add_metric([str(status)], count)
+        yield answers
+        yield CounterMetricFamily("specdec:client_disconnects", "Clients that left early.", value=self._num_gone)
         for name, (field, help) in _HISTOGRAMS.items():
             yield self._histogram(name, help, getattr(now, field))
 

@@ -39,7 +39,7 @@ def run(
     with _bound(options) as bound:
         host, port = bound.getsockname()[:2]
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, limit_concurrency=options.max_connections,
+            app, log_level="error", access_log=False, server_header=False, limit_concurrency=options.max_connections,
             timeout_graceful_shutdown=_LEFT_OVER_SECONDS,
         )  # fmt: skip
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
