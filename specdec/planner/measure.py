@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter, process_time
 
@@ -48,11 +48,15 @@ def measure(
     rows: int,
     strict: StrictMode | None = None,
     seconds: float = SECONDS,
+    make_loop: Callable[..., DecodeLoop] = DecodeLoop,
 ) -> Costs:
     """Cost table of steps of `rows` rows, with the caller's own sampling settings.
 
     Nothing of the call is touched: the text is random tokens, the cache its own, drafters are clones, and no global
     random state is used. Nothing of the caller's runs: no processor of his, no criterion, streamer or monitor.
+
+    Args:
+        make_loop: what decodes (see `DecodeLoop`).
 
     Raises:
         RuntimeError: the drafter failed, or nothing could be measured. Faults of the target: TargetFaultError.
@@ -66,7 +70,7 @@ def measure(
     # One thread's own time does not count what other processes do meanwhile.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
     script = MeasuringPlanner(scratch, rows, seconds, process_time if alone else perf_counter, room)
-    loop = DecodeLoop(_scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
+    loop = make_loop(scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
     script.batch = loop
     try:
         with warnings.catch_warnings():
@@ -135,7 +139,8 @@ def _scratch_prompt(request: Request, target: PreTrainedModel, rows: int, room: 
     return prompt
 
 
-def _scratch_request(request: Request, prompt: Tensor) -> Request:
+def scratch_request(request: Request, prompt: Tensor) -> Request:
+    """A call like `request` on another text, with nothing of the caller's own in it."""
     config = copy.copy(request.config)
     config.return_dict_in_generate = False
     rows = prompt.shape[0]

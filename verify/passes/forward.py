@@ -199,7 +199,8 @@ class Forward:
 
     def _observed(self, run: Callable[[], T]) -> T:
         start = perf_counter()
-        with torch.inference_mode(self._inference):  # spares every operation its autograd bookkeeping
+        # Spares every operation its autograd bookkeeping; inference_mode(False) would turn that on within no_grad.
+        with torch.inference_mode() if self._inference else torch.no_grad():
             given = run()
         seconds = perf_counter() - start
         for observer in _observers.get():
