@@ -98,6 +98,7 @@ class Speculator:
         self._preparation = Preparation(target, tokenizer)
         self.target, self.tokenizer = self._preparation.target, self._preparation.tokenizer
         self.rule = rule
+        refuse_sharded(self.target, draft, exactness == "strict")
         self.strict = make_strict(self.target, exactness, strict_width)
         self.page_size = make_page_size(cache, page_size)
         if not isinstance(monitor, (bool, Monitor)):
@@ -105,7 +106,6 @@ class Speculator:
         self.monitor = monitor
         most_nodes = None if self.strict is None else self.strict.width - 1
         drafter = make_draft(draft, self.target, k, tree, rule, most_nodes)
-        refuse_sharded(self.target, drafter, self.strict is not None)
         self.drafter = None if drafter is None else FallbackGuard(drafter, most_nodes)
         self.planners = (
             PlannerFactory(self.target, drafter, rule, self.strict) if isinstance(drafter, Options) else None

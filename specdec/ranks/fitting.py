@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from specdec.arguments import SELF
 from specdec.drafters import Drafter, ModelDrafter
+from specdec.drafters.self_draft.forms import PREFIX
 from specdec.kv.errors import UnsupportedArgumentError
-from specdec.planner.options import Options
 from specdec.ranks.channel import ranks_of
 from specdec.request import Request
 from specdec.verify.purity import in_plain_order
 
 
-def refuse_sharded(target: PreTrainedModel, drafter: Drafter | None, strict: bool) -> None:
+def refuse_sharded(target: PreTrainedModel, draft: Any, strict: bool) -> None:
     """Refuse what works on a target in one process only, where `target` is held by several.
 
+    Args:
+        draft: as Speculator is given it. strict: whether strict mode is asked for.
+
     Raises:
-        UnsupportedArgumentError: a drafter that runs on all ranks, and strict mode. UnsupportedModelError: another way
-            of sharding than tensor parallelism.
+        UnsupportedArgumentError: strict mode, or a drafter that itself runs on all ranks. UnsupportedModelError: the
+            target is sharded in another way than by tensor parallelism.
     """
     sharded = ranks_of(target) is not None
     if sharded and strict:
@@ -28,12 +31,15 @@ def refuse_sharded(target: PreTrainedModel, drafter: Drafter | None, strict: boo
             "exactness='strict': the target is sharded over several ranks, whose sums may be taken in another order in "
             "a longer pass: use exactness='distribution'"
         )
-    for one in _alone(drafter):
-        model = one.model if isinstance(one, ModelDrafter) else None
-        if (sharded and one.shares_target_kv) or (model is not None and ranks_of(model) is not None):
+    for one in draft if isinstance(draft, (list, tuple)) else [draft]:
+        name = one if isinstance(one, str) else getattr(one, "name", type(one).__name__)
+        itself = isinstance(one, Drafter) and one.shares_target_kv
+        itself = itself or (isinstance(one, str) and (one == SELF or one.startswith(PREFIX)))
+        model: Any = one.model if isinstance(one, ModelDrafter) else one
+        if (sharded and itself) or (isinstance(model, PreTrainedModel) and ranks_of(model) is not None):
             raise UnsupportedArgumentError(
-                f"draft: {one.name} runs on all ranks that hold it, but the first rank alone drafts: give a draft model "
-                "that every rank loads whole, or 'ngram'"
+                f"draft: {name} runs on all ranks that hold the model, but the first rank alone drafts: give a draft "
+                "model that is loaded whole, or 'ngram'"
             )
 
 
@@ -70,11 +76,3 @@ def described(request: Request, rule: str) -> dict[str, Any]:
         ),
         "rule": rule,
     }  # fmt: skip
-
-
-def _alone(drafter: Drafter | None) -> Iterator[Drafter]:
-    """The drafters among which a planner chooses, or the one there is."""
-    if isinstance(drafter, Options):
-        yield from (option.drafter for option in drafter.options)
-    elif drafter is not None:
-        yield drafter
