@@ -45,6 +45,8 @@ class SpecReport(DraftTotals):
     held, and which the target did not read again. `kv_models`: models whose K/V `kv_bytes` holds.
     In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
     took when the mode was probed: the price of strictness.
+    `bytes_moved`: weights that the target's passes fetched, the prompt's included, where `device_map` keeps some in
+    memory or on disk and moves them for every pass (tensors that hooks bring in, times passes).
     `rule` is the rule that decided; `lossless` is False when it changes the law.
     `plan` says what the planner chose, foretold and gave up; None where `k` or `tree` was given.
     `processor_calls`, `processor_ms`: processors that were called in plain order, once per emitted token, and what each
@@ -84,6 +86,7 @@ class SpecReport(DraftTotals):
     ms_verify: float = 0.0
     ms_rest: float = 0.0
     ms_total: float = 0.0
+    bytes_moved: int = 0
     kv_bytes: int = 0
     kv_models: int = 1
     processor_calls: dict[str, int] = field(default_factory=dict)
@@ -99,6 +102,11 @@ class SpecReport(DraftTotals):
     @property
     def tokens_per_second(self) -> float:
         return 1e3 * self.num_emitted_tokens / self.ms_total if self.ms_total else 0.0
+
+    @property
+    def bytes_moved_per_token(self) -> float:
+        """Weights of the target fetched per emitted token."""
+        return self.bytes_moved / max(1, self.num_emitted_tokens)
 
     @property
     def tokens_per_step(self) -> float:
@@ -144,6 +152,7 @@ class SpecReport(DraftTotals):
         out["per_position_acceptance"] = self.per_position_acceptance
         out["tokens_per_second"] = self.tokens_per_second
         out["tokens_per_step"] = self.tokens_per_step
+        out["bytes_moved_per_token"] = self.bytes_moved_per_token
         out["speculative_decoding"] = {
             "mean_acceptance_length": self.mean_acceptance_length,
             "draft_acceptance_rate": self.draft_acceptance_rate,
@@ -175,6 +184,9 @@ class SpecReport(DraftTotals):
             ("prefill", self._prefill()),
             ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB" + (", both models" if self.kv_models > 1 else "")),
         ]
+        if self.bytes_moved:
+            moved = f"{self.bytes_moved_per_token / 2**20:.1f} MiB per emitted token, {self.bytes_moved / 2**20:.0f} in all"
+            lines.append(("weights fetched", moved))
         if not self.num_drafts:
             lines = [line for line in lines if line[0] not in OF_DRAFTS]
         if self.acceptance_z is not None:

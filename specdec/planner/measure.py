@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, PreTrainedModel
 
 from specdec.drafters import Drafter, FallbackGuard
 from specdec.kv.support import text_config
+from specdec.kv.wrappers import bytes_moved_by_a_pass
 from specdec.loop import DecodeLoop
 from specdec.planner.costs import Costs
 from specdec.planner.measuring_planner import PLAIN, EnoughMeasured, FillingDrafter, MeasuringPlanner
@@ -67,8 +68,10 @@ def measure(
     guard = FallbackGuard(scratch, most_nodes)
     room = _room(target, options)
     prompt = _scratch_prompt(request, target, rows, room)
-    # One thread's own time does not count what other processes do meanwhile.
+    # One thread's own time does not count what other processes do meanwhile; but waiting for a disk or for other ranks
+    # is a cost.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
+    alone = alone and not bytes_moved_by_a_pass(target) and make_loop is DecodeLoop
     script = MeasuringPlanner(scratch, rows, seconds, process_time if alone else perf_counter, room)
     loop = make_loop(scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
     script.batch = loop
