@@ -35,6 +35,10 @@ class TargetFaultError(SpecdecError, RuntimeError):
         self.emitted = emitted
 
 
+class LeadingRankError(SpecdecError, RuntimeError):
+    """Of a target that several processes hold, the one that decides for all failed; its own error says how."""
+
+
 class OutOfPagesError(SpecdecError, RuntimeError):
     """A KV pool has too few free pages for what was asked. Nothing was changed: free some (close a sequence) and retry.
 

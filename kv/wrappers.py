@@ -78,6 +78,34 @@ def uncompiled(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def bytes_moved_by_a_pass(model: PreTrainedModel) -> int:
+    """Bytes of weights that accelerate's hooks fetch in every pass, from memory or from disk (`device_map`); 0 where all
+    weights stay where they are used."""
+    if not hasattr(model, "_hf_hook"):
+        return 0
+    return sum(sum(map(_nbytes, _fetched(part, hook))) for part in model.modules() for hook in _hooks(part))
+
+
+def _hooks(part: nn.Module) -> list[Any]:
+    hook = vars(part).get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _fetched(part: nn.Module, hook: Any) -> Iterator[torch.Tensor]:
+    """The tensors of `part` that one of accelerate's hooks brings in before its forward and drops after it."""
+    if getattr(hook, "offload", False):
+        deep = hook.place_submodules
+        yield from part.parameters(recurse=deep)
+        if hook.offload_buffers:
+            for owner in part.modules() if deep else [part]:
+                yield from (own for name, own in owner._buffers.items()
+                            if own is not None and name not in owner._non_persistent_buffers_set)  # fmt: skip
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def _is_compiled(part: nn.Module) -> bool:
     own = vars(part)
     call, forward = own.get("_compiled_call_impl"), own.get("forward")

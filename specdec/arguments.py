@@ -15,9 +15,9 @@ from specdec.forks import settle
 from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model
 from specdec.kv.limits import MOST_NODES, checked_count
 from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size
-from specdec.kv.wrappers import unwrapped
+from specdec.kv.wrappers import bytes_moved_by_a_pass, unwrapped
 from specdec.pairing.loading import default_device, load_model, load_tokenizer
-from specdec.planner.options import longest_chain, make_options
+from specdec.planner.options import make_options, planned_shapes
 from specdec.verify.strict_mode import DEFAULT_WIDTH, StrictMode
 
 SELF = "self"
@@ -91,10 +91,12 @@ def make_draft(
     chosen_from: Any = draft if several else [draft]
     given: Any = [form for one in chosen_from for form in _forms(one)]
     drafters = [make_drafter(one, target, None, None) for one in given]
+    fetches = bytes_moved_by_a_pass(target) > 0
     chosen = [
-        one if isinstance(source, Drafter) else longest_chain(one, most_nodes)
+        shape
         for source, one in zip(given, drafters, strict=True)
         if one is not None
+        for shape in ([one] if isinstance(source, Drafter) else planned_shapes(one, most_nodes, fetches))
     ]
     return make_options(chosen, rule, most_nodes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,17 @@ class Decision:
                 self.reached[row] = accepted[row]
                 self.kinds[row][-1] = "accepted"
 
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Its lists by name, ready for JSON; later cuts of this object leave them alone."""
+        return {name: list(values) for name, values in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, lists: Mapping[str, list[Any]]) -> Decision:
+        """What `to_dict` was called on."""
+        made = cls.__new__(cls)
+        vars(made).update(lists)
+        return made
+
 
 def read_verdict(tree: DraftTree, sick: Tensor, verdict: Verdict, kept_end: Sequence[bool] | None = None) -> Decision:
     """Bring the verdict to the host: the one synchronisation of a step.
@@ -78,6 +89,15 @@ def undrafted(law: Tensor, noise: Noise | None) -> Verdict:
     nothing = torch.zeros(len(law), dtype=torch.int64, device=law.device)
     token = argmax(law)[:, 0] if noise is None else sample_from(law[:, 0], noise.residual)
     return Verdict(nothing[:, None], nothing, token)
+
+
+def verdict_of(paths: Sequence[Sequence[int]], ends: Sequence[int], tree: DraftTree) -> Verdict:
+    """Of kept paths, root first, and the token after each of them."""
+    width = tree.max_depth + 1
+    device = tree.tokens.device
+    padded = [[*path, *[-1] * (width - len(path))] for path in paths]
+    kept = torch.tensor([len(path) - 1 for path in paths], device=device)
+    return Verdict(torch.tensor(padded, device=device), kept, torch.tensor(list(ends), device=device))
 
 
 class Decided(NamedTuple):

@@ -19,6 +19,7 @@ from specdec.decision import Decided
 from specdec.drafters import Budget, FallbackGuard
 from specdec.drafters.base import depth_limits
 from specdec.kv import TargetFaultError, UnsupportedArgumentError
+from specdec.kv.wrappers import bytes_moved_by_a_pass
 from specdec.monitor import Monitor
 from specdec.outputs import Collector
 from specdec.plain_order import NOTHING_LEFT, PlainBatch
@@ -29,6 +30,7 @@ from specdec.stopping import StopRules
 from specdec.target import TargetModel, TargetPasses
 from specdec.trace import StepTrace
 from specdec.verify import DraftTree, Rows, SamplingLaw
+from specdec.verify.passes.forward import observing
 from specdec.verify.purity import in_plain_order
 from specdec.verify.strict_mode import StrictMode
 
@@ -123,7 +125,9 @@ class DecodeLoop(Batch):
     @timed("total")
     def _decode(self) -> None:
         drafting = nullcontext() if self.drafter is None else self.drafter.running()
-        with self.passes.target.prepared(), drafting:
+        moved = bytes_moved_by_a_pass(self.target)
+        counting = observing(partial(self._count_moved, moved)) if moved else nullcontext()
+        with self.passes.target.prepared(), drafting, counting:
             self._prefill()
             self.open(self.law)
             try:
@@ -194,6 +198,9 @@ class DecodeLoop(Batch):
 
     def _healthy_part(self, tree: DraftTree, logits: Tensor, sick: list[int]) -> tuple[DraftTree, Tensor]:
         return self.passes.healthy_part(tree)
+
+    def _count_moved(self, moved: int, model: PreTrainedModel, seconds: float) -> None:
+        self.report.bytes_moved += moved * (model is self.target)
 
     def _error_of(self, decided: Decided) -> Exception:
         """To be raised where rows cannot go on."""

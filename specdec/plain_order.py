@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from specdec.decision import verdict_of
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside
 from specdec.stopping import StopRules, interrupted
@@ -212,7 +213,7 @@ class PlainOrder:
         (drafted, unfit) = on_host(tree.tokens, sick)
         live = len(self._rows.live)
         paths, ends = [[0] for _ in range(live)], [0] * live
-        state = Walk(scores, law, _verdict(paths, ends, tree), [False] * live, [False] * live, {})
+        state = Walk(scores, law, verdict_of(paths, ends, tree), [False] * live, [False] * live, {})
         place_of = {row: place for place, row in enumerate(self._rows.live)}
         walking = [(batch, self._running(batch, place_of)) for batch in self.batches]
         walking = [(batch, places) for batch, places in walking if places]
@@ -238,7 +239,7 @@ class PlainOrder:
                     for place in running.values():
                         paths[place].append(kept[place][len(paths[place])])
                     walking.append((batch, running))
-        return state._replace(verdict=_verdict(paths, ends, tree))
+        return state._replace(verdict=verdict_of(paths, ends, tree))
 
     def _running(self, batch: PlainBatch, place_of: Mapping[int, int]) -> dict[int, int]:
         """Place in the batch -> place among the live rows."""
@@ -289,11 +290,3 @@ def _below_the_largest(scores: Tensor) -> Tensor:
         return scores
     largest = scores.amax(-1, keepdim=True)
     return torch.where(largest.isfinite(), scores - largest, scores)
-
-
-def _verdict(paths: Sequence[Sequence[int]], ends: Sequence[int], tree: DraftTree) -> Verdict:
-    width = tree.max_depth + 1
-    device = tree.tokens.device
-    padded = [[*path, *[-1] * (width - len(path))] for path in paths]
-    kept = torch.tensor([len(path) - 1 for path in paths], device=device)
-    return Verdict(torch.tensor(padded, device=device), kept, torch.tensor(list(ends), device=device))

@@ -47,6 +47,8 @@ class SpecReport(DraftTotals):
     `passes`: whether the target's passes were native, over weights of which form, and in what precision they sum.
     In strict mode `ms_strict_pass` and `ms_plain_pass` are what one row's strict pass and an ordinary one-token pass
     took when the mode was probed: the price of strictness.
+    `bytes_moved`: weights that the target's passes fetched, the prompt's included, where `device_map` keeps some in
+    memory or on disk and moves them for every pass (tensors that hooks bring in, times passes).
     `rule` is the rule that decided; `lossless` is False when it changes the law.
     `plan` says what the planner chose, foretold and gave up; None where `k` or `tree` was given.
     `processor_calls`, `processor_ms`: processors that were called in plain order, once per emitted token, and what each
@@ -86,6 +88,7 @@ class SpecReport(DraftTotals):
     ms_verify: float = 0.0
     ms_rest: float = 0.0
     ms_total: float = 0.0
+    bytes_moved: int = 0
     kv_bytes: int = 0
     kv_models: int = 1
     passes: PassesReport = field(default_factory=PassesReport)
@@ -102,6 +105,11 @@ class SpecReport(DraftTotals):
     @property
     def tokens_per_second(self) -> float:
         return 1e3 * self.num_emitted_tokens / self.ms_total if self.ms_total else 0.0
+
+    @property
+    def bytes_moved_per_token(self) -> float:
+        """Weights of the target fetched per emitted token."""
+        return self.bytes_moved / max(1, self.num_emitted_tokens)
 
     @property
     def tokens_per_step(self) -> float:
@@ -147,6 +155,7 @@ class SpecReport(DraftTotals):
         out["per_position_acceptance"] = self.per_position_acceptance
         out["tokens_per_second"] = self.tokens_per_second
         out["tokens_per_step"] = self.tokens_per_step
+        out["bytes_moved_per_token"] = self.bytes_moved_per_token
         out["speculative_decoding"] = {
             "mean_acceptance_length": self.mean_acceptance_length,
             "draft_acceptance_rate": self.draft_acceptance_rate,
@@ -179,6 +188,9 @@ class SpecReport(DraftTotals):
             ("passes", self.passes.line()),
             ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB" + (", both models" if self.kv_models > 1 else "")),
         ]
+        if self.bytes_moved:
+            moved = f"{self.bytes_moved_per_token / 2**20:.1f} MiB per emitted token, {self.bytes_moved / 2**20:.0f} in all"
+            lines.append(("weights fetched", moved))
         if not self.num_drafts:
             lines = [line for line in lines if line[0] not in OF_DRAFTS]
         if self.acceptance_z is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from specdec.pairing.schema import Pair
 from specdec.planner.factory import PlannerFactory
 from specdec.planner.options import Options
 from specdec.preparation import Preparation
+from specdec.ranks.channel import ranks_of
+from specdec.ranks.fitting import described, refuse_sharded
+from specdec.ranks.loops import following, loop_of
 from specdec.report import SpecReport
 from specdec.trace import StepTrace
 from specdec.verify.purity import in_plain_order
@@ -94,6 +98,7 @@ class Speculator:
         self._preparation = Preparation(target, tokenizer)
         self.target, self.tokenizer = self._preparation.target, self._preparation.tokenizer
         self.rule = rule
+        refuse_sharded(self.target, draft, exactness == "strict")
         self.strict = make_strict(self.target, exactness, strict_width)
         self.page_size = make_page_size(cache, page_size)
         if not isinstance(monitor, (bool, Monitor)):
@@ -226,14 +231,21 @@ class Speculator:
         request = self._preparation.request(input_ids, processors, criteria, config, model_kwargs, **options)
         ordered = in_plain_order(request.processors, request.criteria, request.input_ids.shape[0])
         check_order(self.rule, bool(config.do_sample), ordered)
-        with self._lock.alone():
+        ranks = ranks_of(self.target)
+        with self._lock.alone(), ExitStack() as together:
             watching = self.monitor
             monitor = watching if isinstance(watching, Monitor) else AcceptanceMonitor() if watching else None
             cost = None if self.strict is None else self.strict.cost(request.input_ids.device)
-            planner = None if self.planners is None else self.planners.planner_for(request)
-            loop = DecodeLoop(
-                request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, planner
-            )
+            together.enter_context(nullcontext() if ranks is None else ranks.call(described(request, self.rule)))
+            planner = None
+            if ranks is not None and not ranks.leads:
+                loop: DecodeLoop = following(ranks, request, self.target, self.rule, self.page_size)
+            else:
+                if self.planners is not None:
+                    planner = self.planners.planner_for(request, loop_of(ranks, scratch=True))
+                loop = loop_of(ranks)(
+                    request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, planner
+                )
             if request.note is not None:
                 loop.report.notes.append(request.note)
             if self.strict is not None and cost is not None:

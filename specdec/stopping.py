@@ -75,6 +75,7 @@ class StopRules:
         stream: given every token `[rows]` after the criteria were asked about it and before they are asked about the
             next one, as plain `generate` feeds a streamer: criterion and streamer may be connected. Not used where rows
             are looked through one by one (`scan`): those criteria keep no state.
+        heard: given what the criteria said, one answer a row, it says what counts; None where that is the same.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, rows: Rows, memory: Opinions | None = None):
@@ -95,6 +96,7 @@ class StopRules:
                 self._others.append(criterion)
         self.pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.stream: Callable[[torch.Tensor], None] | None = None
+        self.heard: Callable[[list[bool]], list[bool]] | None = None
         self._stopped_at: dict[int, int] = {}
         self._by_length: set[int] = set()
 
@@ -121,6 +123,8 @@ class StopRules:
                 prefix = self._rows.ids[row : row + 1, :columns]
                 ask = partial(self._others.__call__, prefix, None if scores is None else scores[j])
                 told = bool((ask() if self._memory is None else self._memory.of(prefix, ask)).all())
+                if self.heard is not None:
+                    (told,) = self.heard([told])
                 if self.stream is not None and self._rows.batch_size == 1:
                     self.stream(prefix[:, -1])
             if self._stops(row, token, columns, told):
@@ -135,6 +139,8 @@ class StopRules:
             scores: per token so far, the `[rows, vocab]` scores that criteria are given; None if not kept.
         """
         told: list[bool] = self._others(ids, scores).tolist() if self._others else [False] * len(ids)
+        if self.heard is not None:
+            told = self.heard(told)
         if self.stream is not None:
             self.stream(ids[:, -1])
         return told

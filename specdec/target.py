@@ -65,10 +65,14 @@ class TargetPasses:
     Attributes:
         features: of the nodes whose logits `tree` returned last (see `Forward.features`).
         reader: told of those of the text that is read.
+        alone: whether this process may repeat a pass by itself; False where others take part in every pass.
+        announce: told of every tree that is run again, before that.
     """
 
     features: Sequence[Tensor] = ()
     reader: Reader | None = None
+    alone: bool = True
+    announce: Callable[[DraftTree], None] | None = None
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class TargetPasses:
             try:
                 return tree, self._nodes_of(self.target.tree(self.cache, tree, unread), unread)
             except torch.OutOfMemoryError:
-                if tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
+                if not self.alone or tree.tokens.shape[1] == 1 or (tree.topology is None and tree.any_sampled):
                     raise
                 self.note("out of memory on the tree, decoded plainly")
                 tree = DraftTree.root_only(tree.tokens[:, 0])
@@ -153,7 +157,7 @@ class TargetPasses:
 
     def again(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
         """The tree once more, on a clean tail: whole where that works without NaN, else its healthy part."""
-        kept, logits = self._afresh(tree)
+        kept, logits = self.afresh(tree)
         return self.healthy_part(tree) if _has_nan(logits) else (kept, logits)
 
     def healthy_part(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
@@ -169,21 +173,18 @@ class TargetPasses:
         the text, also what was adopted from a caller's cache.
         """
         self.note("NaN in the logits of the tree, decoded by levels")
-        if self._read_along:  # the prompt went through that pass as well, and NaN may have spread to its K/V
-            assert self.rows is not None
-            self.cache.forget(TARGET)
-            self._read_all(self.rows)
+        self.reread()
         kept, logits = DraftTree.root_only(tree.tokens[:, 0]), None
         for depth in range(tree.max_depth + 1):
             part = tree.up_to(depth)
             if part is None:  # nodes in no level order
                 if tree.any_sampled:
                     raise self.fault("NaN in its logits")
-                return self._afresh(kept)
-            part, here = self._afresh(part)
+                return self.afresh(kept)
+            part, here = self.afresh(part)
             if logits is not None and _has_nan(here):
                 known = self.features
-                _, logits = self._afresh(kept)  # this pass wrote NaN into the K/V of every node
+                _, logits = self.afresh(kept)  # this pass wrote NaN into the K/V of every node
                 if part.any_sampled:
                     first = logits.shape[1]
                     kept, logits = part, torch.cat([logits, here[:, first:]], dim=1)
@@ -194,7 +195,17 @@ class TargetPasses:
         assert logits is not None
         return kept, logits
 
-    def _afresh(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
+    def reread(self) -> None:
+        """After NaN in a pass that read prompts as well: it may have spread to their K/V, which is computed anew."""
+        if self._read_along:
+            assert self.rows is not None
+            self.cache.forget(TARGET)
+            self._read_all(self.rows)
+
+    def afresh(self, tree: DraftTree) -> tuple[DraftTree, Tensor]:
+        """The tree on a clean tail."""
+        if self.announce is not None:
+            self.announce(tree)
         self.cache.scrub(TARGET)
         return self.tree(tree)
 

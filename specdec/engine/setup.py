@@ -15,6 +15,7 @@ from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import KVPool
 from specdec.kv.pool_size import check_pages
 from specdec.kv.support import num_cache_layers
+from specdec.ranks.fitting import refuse_several
 from specdec.target import TARGET
 
 DEFAULT_BYTES = 512 << 20
@@ -38,8 +39,9 @@ def named_drafters(
     """All drafters by name, the default first; plain decoding is always among them.
 
     Raises:
-        UnsupportedArgumentError: a name twice.
+        UnsupportedArgumentError: a name twice, or a target that several ranks hold.
     """
+    refuse_several(target, "Engine")
     named: dict[str, Drafter | None] = {}
     first = make_drafter(draft, target, k, tree)
     named[PLAIN if first is None else first.name] = first

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.drafters.base import depth_limits
 from specdec.drafters.model import DEFAULT_K
+from specdec.loop import DecodeLoop
 from specdec.planner.acceptance import Known
 from specdec.planner.base import Planner
 from specdec.planner.batch_planner import BatchPlanner
@@ -108,8 +109,14 @@ class PlannerFactory:
         self._keys: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._learned: dict[tuple[Any, ...], Known] = {}
 
-    def planner_for(self, request: Request) -> CallPlanner | RowPlanner | FixedDepth:
-        """The planner of one call. Never raises: what fails while costs are measured must not end the call."""
+    def planner_for(
+        self, request: Request, make_loop: Callable[..., DecodeLoop] = DecodeLoop
+    ) -> CallPlanner | RowPlanner | FixedDepth:
+        """The planner of one call. Never raises: what fails while costs are measured must not end the call.
+
+        Args:
+            make_loop: what decodes while they are measured (see `DecodeLoop`).
+        """
         rows = request.input_ids.shape[0]
         notes: list[str] = []
         tables: dict[int, Costs] = {}
@@ -118,7 +125,7 @@ class PlannerFactory:
         alone = request.seeded and not traceless
         try:
             for size in self._sizes(rows, alone):
-                tables[size] = self._table(request, size, notes)
+                tables[size] = self._table(request, size, notes, make_loop)
         except Exception as fault:
             why = str(fault) or type(fault).__name__
             return FixedDepth(self.options, [*notes, f"costs could not be measured ({why}): not planned"])
@@ -171,7 +178,9 @@ class PlannerFactory:
             self._keys[name] = {**self._settings(), **own}
         return self._keys[name]
 
-    def _table(self, request: Request, rows: int, notes: list[str]) -> Costs:
+    def _table(
+        self, request: Request, rows: int, notes: list[str], make_loop: Callable[..., DecodeLoop]
+    ) -> Costs:
         key = self._key(request, rows)
         depths = {option.name: range(1, len(option.widths) + 1) for option in self.options.options}
         costs, note = STORE.get(key, lambda found: implausible(found, rows, depths))
@@ -182,7 +191,9 @@ class PlannerFactory:
                 if found is not None:
                     raise RuntimeError(f"{found}, which would run in passes that the call does not make")
             with first_use():
-                costs = measure(request, self._target, self.options, self._rule, rows, self._strict)
+                costs = measure(
+                    request, self._target, self.options, self._rule, rows, self._strict, make_loop=make_loop
+                )
             note = STORE.put(key, replace(costs, seconds=0.0))
             notes += [] if note is None else [note]
         return costs

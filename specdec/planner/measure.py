@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter, process_time
 
@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, PreTrainedModel
 
 from specdec.drafters import Drafter, FallbackGuard
 from specdec.kv.support import text_config
+from specdec.kv.wrappers import bytes_moved_by_a_pass
 from specdec.loop import DecodeLoop
 from specdec.planner.costs import Costs
 from specdec.planner.measuring_planner import PLAIN, EnoughMeasured, FillingDrafter, MeasuringPlanner
@@ -48,11 +49,15 @@ def measure(
     rows: int,
     strict: StrictMode | None = None,
     seconds: float = SECONDS,
+    make_loop: Callable[..., DecodeLoop] = DecodeLoop,
 ) -> Costs:
     """Cost table of steps of `rows` rows, with the caller's own sampling settings.
 
     Nothing of the call is touched: the text is random tokens, the cache its own, drafters are clones, and no global
     random state is used. Nothing of the caller's runs: no processor of his, no criterion, streamer or monitor.
+
+    Args:
+        make_loop: what decodes (see `DecodeLoop`).
 
     Raises:
         RuntimeError: the drafter failed, or nothing could be measured. Faults of the target: TargetFaultError.
@@ -63,10 +68,12 @@ def measure(
     guard = FallbackGuard(scratch, most_nodes)
     room = _room(target, options)
     prompt = _scratch_prompt(request, target, rows, room)
-    # One thread's own time does not count what other processes do meanwhile.
+    # One thread's own time does not count what other processes do meanwhile; but waiting for a disk or for other ranks
+    # is a cost.
     alone = prompt.device.type == "cpu" and torch.get_num_threads() == 1
+    alone = alone and not bytes_moved_by_a_pass(target) and make_loop is DecodeLoop
     script = MeasuringPlanner(scratch, rows, seconds, process_time if alone else perf_counter, room)
-    loop = DecodeLoop(_scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
+    loop = make_loop(scratch_request(request, prompt), target, guard, rule, strict=strict, planner=script)
     script.batch = loop
     try:
         with warnings.catch_warnings():
@@ -135,7 +142,8 @@ def _scratch_prompt(request: Request, target: PreTrainedModel, rows: int, room: 
     return prompt
 
 
-def _scratch_request(request: Request, prompt: Tensor) -> Request:
+def scratch_request(request: Request, prompt: Tensor) -> Request:
+    """A call like `request` on another text, with nothing of the caller's own in it."""
     config = copy.copy(request.config)
     config.return_dict_in_generate = False
     rows = prompt.shape[0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from specdec.drafters import Budget, Drafter, ModelDrafter, NgramDrafter, Session
+from specdec.drafters.best_first import BestFirst
 from specdec.kv import UnsupportedArgumentError
 from specdec.verify import DraftTree, Verdict
 from specdec.verify.draft_kind import DraftKind
@@ -18,6 +19,13 @@ MODEL_DEPTH = 12
 """Longest chain planned with a draft model."""
 NGRAM_DEPTH = 10
 """Longest continuation planned with prompt lookup."""
+LARGE_TREES = (
+    BestFirst(depth=8, top_k=8, num_nodes=24),
+    BestFirst(depth=12, top_k=16, num_nodes=96),
+    BestFirst(depth=16, top_k=16, num_nodes=240),
+)
+"""Planned beside chains where a pass fetches weights: what it costs then hardly depends on how many tokens it reads
+(SpecExec, arXiv 2406.02532). Which of them pays is a matter of what passes over them are measured to cost."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,10 @@ class Options(Drafter):
         """That of all options, or None where they differ: each tree is then judged by what it is."""
         kinds = {option.drafter.kind for option in self.options}
         return kinds.pop() if len(kinds) == 1 else None
+
+    @property
+    def looks_ahead(self) -> bool:
+        return any(option.drafter.looks_ahead for option in self.options)
 
     @property
     def num_uniforms(self) -> int:
@@ -211,10 +223,24 @@ def make_options(drafters: Sequence[Drafter], rule: str, most_nodes: int | None)
 def _option(drafter: Drafter, taken: Sequence[str]) -> Option:
     chain = drafter.kind is not None and drafter.kind.shape == "chain"
     name = drafter.name
+    if isinstance(drafter, ModelDrafter) and isinstance(drafter.shape, BestFirst):
+        name += f" tree of {drafter.max_nodes}"
     while name in taken:
         name += "'"
     empty = isinstance(drafter, NgramDrafter)
     return Option(name, name, drafter, (1,) * drafter.max_depth, chain, empty, drafter.num_positions)
+
+
+def planned_shapes(drafter: Drafter, most_nodes: int | None, fetches: bool) -> list[Drafter]:
+    """What the planner chooses from where a user names a drafter and no length.
+
+    Args:
+        most_nodes: see `make_options`. fetches: whether the target's passes fetch weights.
+    """
+    shapes = [longest_chain(drafter, most_nodes)]
+    if fetches and isinstance(drafter, ModelDrafter) and not drafter.shares_target_kv:
+        shapes += [drafter.shaped(tree=tree) for tree in LARGE_TREES]
+    return shapes
 
 
 def longest_chain(drafter: Drafter, most_nodes: int | None) -> Drafter:
