@@ -7,6 +7,8 @@ from specdec.drafters.base import Budget, Drafter, Session
 from specdec.drafters.best_first import BestFirst
 from specdec.drafters.dyspec import DySpec
 from specdec.drafters.guard import DrafterFaultWarning, DrafterNoteWarning, FallbackGuard
+from specdec.drafters.lookup.store import SuffixStore
+from specdec.drafters.lookup.suffix import SuffixDrafter
 from specdec.drafters.model import ModelDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.self_draft import SelfDrafter
@@ -25,6 +27,8 @@ __all__ = [
     "NgramDrafter",
     "SelfDrafter",
     "Session",
+    "SuffixDrafter",
+    "SuffixStore",
     "TreeShape",
     "best_tree",
     "sequoia_tree",

@@ -30,6 +30,8 @@ _EXPORTS = {
     "Budget": "specdec.drafters",
     "SelfDrafter": "specdec.drafters",
     "Session": "specdec.drafters",
+    "SuffixDrafter": "specdec.drafters",
+    "SuffixStore": "specdec.drafters",
     "DraftKind": "specdec.verify.draft_kind",
     "DraftTree": "specdec.verify.tree",
     "Topology": "specdec.verify.topology",
@@ -65,6 +67,8 @@ __all__ = [
     "SpecdecError",
     "Speculator",
     "StepTrace",
+    "SuffixDrafter",
+    "SuffixStore",
     "TargetFaultError",
     "Topology",
     "UnsupportedArgumentError",
@@ -79,7 +83,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from specdec.drafters import BestFirst, Budget, Drafter, DySpec, ModelDrafter, NgramDrafter, SelfDrafter, Session
+    from specdec.drafters import (
+        BestFirst,
+        Budget,
+        Drafter,
+        DySpec,
+        ModelDrafter,
+        NgramDrafter,
+        SelfDrafter,
+        Session,
+        SuffixDrafter,
+        SuffixStore,
+    )
     from specdec.engine import Engine, EngineClosedError, EngineFaultError, QueueFullError, RequestFaultError
     from specdec.kv.errors import SpecdecError, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
     from specdec.lab.check import check

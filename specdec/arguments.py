@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, SelfDrafter
+from specdec.drafters import Drafter, ModelDrafter, NgramDrafter, SelfDrafter, SuffixDrafter
 from specdec.drafters.self_draft.forms import PREFIX
 from specdec.forks import settle
 from specdec.kv import SpecdecError, UnsupportedArgumentError, check_model
@@ -107,8 +107,9 @@ def _forms(draft: Any) -> Sequence[Any]:
 
 
 def _as_it_is(draft: Any, k: Any) -> bool:
-    """A single Drafter object has its own settings; only `k="auto"` lets the planner go below them."""
-    return isinstance(draft, Drafter) and k is None
+    """A single Drafter object has its own settings; only `k="auto"` lets the planner go below them. Suffixes decide by
+    themselves how much is worth drafting."""
+    return k is None and (isinstance(draft, Drafter) or (isinstance(draft, str) and draft == SuffixDrafter.name))
 
 
 def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Drafter | None:
@@ -127,6 +128,10 @@ def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Draf
         if tree is not None:
             raise UnsupportedArgumentError("tree: an n-gram drafter has no static tree; use NgramDrafter(branches=...)")
         return NgramDrafter() if k is None else NgramDrafter(k=k)
+    if draft == "suffix":
+        if tree is not None:
+            raise UnsupportedArgumentError("tree: suffixes grow their own; use SuffixDrafter(nodes=...)")
+        return SuffixDrafter() if k is None else SuffixDrafter(nodes=k)
     if isinstance(draft, str) and (draft == SELF or draft.startswith(PREFIX)):
         return SelfDrafter(target, PLANNED_FORMS[0] if draft == SELF else draft, k=k, tree=tree)
     if isinstance(draft, (str, Path)):
@@ -134,7 +139,7 @@ def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Draf
     draft = unwrapped(draft, "draft")
     if not isinstance(draft, PreTrainedModel):
         raise UnsupportedArgumentError(
-            "draft: expected a PreTrainedModel, a Drafter, 'ngram', 'self', a path or hub id, a list of such, or None, "
-            f"got {type(draft).__name__}"
+            "draft: expected a PreTrainedModel, a Drafter, 'ngram', 'suffix', 'self', a path or hub id, a list of "
+            f"such, or None, got {type(draft).__name__}"
         )
     return ModelDrafter(draft, k=k, tree=tree)

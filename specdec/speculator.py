@@ -44,7 +44,8 @@ class Speculator:
     Args:
         target: any decoder-only `transformers` causal LM with a rollback-capable K/V cache, also as a `PeftModel` or
             as what `torch.compile(model)` returns (the model inside runs, uncompiled), or a path or hub id to load.
-        draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), "self" (the target itself, as
+        draft: a causal LM with the same tokenizer, a `Drafter`, "ngram" (prompt lookup), "suffix" (the same
+            with matches of any length, as a tree; see SuffixDrafter), "self" (the target itself, as
             a cheaper copy; "self:int8" and others name its form, docs/self-drafts.md), a path or hub id to load, a list
             of such (at most one model), or None (plain decoding on the same loop).
         k: length of drafted chains. Left out (or "auto", for a `Drafter` object), every step is planned: with which

@@ -1,0 +1,1 @@
+"""Drafters that read text alone: no model, no weights."""
