@@ -8,7 +8,7 @@ calls them there, and their answers are the first rank's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -144,13 +144,6 @@ def following(
         except (LeadingRankError, TargetFaultError):  # enough was measured, or nothing can be
             continue
     return FollowingLoop(ranks, request, target, rule, page_size)
-
-
-def loop_of(ranks: Ranks | None, scratch: bool = False) -> Callable[..., DecodeLoop]:
-    """The kind of loop that drafts and decides here: of a process alone, or of a first rank."""
-    if ranks is None:
-        return DecodeLoop
-    return lambda *given, **named: LeadingLoop(ranks, *given, scratch=scratch, **named)
 
 
 def _noted(answers: list[list[bool]], own: list[bool]) -> list[bool]:
