@@ -79,8 +79,8 @@ def uncompiled(model: PreTrainedModel) -> Iterator[None]:
 
 
 def bytes_moved_by_a_pass(model: PreTrainedModel) -> int:
-    """Bytes of weights that accelerate's hooks fetch in every pass, from memory or from disk (`device_map`); 0 where all
-    weights stay where they are used."""
+    """Bytes of weights that accelerate's hooks fetch in every pass, from memory or from disk (`device_map`); 0 where
+    all weights stay where they are used."""
     if not hasattr(model, "_hf_hook"):
         return 0
     return sum(sum(map(_nbytes, _fetched(part, hook))) for part in model.modules() for hook in _hooks(part))

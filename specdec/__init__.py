@@ -39,6 +39,7 @@ _EXPORTS = {
     "UnsupportedModelError": "specdec.kv.errors",
     "UnsupportedArgumentError": "specdec.kv.errors",
     "TargetFaultError": "specdec.kv.errors",
+    "LeadingRankError": "specdec.kv.errors",
     "EngineClosedError": "specdec.engine",
     "EngineFaultError": "specdec.engine",
     "QueueFullError": "specdec.engine",
@@ -56,6 +57,7 @@ __all__ = [
     "Engine",
     "EngineClosedError",
     "EngineFaultError",
+    "LeadingRankError",
     "ModelDrafter",
     "Monitor",
     "NgramDrafter",
@@ -96,7 +98,13 @@ if TYPE_CHECKING:
         SuffixStore,
     )
     from specdec.engine import Engine, EngineClosedError, EngineFaultError, QueueFullError, RequestFaultError
-    from specdec.kv.errors import SpecdecError, TargetFaultError, UnsupportedArgumentError, UnsupportedModelError
+    from specdec.kv.errors import (
+        LeadingRankError,
+        SpecdecError,
+        TargetFaultError,
+        UnsupportedArgumentError,
+        UnsupportedModelError,
+    )
     from specdec.lab.check import check
     from specdec.lab.findings import CheckReport
     from specdec.monitor import Monitor

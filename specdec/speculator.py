@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from specdec.planner.options import Options
 from specdec.preparation import Preparation
 from specdec.ranks.channel import ranks_of
 from specdec.ranks.fitting import described, refuse_sharded
-from specdec.ranks.loops import following, loop_of
+from specdec.ranks.loops import LeadingLoop, following
 from specdec.report import SpecReport
 from specdec.trace import StepTrace
 from specdec.verify.purity import in_plain_order
@@ -242,9 +243,12 @@ class Speculator:
             if ranks is not None and not ranks.leads:
                 loop: DecodeLoop = following(ranks, request, self.target, self.rule, self.page_size)
             else:
+                make_loop = DecodeLoop if ranks is None else partial(LeadingLoop, ranks)
                 if self.planners is not None:
-                    planner = self.planners.planner_for(request, loop_of(ranks, scratch=True))
-                loop = loop_of(ranks)(
+                    planner = self.planners.planner_for(
+                        request, DecodeLoop if ranks is None else partial(make_loop, scratch=True)
+                    )
+                loop = make_loop(
                     request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, planner
                 )
             if request.note is not None:

@@ -31,8 +31,8 @@ def measured_quickly(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     measuring: Callable[..., Costs] = measure
 
-    def quick(*arguments: Any) -> Costs:
-        costs = measuring(*arguments, seconds=0.01)
+    def quick(*arguments: Any, **named: Any) -> Costs:
+        costs = measuring(*arguments, seconds=0.01, **named)
         rows.append(arguments[4])
         return costs
 

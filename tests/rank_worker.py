@@ -1,6 +1,6 @@
 """One of two processes that hold a target together: makes calls, writes what came of each as JSON.
 
-    python rank_worker.py MODEL OUT          with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set, as torchrun sets them
+python rank_worker.py MODEL OUT          with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set, as torchrun sets them
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.distributed import DistributedConfig
 
 import specdec
@@ -152,7 +151,7 @@ class Worker:
             self.found[name] = f"{type(fault).__name__}: {fault}"
 
     def run(self) -> None:
-        draft, rank = self.draft, self.rank
+        draft = self.draft
         plain = self.target.generate(PROMPT, **GREEDY)
         self.found["plain"] = {"text": plain.tolist()}
         self.both("nothing drafted", None, {}, **GREEDY)
@@ -198,7 +197,9 @@ class Worker:
         self.call("another seed", self.draft, {"k": 3}, **{**SAMPLED, "seed": 11 + self.rank})
         torch.manual_seed(self.rank)
         self.call("global generator", self.draft, {"k": 3}, **{**SAMPLED, "seed": None})
-        self.call("drafter on one rank", self.draft if self.rank == 0 else None, {"k": 3} if self.rank == 0 else {}, **SAMPLED)
+        self.call(
+            "drafter on one rank", self.draft if self.rank == 0 else None, {"k": 3} if self.rank == 0 else {}, **SAMPLED
+        )
         noise = self.target.lm_head.register_forward_hook(_noisy(self.rank))
         self.call("other logits", self.draft, {"k": 3}, **SAMPLED)
         noise.remove()

@@ -153,8 +153,8 @@ def _numbers(weight: Tensor) -> Iterator[Tensor]:
     if is_dense(weight):
         yield weight
     elif hasattr(weight, "__tensor_flatten__"):
-        for name in weight.__tensor_flatten__()[0]:
-            yield from _numbers(getattr(weight, name))
+        for part in _parts(weight):
+            yield from _numbers(part)
     elif is_dense(weight.data):  # bitsandbytes: packed numbers
         yield weight.data
 
@@ -175,8 +175,16 @@ def _inner(tensor: Any) -> Iterator[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
+    for part in _parts(tensor):
+        yield from _inner(part)
+
+
+def _parts(tensor: Any) -> Iterator[Tensor]:
+    """The tensors within one: of a quantised weight its numbers and scales, of a sharded one what this process has."""
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _inner(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):
+            yield part
 
 
 def _works(question: Callable[[Tensor], int], tensor: Tensor) -> bool:

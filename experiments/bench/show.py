@@ -103,6 +103,8 @@ def verdict_lines(summaries: Sequence[Summary], differences: Sequence[Difference
         if s.speedup_assisted is not None:
             best = next(other for other in summaries if other.best and other.family == "hf-assisted")
             line += f", {s.speedup_assisted.median:.2f}x {best.peer} (its best setting)"
+        if s.bytes_moved_per_token:
+            line += f", {s.bytes_moved_per_token / 2**20:.1f} MiB of weights fetched per token"
         lines.append(line)
     return lines
 

@@ -24,6 +24,7 @@ class Summary:
     acceptance: accepted / drafted; acceptance_by_position: given that the position was reached (specdec only).
     ms_*: per target pass. `target` and `draft` are inside the models, `outside` is everything else.
     phases: specdec's own clock per step: draft, verify, rest.
+    bytes_moved_per_token: weights of the target fetched per emitted token (specdec only; see `SpecReport`).
     different, ties: greedy rows that are not plain generation's, and how many of those are near ties.
     best: the family's fastest setting.
     """
@@ -41,6 +42,7 @@ class Summary:
     ms_draft: float = 0.0
     ms_outside: float = 0.0
     phases: tuple[float, float, float] | None = None
+    bytes_moved_per_token: float = 0.0
     different: int = 0
     ties: int = 0
     best: bool = False
@@ -163,6 +165,7 @@ def _one(way: Way, runs: Sequence[Run], plain: Sequence[Run], differences: Seque
         summary,
         acceptance=total("num_accepted_tokens") / max(1, total("num_draft_tokens")),
         acceptance_by_position=_by_position(reports),
+        bytes_moved_per_token=total("bytes_moved") / max(1, total("num_emitted_tokens")),
         phases=tuple(median(report[name] / report["num_steps"] for report in reports) for name in PHASES),
     )
 

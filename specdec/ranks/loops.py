@@ -1,4 +1,4 @@
-"""The decode loop on ranks that hold one target together: the first rank's, which decides, and the others', which follow.
+"""The decode loop on ranks that hold a target together: the first rank's, which decides, and the others', which follow.
 
 Every rank makes every pass of the target; but logits may differ in their last bit, and clocks and seeds at will. So the
 first rank alone drafts and decides. Before each pass it tells, in one broadcast, what it decided after the last one and
@@ -8,7 +8,8 @@ calls them there, and their answers are the first rank's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class LeadingLoop(DecodeLoop):
         self._ranks, self._scratch = ranks, scratch
         self._told: Message = {}
         self._answers: list[list[bool]] = []
-        self.stop.heard = self._note
+        self.stop.heard = partial(_noted, self._answers)  # not of `self`: a cycle would keep the K/V alive
         self.passes.alone = False
         self.passes.announce = lambda tree: ranks.send({"again": _lists(tree)})
 
@@ -55,10 +56,6 @@ class LeadingLoop(DecodeLoop):
             raise
         finally:
             self._ranks.awaited = self._scratch  # they wait for the next loop then
-
-    def _note(self, answers: list[bool]) -> list[bool]:
-        self._answers.append(answers)
-        return answers
 
     def _prefill(self) -> None:
         super()._prefill()
@@ -91,9 +88,9 @@ class LeadingLoop(DecodeLoop):
         return done
 
     def _tell(self, tree: DraftTree | None) -> None:
-        message = {**self._told, "answers": self._answers, "tree": None if tree is None else _lists(tree)}
-        self._told, self._answers = {}, []
-        self._ranks.send(message)
+        self._ranks.send({**self._told, "answers": self._answers, "tree": None if tree is None else _lists(tree)})
+        self._told = {}
+        self._answers.clear()
 
 
 class FollowingLoop(DecodeLoop):
@@ -105,7 +102,7 @@ class FollowingLoop(DecodeLoop):
         self._next: Message | None = None
         self._answers: list[list[bool]] = []
         self.rule = None  # the report names the one that decided
-        self.stop.heard = lambda own: self._answers.pop(0)
+        self.stop.heard = partial(_told, self._answers)
         self.passes.alone = False
         self.report.notes.append(f"rank {ranks.rank} of {ranks.size}: drafts and decisions are rank 0's")
 
@@ -123,7 +120,7 @@ class FollowingLoop(DecodeLoop):
             logits = _leading(here, logits)
             self.passes.features = [_leading(own, old) for own, old in zip(self.passes.features, known, strict=True)]
             message, known = self._ranks.receive(), self.passes.features
-        self._next, self._answers = message, message["answers"]
+        self._next, self._answers[:] = message, message["answers"]
         decision, rule = Decision.from_dict(message["decision"]), make_rule(message["rule"])
         self.report.lossless = rule.lossless
         verdict = verdict_of(decision.paths, [run[-1] for run in decision.runs], tree)
@@ -149,11 +146,15 @@ def following(
     return FollowingLoop(ranks, request, target, rule, page_size)
 
 
-def loop_of(ranks: Ranks | None, scratch: bool = False) -> Callable[..., DecodeLoop]:
-    """The kind of loop that drafts and decides here: of a process alone, or of a first rank."""
-    if ranks is None:
-        return DecodeLoop
-    return lambda *given, **named: LeadingLoop(ranks, *given, scratch=scratch, **named)
+def _noted(answers: list[list[bool]], own: list[bool]) -> list[bool]:
+    """What the criteria said here counts, and is remembered for the others."""
+    answers.append(own)
+    return own
+
+
+def _told(answers: list[list[bool]], own: list[bool]) -> list[bool]:
+    """What they said on the first rank counts."""
+    return answers.pop(0)
 
 
 def _leading(states: Tensor, others: Tensor) -> Tensor:

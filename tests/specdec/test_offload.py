@@ -71,7 +71,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("how", [{"draft": None}, {"k": 3}, {"tree": BestFirst(depth=4, top_k=3, num_nodes=8)}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"draft": None}, {"k": 3}, {"tree": BestFirst(depth=4, top_k=3, num_nodes=8)}], ids=str
+)
 def test_text_is_plain_generates_and_bytes_are_those_read(saved: Any, where: str, how: dict[str, Any]) -> None:
     whole, folder = saved
     target, read = offloaded(folder, PLACES[where])
@@ -84,6 +86,16 @@ def test_text_is_plain_generates_and_bytes_are_those_read(saved: Any, where: str
     assert report.bytes_moved == sum(read) == bytes_moved_by_a_pass(target) * passes > 0
     assert report.bytes_moved_per_token == sum(read) / report.num_emitted_tokens
     assert "weights fetched" in report.summary()
+
+
+def test_passes_keep_nothing_for_autograd(saved: Any) -> None:
+    """Weights that come and go are ordinary parameters, which ask for gradients."""
+    _, folder = saved
+    target, _ = offloaded(folder, PLACES["all on disk"])
+    asked = dict(return_dict_in_generate=True, output_logits=True)
+    out: Any = Speculator(target).generate(PROMPT, **GREEDY, **asked)
+    assert not any(logits.requires_grad for logits in out.logits)
+    assert not out.past_key_values.layers[0].keys.requires_grad
 
 
 def test_nothing_is_fetched_of_a_model_that_is_where_it_runs(saved: Any) -> None:

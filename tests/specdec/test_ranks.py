@@ -17,6 +17,8 @@ from source_files import ROOT
 
 Found = dict[str, Any]
 
+pytestmark = pytest.mark.timeout(400)  # two processes start: seconds alone, a minute where others import as well
+
 SAME_AS_ONE = (
     "nothing drafted", "n-grams", "a draft model", "a drafted tree", "sampled", "coupled", "a batch", "pages",
     "sequences", "scores", "own processor", "planned", "NaN", "NaN in a batch",
@@ -47,7 +49,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [one.communicate(timeout=240)[0] for one in running]
+        said = [one.communicate(timeout=300)[0] for one in running]
     finally:
         for one in running:
             one.kill()
@@ -94,7 +96,10 @@ def test_planted_differences_would_make_a_difference(ranks: list[Found]) -> None
 
 def test_the_first_rank_plans(ranks: list[Found]) -> None:
     assert ranks[0]["planned again"]["text"] == ranks[1]["planned again"]["text"]
-    assert [found["planned again"]["asked"] for found in ranks] == [3, 0]  # the first rank's call on a whole target, too
+    assert [found["planned again"]["asked"] for found in ranks] == [
+        3,
+        0,
+    ]  # the first rank's call on a whole target, too
     for found in ranks:
         assert found["planned again"]["broadcasts"] == found["planned again"]["steps"] + 2  # nothing is measured again
         assert found["planned"]["broadcasts"] > found["planned"]["steps"] + 2
@@ -125,7 +130,7 @@ def test_other_arguments_are_refused_on_all_ranks_before_anything_runs(ranks: li
 
 
 def test_where_the_first_rank_fails_the_others_are_told(ranks: list[Found]) -> None:
-    assert ranks[0]["one fails"] == "KeyError: \"a caller's own mistake\""
+    assert ranks[0]["one fails"] == 'KeyError: "a caller\'s own mistake"'
     assert ranks[1]["one fails"].startswith("LeadingRankError: the first rank, which decides for all, failed: KeyError")
 
 
