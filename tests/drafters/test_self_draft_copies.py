@@ -14,7 +14,7 @@ from torch import nn
 from specdec import Speculator, UnsupportedArgumentError, UnsupportedModelError
 from specdec.drafters.self_draft import SelfDrafter
 from specdec.drafters.self_draft import lean as lean_module
-from specdec.drafters.self_draft.calibration import Inputs, own_texts
+from specdec.drafters.self_draft.calibration import Inputs, fit_in_order, own_texts
 from specdec.drafters.self_draft.forms import Form
 from specdec.drafters.self_draft.gptq import gptq
 from specdec.drafters.self_draft.lean import LeanCopy
@@ -97,6 +97,23 @@ def test_outer_layers_and_the_head_keep_eight_bits() -> None:
     bits = [layer.mlp.up_proj.bits for layer in layers.model.layers]
     assert bits == [8, 4, 4, 4, 4, 4, 4, 8]
     assert layers.lm_head.bits == 8
+
+
+@pytest.mark.parametrize(("changed", "same"), [("k_proj", True), ("v_proj", True), ("q_proj", False)])
+def test_layers_are_fitted_beside_the_targets_own_keys_and_values(changed: str, same: bool) -> None:
+    def inputs(changes: dict[str, Any]) -> Any:
+        model: Any = fresh()
+        found: list[Any] = []
+        fits: dict[nn.Module, Any] = {model.model.layers[2].mlp.up_proj: lambda given: found.append(given.tokens)}
+        attention = model.model.layers[0].self_attn
+        fits.update({getattr(attention, name): lambda _, weight=weight: weight for name, weight in changes.items()})
+        fit_in_order(model, TEXTS, fits)
+        return found[0]
+
+    attention: Any = fresh().model.layers[0].self_attn
+    other = torch.randn(getattr(attention, changed).weight.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(inputs({}), inputs({changed: other})) is same
+    assert len(inputs({})) == sum(map(len, TEXTS))  # of the copy's stream alone
 
 
 def test_a_model_writes_the_same_texts_every_time() -> None:
