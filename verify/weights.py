@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
+from specdec.verify.quantised import inner_tensors
 
 SAMPLES = 16
 """Numbers of each weight that are compared themselves: what is written past torch's counts shows in them."""
@@ -168,15 +169,7 @@ def _tensors(tables: Sequence[Mapping[str, Tensor | None]]) -> Iterator[Tensor]:
     """The tensors of these tables; of those that are made of others (quantised weights), the others."""
     for tensor in chain.from_iterable(table.values() for table in tables):
         if tensor is not None:
-            yield from _inner(tensor)
-
-
-def _inner(tensor: Any) -> Iterator[Tensor]:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _inner(getattr(tensor, name))
+            yield from inner_tensors(tensor)
 
 
 def _works(question: Callable[[Tensor], int], tensor: Tensor) -> bool:
