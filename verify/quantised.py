@@ -123,7 +123,7 @@ def _candidates(layer: Any) -> Iterator[Packed]:
         for codes, scales, zeros, bits, group in reader(weight):
             scales = scales.float()
             offsets = None if zeros is None or not bool(zeros.any()) else -zeros.float() * scales
-            yield Packed.of(codes, scales, offsets, bits=bits, group=group)
+            yield Packed.of(codes.contiguous(), scales, offsets, bits=bits, group=group)
     except (AttributeError, RuntimeError, TypeError, ValueError, UnsupportedArgumentError):  # another version's layout
         return
 
