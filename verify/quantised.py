@@ -82,14 +82,13 @@ def packed_of(layer: nn.Module) -> Packed | None:
 
 
 def weight_of_quantised(layer: Any) -> Tensor:
-    """The numbers `[out, in]` that a quantised layer multiplies with, in float32: its output for every unit vector."""
-    packed = packed_of(layer)
+    """The numbers `[out, in]` that a quantised layer multiplies with, in its dtype: its output for every unit vector."""
+    packed, (dtype, device) = packed_of(layer), _place(layer)
     if packed is not None:
-        return packed.dequantized()
-    dtype, device = _place(layer)
+        return packed.dequantized(dtype)
     with torch.no_grad():
-        columns = layer(torch.eye(layer.in_features, dtype=dtype, device=device)).float()
-        return (columns if layer.bias is None else columns - layer.bias.float()).t().contiguous()
+        columns = layer(torch.eye(layer.in_features, dtype=dtype, device=device))
+        return (columns if layer.bias is None else columns - layer.bias).to(dtype).t().contiguous()
 
 
 def mixes_tokens(model: nn.Module) -> str | None:

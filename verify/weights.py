@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
-from specdec.verify.quantised import inner_tensors
+from specdec.verify.quantised import inner_tensors, is_quantised
 
 SAMPLES = 16
 """Numbers of each weight that are compared themselves: what is written past torch's counts shows in them."""
@@ -143,7 +143,7 @@ def _sum_of_bits(numbers: Tensor) -> int:
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     for name, part in model.named_modules():
-        if isinstance(part, PackedLinear):
+        if isinstance(part, PackedLinear) or is_quantised(part):
             yield from part.named_buffers(name)
 
 

@@ -223,3 +223,25 @@ def test_a_self_drafter_of_another_target_is_refused() -> None:
         Speculator(model, drafter)
     texts_of = Speculator(other, drafter).generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
     assert torch.as_tensor(texts_of).shape[1] == IDS.shape[1] + 3
+
+
+@pytest.mark.parametrize("form", ["self:int8", "self:int4", "self:hot50", "self:exit1"])
+@pytest.mark.parametrize("target", ["int8", "gptq"])
+def test_quantised_targets_draft_for_themselves(target: str, form: str) -> None:
+    texts(quantised(target), (form,))
+
+
+def test_a_self_drafter_takes_the_targets_own_codes() -> None:
+    model = quantised("int8")
+    copy: Any = SelfDrafter(model, "int8").copy
+    own, theirs = (one.model.layers[0].mlp.up_proj for one in (copy.model, model))
+    assert own.codes.data_ptr() == theirs.weight.qdata.data_ptr()
+
+
+@pytest.mark.parametrize("rounds", [None, SimpleNamespace(granularity=None)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_found_by_unit_vectors_where_a_layout_is_not_read(dtype: torch.dtype, rounds: Any) -> None:
+    layer = quantised("int8", dtype, rounds).model.layers[0].mlp.up_proj
+    found, held = weight_of_quantised(layer), layer.weight.qdata * layer.weight.scale
+    assert found.dtype == dtype
+    assert (found - held).abs().max() < (1e-6 if dtype == torch.float32 else 2e-3)
