@@ -189,7 +189,9 @@ class SpecReport(DraftTotals):
             ("KV cache", f"{self.kv_bytes / 2**20:.1f} MiB" + (", both models" if self.kv_models > 1 else "")),
         ]
         if self.bytes_moved:
-            moved = f"{self.bytes_moved_per_token / 2**20:.1f} MiB per emitted token, {self.bytes_moved / 2**20:.0f} in all"
+            moved = (
+                f"{self.bytes_moved_per_token / 2**20:.1f} MiB per emitted token, {self.bytes_moved / 2**20:.0f} in all"
+            )
             lines.append(("weights fetched", moved))
         if not self.num_drafts:
             lines = [line for line in lines if line[0] not in OF_DRAFTS]

@@ -1,6 +1,6 @@
 """One of two processes that hold a target together: makes calls, writes what came of each as JSON.
 
-    python rank_worker.py MODEL OUT          with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set, as torchrun sets them
+python rank_worker.py MODEL OUT          with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set, as torchrun sets them
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ class Worker:
         self.call("another seed", self.draft, {"k": 3}, **{**SAMPLED, "seed": 11 + self.rank})
         torch.manual_seed(self.rank)
         self.call("global generator", self.draft, {"k": 3}, **{**SAMPLED, "seed": None})
-        self.call("drafter on one rank", self.draft if self.rank == 0 else None, {"k": 3} if self.rank == 0 else {}, **SAMPLED)
+        self.call(
+            "drafter on one rank", self.draft if self.rank == 0 else None, {"k": 3} if self.rank == 0 else {}, **SAMPLED
+        )
         noise = self.target.lm_head.register_forward_hook(_noisy(self.rank))
         self.call("other logits", self.draft, {"k": 3}, **SAMPLED)
         noise.remove()

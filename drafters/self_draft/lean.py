@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from specdec.drafters.self_draft.calibration import Fit, Inputs, fit_in_order, own_texts
 from specdec.drafters.self_draft.forms import Form
 from specdec.drafters.self_draft.gptq import gptq
-from specdec.drafters.self_draft.mirror import decoder_layers, device_of, keep_layers, mirrored, named_weighted, weight_of
+from specdec.drafters.self_draft.mirror import (
+    decoder_layers,
+    device_of,
+    keep_layers,
+    mirrored,
+    named_weighted,
+    weight_of,
+)
 from specdec.drafters.self_draft.sparse import input_sizes, keep_neurons, prune
 from specdec.drafters.self_draft.stored import store, stored, stored_path
 from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
@@ -156,7 +163,9 @@ def put(model: PreTrainedModel, weights: dict[str, Packed]) -> None:
         table = model.get_submodule(parent)._modules
         layer: Any = table[name]
         packed = _moved(packed, device_of(layer))
-        gpu = device_of(layer).type == "cuda"  # on a CPU activations are rounded, too: 8 bits draft a tenth faster, 4 bits a third
+        gpu = (
+            device_of(layer).type == "cuda"
+        )  # on a CPU activations are rounded, too: 8 bits draft a tenth faster, 4 bits a third
         table[name] = PackedLinear(packed, layer.bias, integer=not gpu, torch_products=gpu).eval()
 
 

@@ -178,9 +178,7 @@ class PlannerFactory:
             self._keys[name] = {**self._settings(), **own}
         return self._keys[name]
 
-    def _table(
-        self, request: Request, rows: int, notes: list[str], make_loop: Callable[..., DecodeLoop]
-    ) -> Costs:
+    def _table(self, request: Request, rows: int, notes: list[str], make_loop: Callable[..., DecodeLoop]) -> Costs:
         key = self._key(request, rows)
         depths = {option.name: range(1, len(option.widths) + 1) for option in self.options.options}
         costs, note = STORE.get(key, lambda found: implausible(found, rows, depths))

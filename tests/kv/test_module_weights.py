@@ -266,7 +266,7 @@ def bitsandbytes_nf4(model: Any) -> None:
                 setattr(part, name, made.to("cpu"))
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("quantise", [torchao_int8, quanto_int4, bitsandbytes_nf4])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_real_libraries(quantise: Callable[[Any], None], family: str) -> None:

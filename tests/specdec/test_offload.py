@@ -71,7 +71,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("how", [{"draft": None}, {"k": 3}, {"tree": BestFirst(depth=4, top_k=3, num_nodes=8)}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"draft": None}, {"k": 3}, {"tree": BestFirst(depth=4, top_k=3, num_nodes=8)}], ids=str
+)
 def test_text_is_plain_generates_and_bytes_are_those_read(saved: Any, where: str, how: dict[str, Any]) -> None:
     whole, folder = saved
     target, read = offloaded(folder, PLACES[where])

@@ -94,7 +94,10 @@ def test_planted_differences_would_make_a_difference(ranks: list[Found]) -> None
 
 def test_the_first_rank_plans(ranks: list[Found]) -> None:
     assert ranks[0]["planned again"]["text"] == ranks[1]["planned again"]["text"]
-    assert [found["planned again"]["asked"] for found in ranks] == [3, 0]  # the first rank's call on a whole target, too
+    assert [found["planned again"]["asked"] for found in ranks] == [
+        3,
+        0,
+    ]  # the first rank's call on a whole target, too
     for found in ranks:
         assert found["planned again"]["broadcasts"] == found["planned again"]["steps"] + 2  # nothing is measured again
         assert found["planned"]["broadcasts"] > found["planned"]["steps"] + 2
@@ -125,7 +128,7 @@ def test_other_arguments_are_refused_on_all_ranks_before_anything_runs(ranks: li
 
 
 def test_where_the_first_rank_fails_the_others_are_told(ranks: list[Found]) -> None:
-    assert ranks[0]["one fails"] == "KeyError: \"a caller's own mistake\""
+    assert ranks[0]["one fails"] == 'KeyError: "a caller\'s own mistake"'
     assert ranks[1]["one fails"].startswith("LeadingRankError: the first rank, which decides for all, failed: KeyError")
 
 
