@@ -82,7 +82,7 @@ def packed_of(layer: nn.Module) -> Packed | None:
 
 
 def weight_of_quantised(layer: Any) -> Tensor:
-    """The numbers `[out, in]` that a quantised layer multiplies with, in its dtype: its output for every unit vector."""
+    """The numbers `[out, in]` that a quantised layer multiplies with, in its dtype: its outputs for unit vectors."""
     packed, (dtype, device) = packed_of(layer), _place(layer)
     if packed is not None:
         return packed.dequantized(dtype)

@@ -132,7 +132,7 @@ def texts(model: Any, drafts: tuple[Any, ...]) -> None:
     options: dict[str, Any] = dict(attention_mask=MASK, max_new_tokens=8, do_sample=False)
     plain = model.generate(IDS, **options)
     for draft in drafts:
-        spec = Speculator(model, draft, **({} if draft is None else {"k": 3}))
+        spec = Speculator(model, draft, k=None if draft is None else 3)
         assert torch.equal(torch.as_tensor(spec.generate(IDS, **options)), plain)
 
 

@@ -14,14 +14,15 @@ import torch
 from specdec.kv.errors import SpecdecError
 from specdec.pairing.loading import load_model
 
+WORDS: dict[str, Any] = {"bits": 4, "group_size": 32}
 FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gptq": ("optimum", {"bits": 4, "group_size": 32, "desc_act": False}, r"pip install optimum"),
-    "awq": ("gptqmodel", {"bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, r"pip install gptqmodel"),
+    "gptq": ("optimum", {**WORDS, "desc_act": False}, r"pip install optimum"),
+    "awq": ("gptqmodel", {**WORDS, "zero_point": True, "version": "gemm"}, r"pip install gptqmodel"),
     "bitsandbytes": ("bitsandbytes", {"load_in_8bit": True}, r"bitsandbytes"),
-    "compressed-tensors": ("compressed_tensors", {"format": "pack-quantized", "config_groups": {}}, r"compressed-tensors"),
+    "compressed-tensors": ("compressed_tensors", {"format": "pack-quantized"}, r"compressed-tensors"),
     "hqq": ("hqq", {"weights": {"nbits": 4}}, r"hqq|HQQ"),
     "quanto": ("optimum.quanto", {"weights": "int8"}, r"quanto"),
-}  # fmt: skip
+}
 
 
 def installed(package: str) -> bool:
