@@ -123,6 +123,11 @@ def make_drafter(draft: Any, target: PreTrainedModel, k: Any, tree: Any) -> Draf
     if isinstance(draft, Drafter):
         if k is not None or tree is not None:
             raise UnsupportedArgumentError("k and tree belong to the Drafter object that was passed; set them there")
+        if isinstance(draft, SelfDrafter) and draft.copy.target is not target:
+            raise UnsupportedArgumentError(
+                f"draft: expected a SelfDrafter of this target, whose keys and values it reads, got {draft.name!r} of "
+                f"another {type(draft.copy.target).__name__}: make one of this target, or pass draft={draft.name!r}"
+            )
         return draft
     if draft == "ngram":
         if tree is not None:

@@ -5,10 +5,26 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
 from specdec.kv.support import text_config
 from specdec.request import Request
 from specdec.verify.positions import length_dependent_positions, windows_of
+from specdec.verify.quantised import mixes_tokens
+
+
+def refuse_mixing(target: PreTrainedModel) -> None:
+    """Refuse a target that has no law of the next token to keep.
+
+    Raises:
+        UnsupportedModelError: a token's logits depend on the tokens beside it in a pass.
+    """
+    why = mixes_tokens(target)
+    if why is not None:
+        raise UnsupportedModelError(
+            f"target: {type(target).__name__} is quantised: {why}, so a drafted token would change the law of "
+            "the tokens before it. Load it with llm_int8_threshold=0.0 or another kind of rounding (a scale for every "
+            "token), or use plain generate. As a draft model it can be used as it is."
+        )
 
 
 def refuse_unfit(target: PreTrainedModel, request: Request) -> None:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specdec.arguments import Target, make_target
-from specdec.fitting import refuse_unfit
+from specdec.fitting import refuse_mixing, refuse_unfit
 from specdec.inputs import check_call
 from specdec.kv.wrappers import carry_settings
 from specdec.request import Request, build_request
@@ -34,6 +34,7 @@ class Preparation:
 
     def __init__(self, target: Target, tokenizer: Any = None):
         self.target, self.tokenizer = make_target(target, tokenizer)
+        refuse_mixing(self.target)
         check_text(self.target, "target")
         self._given = target
 

@@ -18,6 +18,7 @@ from specdec.kv.support import text_config
 from specdec.verify.attention.register import NAME, fitting_attention
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
+from specdec.verify.quantised import packed_of
 
 
 class Family(NamedTuple):
@@ -74,8 +75,8 @@ def is_stock(model: PreTrainedModel) -> bool:
     """Whether the parameters of `model` say all about it, for a pass on the CPU.
 
     Not for other families, for models that drop out or checkpoint (in training mode), off the CPU or in several places,
-    for eager attention, nor for any model somebody has changed: hooks, adapters, quantised or wrapped layers, patched
-    forwards.
+    for eager attention, nor for any model somebody has changed: hooks, adapters, wrapped layers, patched forwards;
+    quantised layers only where they multiply with a `Packed` (see `packed_of`).
     """
     family, kind = family_of(model), type(model)
     if family is None or fitting_attention(model) != ("eager" if family.score_caps and caps_scores(model) else NAME):
@@ -92,11 +93,15 @@ def is_stock(model: PreTrainedModel) -> bool:
     used = (*(part.forward for part in (*stock, *_LEAVES[:-2])), *(getattr(home, name) for name in _FUNCTIONS))
     if not all(original(function) for function in used):  # patched for all models of the family
         return False
-    if any(type(part) not in (*_LEAVES, *stock) or _changed(part) for part in model.modules()):
+    if any(_changed(part) for part in model.modules()):
         return False
-    if not all(is_dense(weight) for weight in model.parameters()):
+    own = [part for part in model.modules() if packed_of(part) is None]
+    if any(type(part) not in (*_LEAVES, *stock) for part in own):
         return False
-    places = {(weight.device.type, weight.dtype) for weight in model.parameters()}
+    weights = [weight for part in own for weight in part.parameters(recurse=False)]
+    if not all(map(is_dense, weights)):
+        return False
+    places = {(weight.device.type, weight.dtype) for weight in weights}
     return len(places) == 1 and places.pop()[0] == "cpu"
 
 

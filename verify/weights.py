@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
+from specdec.verify.quantised import inner_tensors, is_quantised
 
 SAMPLES = 16
 """Numbers of each weight that are compared themselves: what is written past torch's counts shows in them."""
@@ -142,7 +143,7 @@ def _sum_of_bits(numbers: Tensor) -> int:
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     for name, part in model.named_modules():
-        if isinstance(part, PackedLinear):
+        if isinstance(part, PackedLinear) or is_quantised(part):
             yield from part.named_buffers(name)
 
 
@@ -168,23 +169,7 @@ def _tensors(tables: Sequence[Mapping[str, Tensor | None]]) -> Iterator[Tensor]:
     """The tensors of these tables; of those that are made of others (quantised weights), the others."""
     for tensor in chain.from_iterable(table.values() for table in tables):
         if tensor is not None:
-            yield from _inner(tensor)
-
-
-def _inner(tensor: Any) -> Iterator[Tensor]:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for part in _parts(tensor):
-        yield from _inner(part)
-
-
-def _parts(tensor: Any) -> Iterator[Tensor]:
-    """The tensors within one: of a quantised weight its numbers and scales, of a sharded one what this process has."""
-    for name in tensor.__tensor_flatten__()[0]:
-        part = getattr(tensor, name)
-        if isinstance(part, Tensor):
-            yield part
+            yield from inner_tensors(tensor)
 
 
 def _works(question: Callable[[Tensor], int], tensor: Tensor) -> bool:

@@ -14,13 +14,21 @@ from transformers import PreTrainedModel
 from specdec.drafters.self_draft.calibration import Fit, Inputs, fit_in_order, own_texts
 from specdec.drafters.self_draft.forms import Form
 from specdec.drafters.self_draft.gptq import gptq
-from specdec.drafters.self_draft.mirror import decoder_layers, keep_layers, mirrored, named_weighted, weight_of
+from specdec.drafters.self_draft.mirror import (
+    decoder_layers,
+    device_of,
+    keep_layers,
+    mirrored,
+    named_weighted,
+    weight_of,
+)
 from specdec.drafters.self_draft.sparse import input_sizes, keep_neurons, prune
 from specdec.drafters.self_draft.stored import store, stored, stored_path
 from specdec.kv.errors import UnsupportedArgumentError, UnsupportedModelError
 from specdec.kv.support import check_model, text_config
 from specdec.verify.first_use import first_use
 from specdec.verify.packed import Packed, PackedLinear
+from specdec.verify.quantised import packed_of
 from specdec.verify.weights import Weights, fingerprint
 
 GROUP = 64
@@ -86,7 +94,7 @@ class LeanCopy:
             return model
         if not named_weighted(model):
             raise UnsupportedModelError(
-                f"draft 'self:{form.name}': {type(model).__name__} has no linear layers with plain weights"
+                f"draft 'self:{form.name}': {type(model).__name__} has no linear layers whose weights can be read"
             )
         if form.kind == "int8":
             put(model, {path: rounded(layer, 8) for path, layer in named_weighted(model).items()})
@@ -141,7 +149,10 @@ def _outer(model: PreTrainedModel) -> set[nn.Module]:
 
 def rounded(layer: Any, bits: int) -> Packed:
     """A linear layer's weight, every number rounded to its nearest code."""
-    whole_rows = bits == 8 and layer.weight.is_cuda  # torch's own product there takes no groups
+    own = packed_of(layer)
+    if own is not None and own.bits <= bits:  # the target's own codes: nothing is rounded, and 8 bits take no memory
+        return own
+    whole_rows = bits == 8 and device_of(layer).type == "cuda"  # torch's own product there takes no groups
     return Packed.rounded(weight_of(layer), bits, None if whole_rows else GROUP, symmetric=bits == 8)
 
 
@@ -151,8 +162,10 @@ def put(model: PreTrainedModel, weights: dict[str, Packed]) -> None:
         parent, _, name = path.rpartition(".")
         table = model.get_submodule(parent)._modules
         layer: Any = table[name]
-        packed = _moved(packed, layer.weight.device)
-        gpu = layer.weight.is_cuda  # on a CPU activations are rounded, too: 8 bits draft a tenth faster, 4 bits a third
+        packed = _moved(packed, device_of(layer))
+        gpu = (
+            device_of(layer).type == "cuda"
+        )  # on a CPU activations are rounded, too: 8 bits draft a tenth faster, 4 bits a third
         table[name] = PackedLinear(packed, layer.bias, integer=not gpu, torch_products=gpu).eval()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from specdec.kv.errors import UnsupportedModelError
 from specdec.kv.support import text_config
 from specdec.verify.passes.linear import is_dense
+from specdec.verify.quantised import is_quantised, weight_of_quantised
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -67,21 +70,27 @@ def _mirror(part: nn.Module, made: dict[int, Any], configs: dict[int, Any]) -> A
 
 
 def named_weighted(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer with plain weights, by its path; of layers with adapters the one that was there before."""
+    """Every linear layer, plain or quantised, by its path; of layers with adapters the one that was there before."""
     found: dict[str, nn.Linear | Conv1D] = {}
     adapted: tuple[str, ...] = ()
     for path, part in model.named_modules():
         if type(part).__module__.startswith("peft."):
             adapted += (f"{path}.",)
-        elif type(part) in (nn.Linear, Conv1D) and is_dense(part.weight):
+        elif (type(part) in (nn.Linear, Conv1D) and is_dense(part.weight)) or is_quantised(part):
             if not path.startswith(adapted) or path.endswith(".base_layer"):
                 found[path] = part
     return found
 
 
 def weight_of(layer: nn.Linear | Conv1D) -> Tensor:
-    """`[out, in]`, contiguous; a `Conv1D` holds it the other way round."""
+    """`[out, in]`, contiguous; a `Conv1D` holds it the other way round, a quantised layer in few bits."""
+    if is_quantised(layer):
+        return weight_of_quantised(layer)
     return (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).contiguous()
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
 
 
 def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ layers have in a text."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from specdec.drafters.self_draft.calibration import Fit, Inputs, fit_in_order
 from specdec.drafters.self_draft.mirror import named_weighted, weight_of
 from specdec.kv.errors import UnsupportedModelError
+from specdec.verify.quantised import is_quantised
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -38,19 +40,17 @@ def keep_neurons(model: PreTrainedModel, percent: int, sizes: Mapping[str, Tenso
     """
     found = False
     for path, part in list(model.named_modules()):
-        layers = [part._modules.get(name) for name in _MLP]
+        layers: list[Any] = [part._modules.get(name) for name in _MLP]
         gate, up, down = layers
-        if not all(type(layer) is nn.Linear for layer in layers) or f"{path}.down_proj" not in sizes:
+        if f"{path}.down_proj" not in sizes or not all(map(_is_linear, layers)):
             continue
-        assert isinstance(gate, nn.Linear)
-        assert isinstance(up, nn.Linear)
-        assert isinstance(down, nn.Linear)
         found = True
-        worth = sizes[f"{path}.down_proj"] * down.weight.float().norm(dim=0)
+        across, above, back = map(weight_of, layers)
+        worth = sizes[f"{path}.down_proj"] * back.float().norm(dim=0)
         kept = worth.topk(max(1, round(len(worth) * percent / 100))).indices.sort().values
-        part._modules["gate_proj"] = _linear(gate.weight[kept], None if gate.bias is None else gate.bias[kept])
-        part._modules["up_proj"] = _linear(up.weight[kept], None if up.bias is None else up.bias[kept])
-        part._modules["down_proj"] = _linear(down.weight[:, kept].contiguous(), down.bias)
+        part._modules["gate_proj"] = _linear(across[kept], None if gate.bias is None else gate.bias[kept])
+        part._modules["up_proj"] = _linear(above[kept], None if up.bias is None else up.bias[kept])
+        part._modules["down_proj"] = _linear(back[:, kept].contiguous(), down.bias)
     if not found:
         raise UnsupportedModelError(
             f"draft 'self:hot...': expected MLPs of {', '.join(_MLP)}, {type(model).__name__} has none"
@@ -69,6 +69,10 @@ def prune(model: PreTrainedModel, percent: int, sizes: Mapping[str, Tensor]) -> 
             parent, _, name = path.rpartition(".")
             pruned = weight.detach().scatter(1, least, 0.0)
             model.get_submodule(parent)._modules[name] = _linear(pruned, layer.bias)
+
+
+def _is_linear(layer: Any) -> bool:
+    return type(layer) is nn.Linear or (layer is not None and is_quantised(layer))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

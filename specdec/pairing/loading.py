@@ -260,7 +260,11 @@ def _explained(what: str, name: str, error: BaseException) -> str:
         )
     else:
         said = one_line(" ".join(str(error).split()))
-        why = said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said}"
+        why = (
+            said
+            if isinstance(error, (ImportError, OSError, ValueError)) and said
+            else f"{type(error).__name__}: {said}"
+        )
     return f"{what} from {name!r}: {why}"
 
 

@@ -226,6 +226,23 @@ def test_fingerprints_read_the_numbers_inside() -> None:
     assert fingerprint(model) != fingerprint(same)
 
 
+def test_no_pass_records_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would keep every weight alive that was unpacked for the pass."""
+    recorded = []
+    plain = Eighths.__torch_function__.__func__  # type: ignore[attr-defined]
+
+    def noting(cls: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            recorded.append(torch.is_grad_enabled())
+        return plain(cls, function, types, args, kwargs)
+
+    monkeypatch.setattr(Eighths, "__torch_function__", classmethod(noting))
+    model = changed("llama", "int8 subclass")
+    Speculator(model, "ngram", k=2).generate(IDS[:1], attention_mask=MASK[:1], max_new_tokens=4, do_sample=False)
+    assert recorded
+    assert not any(recorded)
+
+
 def torchao_int8(model: Any) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -249,7 +266,7 @@ def bitsandbytes_nf4(model: Any) -> None:
                 setattr(part, name, made.to("cpu"))
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("quantise", [torchao_int8, quanto_int4, bitsandbytes_nf4])
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_real_libraries(quantise: Callable[[Any], None], family: str) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.verify.packed import PackedLinear
+from specdec.verify.packed import Packed, PackedLinear
 from specdec.verify.passes.linear import Form, few_row_form
+from specdec.verify.quantised import packed_of
 from specdec.verify.stock import GELU, Family
 
 
@@ -45,13 +46,13 @@ class Linear:
 class PackedProduct:
     """The same of a weight in few bits, as its layer computes it.
 
-    integer: see `PackedLinear`.
+    layer: a `PackedLinear` (integer: see there), or one of another package that computes such a product.
     """
 
     __slots__ = ("_layer", "bias", "integer", "packed", "shape")
 
-    def __init__(self, layer: PackedLinear):
-        self._layer, self.packed, self.integer = layer, layer.packed, layer.integer
+    def __init__(self, layer: Any, packed: Packed):
+        self._layer, self.packed, self.integer = layer, packed, getattr(layer, "integer", False) is True
         self.shape, self.bias = self.packed.shape, None if layer.bias is None else layer.bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -59,16 +60,17 @@ class PackedProduct:
 
     def rows(self, start: int, stop: int) -> PackedProduct:
         """Of a part of the weight."""
-        bias, own = None if self.bias is None else self.bias[start:stop], self._layer
-        part = PackedLinear(self.packed.rows(start, stop), bias, integer=own.integer, torch_products=own.torch_products)
-        return PackedProduct(part)
+        bias, packed = None if self.bias is None else self.bias[start:stop], self.packed.rows(start, stop)
+        quick = getattr(self._layer, "torch_products", False) is True
+        return PackedProduct(PackedLinear(packed, bias, integer=self.integer, torch_products=quick), packed)
 
 
 Product = Linear | PackedProduct
 
 
 def product_of(layer: Any, weights: list[Tensor]) -> Product:
-    return PackedProduct(layer) if isinstance(layer, PackedLinear) else Linear(layer.weight, layer.bias, weights)
+    packed = layer.packed if isinstance(layer, PackedLinear) else packed_of(layer)
+    return Linear(layer.weight, layer.bias, weights) if packed is None else PackedProduct(layer, packed)
 
 
 class Layer:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from specdec.verify.packed import Packed
 from specdec.verify.passes.angles import Angles
 from specdec.verify.passes.layers import Layer, Norm, PackedProduct, Product, product_of
+from specdec.verify.passes.linear import is_dense
 from specdec.verify.positions import length_dependent_positions, windows_of
 from specdec.verify.stock import Family, caps_scores, family_of, is_stock
 
@@ -38,7 +39,8 @@ class Parameters:
 
     def __init__(self, model: Any, family: Family):
         inner, config = model.model, model.config
-        weights = [part.weight.detach() for part in model.modules() if isinstance(part, nn.Linear)]
+        linears = [part for part in model.modules() if isinstance(part, nn.Linear)]
+        weights = [linear.weight.detach() for linear in linears if is_dense(linear.weight)]
         kinds, windows = getattr(config, "layer_types", None), windows_of(config)
         self.angles = Angles(inner.rotary_emb, length_dependent_positions(config))
         self.layers = []
