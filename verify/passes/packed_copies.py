@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.grids import exactly
 from specdec.verify.packed import Packed
-from specdec.verify.passes.layers import Linear
+from specdec.verify.passes.layers import Linear, Product
 from specdec.verify.passes.parameters import Parameters
 from specdec.verify.weights import Weights
 
@@ -67,7 +67,7 @@ def _found(own: Parameters) -> Iterator[tuple[int, Packed]]:
         yield from _on_grids([own.head, *(product for layer in of_layers for product in layer if product not in first)])
 
 
-def _on_grids(products: list[object]) -> Iterator[tuple[int, Packed]]:
+def _on_grids(products: Sequence[Product]) -> Iterator[tuple[int, Packed]]:
     for product in products:
         if isinstance(product, Linear):
             packed = exactly(product.weight)
