@@ -62,7 +62,7 @@ class Weights:
         if not self.steady:
             return False
         start = perf_counter()
-        same = self._same()
+        same = self.same()
         now = perf_counter()
         self.next_look = now + (now - start) / SHARE
         if same:
@@ -96,7 +96,8 @@ class Weights:
         self._states = own
         self._values = [(len(state), copy.deepcopy(get(state))) for state, get in zip(own, self._getters, strict=True)]
 
-    def _same(self) -> bool:
+    def same(self) -> bool:
+        """Is all as it was at the last look of `changed`? Takes no notice of what it finds."""
         if any(self._empty) or sum(map(len, self._tables)) != self._count:
             return False
         if not all(map(is_, self._entries(), self._members)):
@@ -154,7 +155,7 @@ def _numbers(weight: Tensor) -> Iterator[Tensor]:
     if is_dense(weight):
         yield weight
     elif hasattr(weight, "__tensor_flatten__"):
-        for part in _parts(weight):
+        for part in inner_tensors(weight):
             yield from _numbers(part)
     elif is_dense(weight.data):  # bitsandbytes: packed numbers
         yield weight.data

@@ -24,7 +24,7 @@ INLINE int64_t bytes_of(const int F, int64_t size) {
 #define MULTIPLY(k, b) \
     EVERY(m, M) { \
         vec a = load(x + m * x_stride + (k)); \
-        EVERY(n, N) total[m][n] += a * (b)[n]; \
+        EVERY(n, N) total[m][n] = fused(a, (b)[n], total[m][n]); \
     }
 
 /* Whole vectors of rows of numbers; returns where they end. ahead: bytes from a row to the one that the next block
@@ -151,14 +151,14 @@ INLINE float weight_at(const int F, const Rows *w, int n, int64_t i, int64_t gro
     const uint8_t *pairs = (const uint8_t *)w->values[n] + i / CODES * (CODES / 2);
     const int shift = i % CODES < CODES / 2 ? 0 : 4;
     const int code = F == Q8 ? ((const int8_t *)w->values[n])[i] : (pairs[i % (CODES / 2)] >> shift & 15) - 8;
-    const float out = (float)code * w->scales[n][i / group];
-    return w->offsets[n] ? out + w->offsets[n][i / group] : out;
+    const float scale = w->scales[n][i / group];
+    return w->offsets[n] ? fused_one((float)code, scale, w->offsets[n][i / group]) : (float)code * scale;
 }
 
 /* What follows whole vectors, added to their sum. */
 static __attribute__((noinline)) float rest(const int F, float total, const float *x, const Rows *w, int n,
                                             int64_t from, int64_t size, int64_t group) {
-    for (int64_t i = from; i < size; i++) total += x[i] * weight_at(F, w, n, i, group);
+    for (int64_t i = from; i < size; i++) total = fused_one(x[i], weight_at(F, w, n, i, group), total);
     return total;
 }
 
@@ -208,10 +208,41 @@ INLINE void panel(const int F, const int M, int ahead, const float *x, int64_t x
     for (; n < to; n++) column(F, M, 1, ahead, x, x_stride, w, bias, size, n, out, out_stride);
 }
 
+#define SLICE 8 /* rows of weights that stay in cache under many tokens */
+
+/* A few rows of codes as the numbers they stand for. */
+INLINE void unpack(const int F, const Weight *w, int64_t size, int64_t from, int64_t count, float *out) {
+    const int64_t stride = bytes_of(F, size), groups = (size + w->group - 1) / w->group;
+    EACH(i, count) {
+        const float *scales = w->scales + (from + i) * groups, *offsets = w->offsets;
+        const Rows row = {{(const char *)w->values + (from + i) * stride}, {scales},
+                          {offsets ? offsets + (from + i) * groups : 0}};
+        float *own = out + i * size;
+        int64_t k = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t stop = (g + 1) * w->group < size ? (g + 1) * w->group : size;
+            for (; k + LANES <= stop; k += LANES)
+                store(own + k, unpacked(F, row.values[0], k, scales[g], offsets ? row.offsets[0] + g : 0));
+        }
+        for (; k < size; k++) own[k] = weight_at(F, &row, 0, k, w->group);
+        fetch(row.values[0] + SLICE * stride, stride);
+    }
+}
+
 /* Few tokens at a time, so that they stay in cache, and under them a slice of w, so that it does. */
 #define DEFINED(F) LINEAR(F)
 DEFINED(FORMAT) {
-    const int64_t near = NEAR / size > MOST ? NEAR / size / MOST * MOST : MOST, step = tokens > MOST ? 8 : to - from;
+    if (PACKED(FORMAT) && !INTEGER(FORMAT) && tokens > MOST) { /* unpacked once for all of them */
+        float own[SLICE * size];
+        const Weight slice = {own, 0, 0, F32, 0};
+        for (int64_t n = from; n < to; n += SLICE) {
+            const int64_t count = n + SLICE < to ? SLICE : to - n;
+            unpack(FORMAT, w, size, n, count, own);
+            linear_F32(x, tokens, x_stride, &slice, bias ? bias + n : 0, size, 0, count, out + n, out_stride);
+        }
+        return;
+    }
+    const int64_t near = NEAR / size > MOST ? NEAR / size / MOST * MOST : MOST, step = tokens > MOST ? SLICE : to - from;
     for (int64_t start = 0; start < tokens; start += near) {
         const int64_t some = tokens - start < near ? tokens - start : near, pieces = (some + MOST - 1) / MOST;
         for (int64_t n = from; n < to; n += step) {

@@ -84,6 +84,14 @@ INLINE vec fused(vec a, vec b, vec c) {
 #endif
 }
 
+INLINE float fused_one(float a, float b, float c) {
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 /* LANES numbers of a dtype. */
 INLINE vec numbers(const int format, const void *p, int64_t i) {
     if (format == F32) return load((const float *)p + i);

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specdec.kv.layout import Layout
 from specdec.verify.native import structures
 from specdec.verify.native.library import library, usable_cores
+from specdec.verify.packed import Packed
 from specdec.verify.passes.base import Output, Part, Runner, joined, outputs, refuse_wider
 from specdec.verify.passes.direct import Direct
 from specdec.verify.passes.inputs import Inputs
 from specdec.verify.passes.native_weights import NativeWeights, is_native
 from specdec.verify.passes.pace import ALWAYS_NATIVE, CHUNK, native_is_slower
+from specdec.verify.passes.packed_copies import packed_copies
 from specdec.verify.passes.parameters import Parameters
 
 _ROOM = 32
@@ -54,7 +57,7 @@ class Native(Runner):
         outer = self._pass
         with self._direct.prepared():
             own = self._direct.parameters
-            self._pass = None if own is None else native_pass(own, self._inputs)
+            self._pass = None if own is None else native_pass(own, self._inputs, self._direct.model)
             try:
                 yield
             finally:
@@ -63,8 +66,9 @@ class Native(Runner):
     @property
     def serves(self) -> bool:
         """Whether the model, as it is now, has a native pass."""
-        with self.prepared():
-            return self._pass is not None
+        with self._direct.prepared():
+            own = self._direct.parameters
+            return own is not None and native_pass(own, self._inputs) is not None
 
     def refusal(self, part: Part) -> str | None:
         if self._most_nodes is not None:
@@ -93,7 +97,7 @@ class Native(Runner):
         direct = Direct(self._direct.model, self._inputs)
         direct.parameters = own
         native = Native(self._inputs, direct, any_text=True)
-        native._pass = native_pass(own, self._inputs)
+        native._pass = native_pass(own, self._inputs, self._direct.model)
         return [native, direct]
 
     def __call__(self, parts: Sequence[Part]) -> list[Output]:
@@ -114,9 +118,15 @@ class Native(Runner):
         return self._pass.best_chain(part, levels, vocab)
 
 
-def native_pass(own: Parameters, inputs: Inputs) -> NativePass | None:
-    """The native pass over these parameters, None where there is none (see `is_native`)."""
-    return NativePass(own, inputs) if is_native(own) else None
+def native_pass(own: Parameters, inputs: Inputs, model: PreTrainedModel | None = None) -> NativePass | None:
+    """The native pass over these parameters, None where there is none (see `is_native`).
+
+    Args:
+        model: whose they are, where packed copies of them are to be read in their place (see `packed_copies`).
+    """
+    if not is_native(own):
+        return None
+    return NativePass(own, inputs, {} if model is None else packed_copies(model, own))
 
 
 class _Given(NamedTuple):
@@ -131,17 +141,20 @@ class _Given(NamedTuple):
 class NativePass:
     """A whole pass. A token's logits are the same bits whatever else is in it, given the keys and values before it.
 
+    Args:
+        copies: see `NativeWeights`.
+
     Attributes:
         own: whose pass it is. weights: what C is told of them.
     """
 
-    def __init__(self, own: Parameters, inputs: Inputs):
+    def __init__(self, own: Parameters, inputs: Inputs, copies: Mapping[int, Packed]):
         assert own.shape is not None
         self.own, self._inputs, self._shape = own, inputs, own.shape
         self._dtype = own.embed.dtype
         self._call, self._chain = library().calls[self._dtype], library().chains[self._dtype]
         self._places = [layer.index for layer in own.layers]
-        self.weights = NativeWeights(own)
+        self.weights = NativeWeights(own, copies)
         self._kv = (structures.Pointer * (2 * own.shape.layers))()
         self._wanted = (structures.Pointer * (own.shape.layers + 1))()
         self._tickets = torch.zeros(11 * own.shape.layers + 3, dtype=torch.int64)

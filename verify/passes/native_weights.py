@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,16 +36,20 @@ def is_native(own: Parameters) -> bool:
 class NativeWeights:
     """Those of a model that `is_native`.
 
+    Args:
+        copies: packed weights of the same numbers as float ones, by the addresses of these (see `packed_copies`).
+
     Attributes:
         model: the structure. prepares: whether some format wants its tokens prepared (tokens.h). forms: bytes of its
             matrices by form (`WeightForm`).
     """
 
-    def __init__(self, own: Parameters):
+    def __init__(self, own: Parameters, copies: Mapping[int, Packed]):
         assert own.shape is not None
+        self._copies = copies  # of which C knows the addresses alone
         products = [product for layer in own.layers for product in layer.products]
-        weights, head = list(map(_weight, products)), _weight(own.head)
-        self.forms = _bytes_by_form([own.embed, *map(_stored, products), _stored(own.head)])
+        *weights, head = [_weight(product, copies) for product in (*products, own.head)]
+        self.forms = _bytes_by_form([own.embed, *(_stored(product, copies) for product in (*products, own.head))])
         vectors = [vector for layer in own.layers for vector in _vectors(layer)]
         # Norms and biases are few: in float32, which holds every number of the model's dtype.
         self._floats = [
@@ -71,14 +75,16 @@ def _readable(product: Product) -> bool:
     return isinstance(product, PackedProduct) or product.weight.is_contiguous()
 
 
-def _stored(product: Product) -> Tensor | Packed:
+def _stored(product: Product, copies: Mapping[int, Packed]) -> Tensor | Packed:
     """What is read for it."""
-    return product.packed if isinstance(product, PackedProduct) else product.weight
+    if isinstance(product, PackedProduct):
+        return product.packed
+    return copies.get(product.weight.data_ptr(), product.weight)
 
 
-def _weight(product: Product) -> structures.Weight:
+def _weight(product: Product, copies: Mapping[int, Packed]) -> structures.Weight:
     """See weights.h."""
-    stored = _stored(product)
+    stored = _stored(product, copies)
     if isinstance(stored, Tensor):
         return structures.Weight(stored.data_ptr(), None, None, _FORMATS.index(stored.dtype), 0)
     integer = isinstance(product, PackedProduct) and product.integer
