@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from time import monotonic
@@ -21,6 +22,15 @@ _OPTIONS = [
     "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-extensions", "--no-proxy-server", "--hide-scrollbars", "--mute-audio", "about:blank",
 ]  # fmt: skip
+_AT_THREE_AND_FOUR = """
+import os, sys
+high = [os.dup(int(given)) for given in sys.argv[1:3]]
+for place, fd in enumerate(high, 3):
+    os.dup2(fd, place)
+    os.set_inheritable(place, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Runs a program whose pipe lies where Chromium looks for it. (Python code between fork and exec is not safe here.)"""
 KEYS = {
     "Enter": {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"},
     "Escape": {"key": "Escape", "code": "Escape", "windowsVirtualKeyCode": 27},
@@ -37,15 +47,11 @@ class Browser:
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
 
-        def at_three_and_four() -> None:  # where the browser looks for its pipe
-            high = [os.dup(commands), os.dup(answers)]
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
+        pipe = [sys.executable, "-c", _AT_THREE_AND_FOUR, str(commands), str(answers)]
         self._process = subprocess.Popen(
-            [CHROMIUM, f"--user-data-dir={self._home.name}", *_OPTIONS],
-            preexec_fn=at_three_and_four, pass_fds=(3, 4, commands, answers), stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "HOME": self._home.name},
+            [*pipe, CHROMIUM, f"--user-data-dir={self._home.name}", *_OPTIONS], pass_fds=(commands, answers),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "HOME": self._home.name},
         )  # fmt: skip
         os.close(commands)
         os.close(answers)
@@ -90,11 +96,15 @@ class Browser:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._write)
-        os.close(self._read)
-        self._home.cleanup()
+        try:
+            self.call("Browser.close")  # which ends its own processes
+            self._process.wait(PATIENCE)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._write)
+            os.close(self._read)
+            self._home.cleanup()
 
 
 class Page:

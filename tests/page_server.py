@@ -40,19 +40,20 @@ def passes(tokens: list[str], draft: str) -> list[list[tuple[str, str]]]:
 
 class PageServer:
     """Prompts that do something else than get an answer: "hang" (after the first pass), "break" (the connection ends
-    there), "fail" (an error there), "busy" (429).
+    there, as soon as `seen` is set), "fail" (an error there), "busy" (429).
 
     Args:
         key: what it asks for; None: nothing. pause: seconds between passes.
 
     Attributes:
-        bodies: of the requests, as they came. left: answers whose client went away.
+        bodies: of the requests, as they came. left: answers whose client went away. seen: see "break".
     """
 
     def __init__(self, chat_template: bool = True, key: str | None = None, pause: float = 0.0):
         self.chat_template, self.key, self.pause = chat_template, key, pause
         self.bodies: list[dict[str, Any]] = []
         self.left = 0
+        self.seen = threading.Event()
         self.app = FastAPI()
         self.app.get("/specdec/info")(self.info)
         self.app.post("/v1/chat/completions")(self.generate)
@@ -96,6 +97,7 @@ class PageServer:
                     self.left += 1
                     raise
             if prompt == "break":
+                await asyncio.to_thread(self.seen.wait, 60)  # what is not read yet goes with the connection
                 raise ConnectionError
             if prompt == "fail":
                 yield f"data: {json.dumps({'error': {'message': 'the generation failed: NaN in its logits'}})}\n\n"

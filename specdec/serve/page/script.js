@@ -33,6 +33,7 @@ async function connect() {
   const names = [...server.drafters.filter((name) => name !== NONE), NONE];
   $("draft").replaceChildren(...names.map((name) => new Option(name === NONE ? "no drafts" : name, name)));
   $("max-tokens").max = server.max_new_tokens;
+  $("max-tokens").value = Math.min($("max-tokens").value, server.max_new_tokens);
   $("draft").parentElement.hidden = false;
   $("compare").disabled = names.length < 2;
   $("examples").replaceChildren(

@@ -13,7 +13,7 @@ from engine_plants import PLANTS
 from torch import Tensor
 
 from specdec.drafters import Budget, Drafter, Session
-from specdec.engine import Engine, Handle, RequestFaultError, StepOutput, lane
+from specdec.engine import Engine, Handle, RequestFaultError, Result, StepOutput, lane
 from specdec.engine.step_output import step_output
 from specdec.kv import UnsupportedArgumentError
 from specdec.verify import DraftTree, Topology
@@ -152,6 +152,20 @@ def test_steps_from_asyncio_and_from_a_thread() -> None:
 
     for ask, steps in zip(crowd, asyncio.run(main()), strict=True):
         assert [token for step in steps for token in step.token_ids] == alone(ask)[0]
+
+
+def test_a_last_step_between_two_looks_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's thread emits and finishes at the very moment somebody asks whether the request is done."""
+    handle = engine().submit(PROMPT, max_new_tokens=1)
+
+    def just_now(self: Handle) -> bool:
+        if not self._steps:
+            self.push(StepOutput(0, (5,), ("plain",), 0))
+            self.finish(Result([5], list(PROMPT), "length"))
+        return True
+
+    monkeypatch.setattr(Handle, "done", property(just_now))
+    assert list(handle) == [5]
 
 
 def test_a_failed_request_has_the_steps_up_to_its_error() -> None:

@@ -143,7 +143,11 @@ def test_escape_stops_and_shift_enter_does_not_send(browser: Browser, served: tu
 )
 def test_what_fails_is_said_in_words(browser: Browser, served: tuple[PageServer, str], prompt: str, said: str) -> None:
     page = opened(browser, served[1])
+    served[0].seen.clear()
     ask(page, prompt)
+    if prompt != "busy":
+        page.until("document.querySelector('.pass')")
+    served[0].seen.set()
     page.until(f"{DONE} && document.querySelector('.error')")
     assert said in page.run("document.querySelector('.error[role=alert]').textContent")
     assert page.run("document.getElementById('prompt').value") == ("busy" if prompt == "busy" else "")
@@ -184,7 +188,7 @@ def test_on_a_real_server(browser: Browser, tmp_path: Path) -> None:
     """Bytes that are no characters yet, drafts of a model, stop at the end of text; the text is the library's own."""
     target, draft, tokenizer = specdec.load_pair(str(save_pair(tmp_path, TEMPLATE)))
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)["input_ids"]
-    engine = Engine(target, draft, k=3, drafters={"ngram": "ngram"}, tokenizer=tokenizer, num_pages=64)
+    engine = Engine(target, draft, k=3, drafters={"ngram": "ngram"}, adaptive=False, num_pages=64)
     with running(create_app(engine, tokenizer, "tiny")) as url:
         page = opened(browser, url)
         page.run("document.getElementById('compare').click(); document.getElementById('max-tokens').value = '48'")
