@@ -23,8 +23,9 @@ PATIENT = ("stream", "stream", "slow", "whole", "several", "stop")
 """Clients that want their text to its end."""
 RUDE = ("leaves", "leaves", "leaves at once", "malformed", "malformed")
 MALFORMED: list[bytes] = [
-    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": 5}', b'{"prompt": []}', b'{"prompt": [-1]}',
-    b'{"prompt": "x", "max_tokens": 0}', b'{"prompt": "x", "max_tokens": 1e9}', b'{"prompt": "x", "temperature": NaN}',
+    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": 5}', b'{"prompt": []}',
+    b'{"prompt": [-1]}', b'{"prompt": "x", "max_tokens": 0}',
+    b'{"prompt": "x", "max_tokens": 1e9}', b'{"prompt": "x", "temperature": NaN}',
     b'{"prompt": "x", "n": 1000}', b'{"prompt": "x", "stop": ["a", "b", "c", "d", "e"]}', b'{"prompt": [999999]}',
     b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"prompt": "' + b"x" * 100_000 + b'"}',
     b'{"prompt": "x", "logit_bias": {"999": 1}}', b'{"prompt": "x", "draft": "tea"}', b'{"prompt": "x", "tools": [1]}',
@@ -32,7 +33,7 @@ MALFORMED: list[bytes] = [
 RAW = [
     b"GET / HTTP/9.9\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9999999999\r\n\r\n",
 ]  # fmt: skip
 VICTIM = """
 import json, socket, sys
