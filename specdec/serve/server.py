@@ -83,8 +83,8 @@ def _server(
 ) -> _Server:
     app = create_app(engine, tokenizer, name, options, rule)
     config = uvicorn.Config(
-        app, log_config=None, log_level="error", access_log=False, server_header=False, limit_concurrency=options.max_connections,
-        timeout_graceful_shutdown=_LEFT_OVER_SECONDS,
+        app, log_config=None, log_level="error", access_log=False, server_header=False,
+        limit_concurrency=options.max_connections, timeout_graceful_shutdown=_LEFT_OVER_SECONDS,
     )  # fmt: skip
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
