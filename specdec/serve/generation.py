@@ -86,6 +86,8 @@ class Generating(Response):
                 raise Gone from None
             since = None
 
+        timer = loop.call_later(patience / 2, lambda: look())
+
         def look() -> None:  # now and then: a timer for each write would cost more than the write
             nonlocal late, timer
             late = since is not None and loop.time() - since > patience
@@ -94,7 +96,6 @@ class Generating(Response):
             else:
                 timer = loop.call_later(patience / 2, look)
 
-        timer = loop.call_later(patience / 2, look)
         gone = asyncio.create_task(_disconnect(receive))
         work = asyncio.create_task(self._work(scope, receive, timely))
         try:

@@ -203,9 +203,8 @@ def test_a_client_that_takes_nothing_is_let_go(tiny_pair: Path) -> None:
 def test_what_fails_inside_says_nothing_of_it(
     tiny_pair: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(choice: Choice) -> AsyncIterator[Any]:
+    def broken(choice: Choice) -> AsyncIterator[Any]:
         raise RuntimeError("the inside")
-        yield
 
     monkeypatch.setattr(Choice, "pieces", broken)
     with in_process(tiny_pair) as made, caplog.at_level(logging.ERROR, "specdec.serve"):
