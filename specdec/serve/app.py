@@ -88,12 +88,12 @@ class _Server:
         app.post("/v1/completions", responses=COMPLETION_REPLIES)(self.completions)
         app.post("/v1/chat/completions", responses=CHAT_REPLIES)(self.chat)
         app.mount("/", PageFiles())
-        if self.options.cors_origins:
+        app.add_middleware(Gate, options=self.options, keys=self.keys, answered=self.metrics.answered)
+        if self.options.cors_origins:  # around the gate: a page must be able to read why it is refused
             app.add_middleware(
                 CORSMiddleware, allow_origins=list(self.options.cors_origins), allow_methods=["GET", "POST"],
                 allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
             )  # fmt: skip
-        app.add_middleware(Gate, options=self.options, keys=self.keys, answered=self.metrics.answered)
         return app
 
     async def health(self) -> Response:
