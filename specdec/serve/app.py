@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -157,7 +158,10 @@ class _Server:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if not isinstance(error, Refusal):
+    known = any(isinstance(route, APIRoute) and route.path == request.url.path for route in request.app.routes)
+    if error.status_code == 404 and known and not isinstance(error, Refusal):
+        error = Refusal(405, f"{request.url.path} is not asked for by {request.method}")  # the page's files come last
+    elif not isinstance(error, Refusal):
         error = Refusal(error.status_code, str(error.detail))
     return answer(error)
 
