@@ -30,6 +30,7 @@ class Run:
     figures: dict[str, float]
     acceptance_length: float | None
     texts: list[list[int]]
+    by_ids: bool
 
     @property
     def rate(self) -> float:
@@ -60,7 +61,7 @@ def _run(name: str, round_: int, outcome: Outcome) -> Run:
     between = [1e3 * gap for one in served for gap in _gaps(one.times)]
     latencies = [_at(of, share) for of in (first, between) for share in (0.5, 0.99)]
     values = [sum(map(len, texts)) / (end - begin), *latencies]
-    return Run(name, round_, dict(zip(FIGURES, values, strict=True)), outcome.acceptance_length, texts)
+    return Run(name, round_, dict(zip(FIGURES, values, strict=True)), outcome.acceptance_length, texts, outcome.by_ids)
 
 
 def _gaps(times: Sequence[float]) -> list[float]:
@@ -83,7 +84,7 @@ def _summary(name: str, runs: Sequence[Run], work: Workload) -> dict[str, Any]:
     reference = {run.round: run for run in runs if run.peer == REFERENCE}
     ratios = [run.rate / reference[run.round].rate for run in own if run.round in reference]
     differing = None
-    if work.temperature == 0 and reference:
+    if work.temperature == 0 and reference and own[0].by_ids:
         pairs = (pair for run in own for pair in zip(run.texts, reference[run.round].texts, strict=True))
         differing = sum(a != b for a, b in pairs)
     return {

@@ -38,10 +38,12 @@ class Served(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """All requests of one run, and accepted draft tokens per draft where there are any."""
+    """All requests of one run, and accepted draft tokens per draft where there are any. by_ids: tokens are what was
+    generated, and not what text is encoded to."""
 
     served: list[Served]
     acceptance_length: float | None = None
+    by_ids: bool = True
 
 
 Serve = Callable[[Workload, int], Outcome]
@@ -50,10 +52,10 @@ Serve = Callable[[Workload, int], Outcome]
 
 def all_ways(k: int) -> list[Way]:
     """The engine as it is by default, with fixed chains of k, without drafts; and `transformers`' two ways. Made ready
-    from the models and the most requests under way at once."""
+    from the models, the most requests under way at once, and where to leave what must be ended."""
 
-    def engine(k: int | None, adaptive: bool, models: Models, most: int) -> Serve:
-        draft = None if k is None else models.draft
+    def engine(k: int | None, adaptive: bool, models: Models, most: int, ending: object) -> Serve:
+        draft = None if k is None else models.draft_model or "ngram"
         made = Engine(models.target, draft, k=k, adaptive=adaptive, max_rows=most, num_bytes=256 << 20)
         return partial(serve_by_engine, made)
 
@@ -61,8 +63,8 @@ def all_ways(k: int) -> list[Way]:
         Way("engine", partial(engine, k, True)),
         Way(f"engine-k{k}", partial(engine, k, False)),
         Way("engine-plain", partial(engine, None, False)),
-        Way("hf-generate", lambda models, most: partial(serve_in_batches, models.target)),
-        Way("hf-generate-batch", lambda models, most: partial(serve_continuously, models.target)),
+        Way("hf-generate", lambda models, most, ending: partial(serve_in_batches, models.target)),
+        Way("hf-generate-batch", lambda models, most, ending: partial(serve_continuously, models.target)),
     ]
 
 

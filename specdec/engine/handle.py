@@ -158,6 +158,8 @@ class Handle:
 
     async def _more_soon(self, have: int) -> bool:
         """`_more_than` for asyncio."""
+        if len(self._steps) > have:
+            return True
         event = asyncio.Event()
         listener = (asyncio.get_running_loop(), event)
         with self._changed:
@@ -167,10 +169,9 @@ class Handle:
                 if not self._engine.threaded:
                     await asyncio.to_thread(self._engine.step)
                     continue
-                try:
-                    await asyncio.wait_for(event.wait(), 0.1)
-                except TimeoutError:
-                    pass  # look whether the engine's thread is still there
+                with suppress(TimeoutError):  # look whether the engine's thread is still there
+                    async with asyncio.timeout(0.1):
+                        await event.wait()
                 event.clear()
         finally:
             with self._changed:

@@ -9,14 +9,15 @@ _EXPORTS = {
     "ServeOptions": "specdec.serve.options",
     "create_app": "specdec.serve.app",
     "run": "specdec.serve.server",
+    "running": "specdec.serve.server",
 }
 
-__all__ = ["ServeOptions", "create_app", "run"]
+__all__ = ["ServeOptions", "create_app", "run", "running"]
 
 if TYPE_CHECKING:
     from specdec.serve.app import create_app
     from specdec.serve.options import ServeOptions
-    from specdec.serve.server import run
+    from specdec.serve.server import run, running
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -88,12 +89,12 @@ class _Server:
         app.post("/v1/completions", responses=COMPLETION_REPLIES)(self.completions)
         app.post("/v1/chat/completions", responses=CHAT_REPLIES)(self.chat)
         app.mount("/", PageFiles())
-        if self.options.cors_origins:
+        app.add_middleware(Gate, options=self.options, keys=self.keys, answered=self.metrics.answered)
+        if self.options.cors_origins:  # around the gate: a page must be able to read why it is refused
             app.add_middleware(
                 CORSMiddleware, allow_origins=list(self.options.cors_origins), allow_methods=["GET", "POST"],
                 allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=["X-Request-Id"],
             )  # fmt: skip
-        app.add_middleware(Gate, options=self.options, keys=self.keys, answered=self.metrics.answered)
         return app
 
     async def health(self) -> Response:
@@ -157,7 +158,10 @@ class _Server:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if not isinstance(error, Refusal):
+    known = any(isinstance(route, APIRoute) and route.path == request.url.path for route in request.app.routes)
+    if error.status_code == 404 and known and not isinstance(error, Refusal):
+        error = Refusal(405, f"{request.url.path} is not asked for by {request.method}")  # the page's files come last
+    elif not isinstance(error, Refusal):
         error = Refusal(error.status_code, str(error.detail))
     return answer(error)
 

@@ -21,6 +21,7 @@ from specdec.serve.gate import answer
 from specdec.serve.lifecycle import Lifecycle
 from specdec.serve.options import ServeOptions
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _LOG = logging.getLogger("specdec.serve")
 
 
@@ -72,12 +73,28 @@ class Generating(Response):
         self._ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop, patience = asyncio.get_running_loop(), self._desk.options.write_seconds
+        since: float | None = None  # when a write began that has not ended
+        late = False
+
         async def timely(message: Message) -> None:
+            nonlocal since
+            since = loop.time()
             try:
-                async with asyncio.timeout(self._desk.options.write_seconds):
-                    await send(message)
-            except (TimeoutError, OSError):
+                await send(message)
+            except OSError:
                 raise Gone from None
+            since = None
+
+        timer = loop.call_later(patience / 2, lambda: look())
+
+        def look() -> None:  # now and then: a timer for each write would cost more than the write
+            nonlocal late, timer
+            late = since is not None and loop.time() - since > patience
+            if late:
+                work.cancel()
+            else:
+                timer = loop.call_later(patience / 2, look)
 
         gone = asyncio.create_task(_disconnect(receive))
         work = asyncio.create_task(self._work(scope, receive, timely))
@@ -87,11 +104,12 @@ class Generating(Response):
                 self._desk.gone()
         finally:
             self.abort()
+            timer.cancel()
             for task in (gone, work):
                 task.cancel()
             done = await asyncio.gather(gone, work, return_exceptions=True)
             self._desk.lifecycle.leave(self)
-        if isinstance(done[1], Gone):
+        if late or isinstance(done[1], Gone):
             self._desk.gone()
         elif isinstance(done[1], Exception):
             raise done[1]
@@ -188,7 +206,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_ENCODER.encode(chunk)}\n\n".encode()
 
 
 async def _merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece], None]:

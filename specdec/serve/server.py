@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
-from specdec.engine import Engine
+from specdec.engine import Engine, EngineClosedError
 from specdec.serve.app import create_app
 from specdec.serve.lifecycle import Lifecycle
 from specdec.serve.options import ServeOptions
@@ -35,15 +37,58 @@ def run(
         OSError: the address cannot be had. UnsupportedArgumentError: as `create_app`.
     """
     options = options or ServeOptions()
-    app = create_app(engine, tokenizer, name, options, rule)
     with _bound(options) as bound:
-        host, port = bound.getsockname()[:2]
-        config = uvicorn.Config(
-            app, log_level="error", access_log=False, server_header=False, limit_concurrency=options.max_connections,
-            timeout_graceful_shutdown=_LEFT_OVER_SECONDS,
-        )  # fmt: skip
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        _Server(config, app.state.lifecycle, lambda: ready(address)).run(sockets=[bound])
+        _server(engine, tokenizer, name, options, rule, bound, ready).run(sockets=[bound])
+
+
+@contextmanager
+def running(
+    engine: Engine, tokenizer: Any, name: str, options: ServeOptions | None = None, rule: str = "auto"
+) -> Iterator[str]:
+    """The address of a server in a thread of this process, which ends with the block: for notebooks and tests.
+
+    Arguments and errors are those of `run`. The engine is closed in the end.
+    """
+    options = options or ServeOptions()
+    started, address = threading.Event(), ""
+
+    def ready(at: str) -> None:
+        nonlocal address
+        address = at
+        started.set()
+
+    with _bound(options) as bound:
+        server = _server(engine, tokenizer, name, options, rule, bound, ready)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="specdec-serve")
+        thread.start()
+        try:
+            while thread.is_alive() and not started.wait(0.05):
+                continue
+            if not address:
+                raise EngineClosedError("the server did not start: its log says why")
+            yield address
+        finally:
+            server.lifecycle.drain()
+            thread.join()
+
+
+def _server(
+    engine: Engine,
+    tokenizer: Any,
+    name: str,
+    options: ServeOptions,
+    rule: str,
+    bound: socket.socket,
+    ready: Callable[[str], None],
+) -> _Server:
+    app = create_app(engine, tokenizer, name, options, rule)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="error", access_log=False, server_header=False,
+        limit_concurrency=options.max_connections, timeout_graceful_shutdown=_LEFT_OVER_SECONDS,
+    )  # fmt: skip
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return _Server(config, app.state.lifecycle, lambda: ready(address))
 
 
 def _bound(options: ServeOptions) -> socket.socket:
@@ -63,7 +108,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, ready: Callable[[], None]):
         super().__init__(config)
-        self._lifecycle, self._ready = lifecycle, ready
+        self.lifecycle, self._ready = lifecycle, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -71,11 +116,11 @@ class _Server(uvicorn.Server):
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._lifecycle.draining:
+        if self.lifecycle.draining:
             self.should_exit = self.force_exit = True
-        self._lifecycle.drain()
+        self.lifecycle.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._lifecycle.drained():
+        if self.lifecycle.drained():
             self.should_exit = True
         return await super().on_tick(counter)

@@ -30,8 +30,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcess]:
 def directly(server: InProcess, text: str, **options: Any) -> list[int]:
     """Token ids, by plain `generate`."""
     ids = server.tokenizer(text, return_tensors="pt").input_ids
-    out = server.engine.target.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-    return out[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+    target: Any = server.engine.target
+    out = target.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    made: list[int] = out[0, ids.shape[1] :].tolist()
+    return made
 
 
 def read(server: InProcess, ids: list[int]) -> str:
@@ -147,10 +149,11 @@ def test_stop_strings_cut_the_text_and_end_the_request(server: InProcess) -> Non
 def test_penalties_and_biases_reach_the_law(server: InProcess) -> None:
     given = len(server.tokenizer(PROMPT).input_ids)
     own = LogitsProcessorList([CountPenalties(given, 1.5, 0.5)])
-    for body, options in (
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"logits_processor": own}),
         ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
-    ):
+    ]
+    for body, options in cases:
         found = server.text(prompt=PROMPT, **GREEDY, **body)["choices"][0]["text"]
         expected = read(server, directly(server, PROMPT, max_new_tokens=30, do_sample=False, **options))
         assert found == expected
@@ -162,7 +165,8 @@ def test_penalties_and_biases_reach_the_law(server: InProcess) -> None:
 
 def test_cold_and_cut_laws_are_greedy(server: InProcess) -> None:
     greedy = server.text(prompt=PROMPT, **GREEDY)["choices"][0]["text"]
-    for law in ({"temperature": 1e-9}, {"top_k": 1}, {"top_p": 0}, {"min_p": 1}):
+    laws: list[dict[str, Any]] = [{"temperature": 1e-9}, {"top_k": 1}, {"top_p": 0}, {"min_p": 1}]
+    for law in laws:
         assert server.text(prompt=PROMPT, max_tokens=30, **law)["choices"][0]["text"] == greedy
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,9 +111,16 @@ def test_langchain(server: LiveServer, client: Any) -> None:
     assert answer.content == whole
     assert answer.usage_metadata["output_tokens"] > 0
     assert "".join(str(chunk.content) for chunk in model.stream("hi")) == whole
-    assert asyncio.run(model.ainvoke("hi")).content == whole
     with pytest.raises(openai.BadRequestError, match="tools are not supported"):
         model.bind_tools([{"type": "function", "function": {"name": "f", "parameters": {}}}]).invoke("hi")
+    model.root_client.close()
+
+    async def ask() -> Any:
+        answered = await model.ainvoke("hi")
+        await model.root_async_client.close()  # or its sockets outlive their loop
+        return answered.content
+
+    assert asyncio.run(ask()) == whole
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm") is None, reason="needs llm")
@@ -124,13 +133,8 @@ def test_llm(server: LiveServer, tmp_path: Path, client: Any) -> None:
         "import llm; model = llm.get_model('tiny'); "
         "print(repr(model.prompt('hi', temperature=0, max_tokens=24, stream=False).text()))"
     )
-    import os
-    import sys
-
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "LLM_USER_PATH": str(tmp_path)},
-        check=True,
-    )  # fmt: skip
+    own = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own, check=True)
     whole = client.chat.completions.create(model="tiny", messages=CHAT, **GREEDY).choices[0].message.content
     assert done.stdout.strip() == repr(whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
@@ -113,18 +114,14 @@ def test_addresses_methods_and_kinds(server: InProcess) -> None:
 def test_sizes_and_times(tiny_pair: Path) -> None:
     options = ServeOptions(max_body_bytes=200, body_seconds=0.05, request_seconds=1e-9, cors_origins=("http://a",))
 
-    async def body(end: bool) -> AsyncIterator[bytes]:
+    async def body() -> AsyncIterator[bytes]:
         yield b'{"prompt": "' + b"x" * 100
         yield b"x" * 150
-        while not end:  # never complete
-            import asyncio
-
-            await asyncio.sleep(1)
 
     kind = {"Content-Type": "application/json"}
     with in_process(tiny_pair, options) as made:
         refused(made.post("completions", prompt="x" * 200), 413, None, "body_too_large")
-        refused(made.request("POST", "/v1/completions", content=body(True), headers=kind), 413, None, "body_too_large")
+        refused(made.request("POST", "/v1/completions", content=body(), headers=kind), 413, None, "body_too_large")
         for stream in (False, True):
             found = made.post("completions", prompt="x", stream=stream)
             assert "ask for fewer tokens" in refused(found, 408, None, "request_timeout")
@@ -133,8 +130,6 @@ def test_sizes_and_times(tiny_pair: Path) -> None:
     slow = ServeOptions(body_seconds=0.05)
 
     async def endless() -> AsyncIterator[bytes]:
-        import asyncio
-
         yield b"{"
         await asyncio.Event().wait()
 
@@ -180,12 +175,36 @@ def test_streams_that_outlast_the_end_are_told(tiny_pair: Path, monkeypatch: pyt
         assert events[-1]["error"]["code"] == "shutting_down"
 
 
+def test_a_client_that_takes_nothing_is_let_go(tiny_pair: Path) -> None:
+    async def ask(app: Any) -> None:
+        body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 400, "ignore_eos": True}).encode()
+        messages = iter([{"type": "http.request", "body": body}])
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1",
+            "headers": [(b"content-type", b"application/json")], "asgi": {"version": "3.0"}, "scheme": "http",
+        }  # fmt: skip
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        await app(scope, receive, send)
+
+    with in_process(tiny_pair, ServeOptions(write_seconds=0.05)) as made:
+        asyncio.run(ask(made.app))
+        assert made.app.state.lifecycle.num_active == 0
+        assert "specdec:client_disconnects_total 1.0" in made.request("GET", "/metrics").text
+
+
 def test_what_fails_inside_says_nothing_of_it(
     tiny_pair: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(choice: Choice) -> AsyncIterator[Any]:
+    def broken(choice: Choice) -> AsyncIterator[Any]:
         raise RuntimeError("the inside")
-        yield
 
     monkeypatch.setattr(Choice, "pieces", broken)
     with in_process(tiny_pair) as made, caplog.at_level(logging.ERROR, "specdec.serve"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import models
 import pytest
 import torch
@@ -60,15 +62,16 @@ def test_biases_are_added() -> None:
 
 def test_drafts_are_judged_under_penalties_as_ever() -> None:
     """Several tokens a pass, and the text of plain decoding."""
-    target, draft = models.target(FAMILY), models.draft("near", FAMILY)
+    target: Any = models.target(FAMILY)
+    draft = models.draft("near", FAMILY)
     prompt = torch.tensor([[5, 6, 7, 8]])
     own = LogitsProcessorList([CountPenalties(4, 0.4, 0.3), Biases({9: 1.0})])
     assert all(map(is_pure, own))
     spec = Speculator(target, draft, k=3)
-    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    out = spec.generate(prompt, **options, logits_processor=own)
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out: Any = spec.generate(prompt, **options, logits_processor=own)
     plain = target.generate(prompt, attention_mask=torch.ones_like(prompt), **options, logits_processor=own)
-    assert torch.equal(out, plain)  # type: ignore[arg-type]
+    assert torch.equal(out, plain)
     assert not torch.equal(plain, target.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
     assert spec.report is not None
     assert spec.report.num_steps < 39
