@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.shared import SharedKVCache
 from specdec.kv.support import num_cache_layers, text_config
+from specdec.kv.versions import cached
 from specdec.verify.passes.forward import Forward
 
 NUM_TEXTS = 32
@@ -113,6 +114,7 @@ def fit_in_order(model: PreTrainedModel, texts: Sequence[Tensor], fits: dict[nn.
     width = min(len(text) for text in texts)
     tokens = torch.stack([text[:width] for text in texts])
     whole = 2 * len(tokens), 2 * tokens.numel()
+    inner: Any = model.base_model
 
     seen: list[Any] = [None, None]
 
@@ -128,7 +130,7 @@ def fit_in_order(model: PreTrainedModel, texts: Sequence[Tensor], fits: dict[nn.
 
     handles = [layer.register_forward_hook(fitted) for layer in fits]
     try:
-        model.base_model(input_ids=tokens.repeat(2, 1), past_key_values=_TargetsOwn(), use_cache=True)
+        inner(input_ids=tokens.repeat(2, 1), **cached(inner, _TargetsOwn()))
     finally:
         for handle in handles:
             handle.remove()
