@@ -13,8 +13,9 @@ from specdec.verify.packed import BLOCK, Packed
 
 _PROBED = 4
 """Rows of a weight that are tried first: a weight on no grid costs a millisecond or two."""
-_NUMBERS = 1 << 17
-"""Numbers that are looked at together: they stay in cache from one operation to the next."""
+_NUMBERS = 1 << 15
+"""Numbers that are looked at together: they stay in cache from one operation to the next, and are too few for torch to
+use several threads, which beside other work wait for each other at every operation."""
 _USUAL, _ROUGH = 3, 0.75
 """After so many tries this share of the groups at most may be left: most groups of 8 bits have the usual steps."""
 _WHOLE = 1 << 30
@@ -47,7 +48,7 @@ def exactly(weight: Tensor) -> Packed | None:
 
     GGUF's Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K and Q8_0 are found, and codes in groups of 32, 64, 128 or whole rows; not
     Q6_K and whatever else has groups of 16. With offsets, products of codes and scales are exact: then it does not
-    matter whether they are rounded before the offset is added. It takes some 8 ns of one core a number; a weight on no
+    matter whether they are rounded before the offset is added. It takes some 10 ns of one core a number; a weight on no
     grid 1 ms.
 
     Args:

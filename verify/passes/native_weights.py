@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class NativeWeights:
             matrices by form (`WeightForm`).
     """
 
-    def __init__(self, own: Parameters, copies: Mapping[int, Packed]):
+    def __init__(self, own: Parameters, copies: Mapping[int, Packed] = MappingProxyType({})):
         assert own.shape is not None
         self._copies = copies  # of which C knows the addresses alone
         products = [product for layer in own.layers for product in layer.products]

@@ -103,9 +103,9 @@ def test_each_difference_matters(what: str, monkeypatch: pytest.MonkeyPatch) -> 
     wanted = run(model, "modules")
 
     class Wrong(NativeWeights):
-        def __init__(self, own: Parameters):
+        def __init__(self, own: Parameters, copies: Any):
             change(own)
-            super().__init__(own)
+            super().__init__(own, copies)
 
     monkeypatch.setattr(native, "NativeWeights", Wrong)
     assert error(run(model, "native"), wanted) > 1e-3
@@ -116,9 +116,9 @@ def test_a_norm_is_rounded_after_its_weight_where_the_modules_do_so(monkeypatch:
     wanted, found = run(model, "modules"), run(model, "native")
 
     class Wrong(NativeWeights):
-        def __init__(self, own: Parameters):
+        def __init__(self, own: Parameters, copies: Any):
             own.norm.centred = False
-            super().__init__(own)
+            super().__init__(own, copies)
 
     monkeypatch.setattr(native, "NativeWeights", Wrong)
     apart = [

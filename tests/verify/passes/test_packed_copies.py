@@ -23,6 +23,7 @@ from ways import forward_by, native_of
 from specdec import Speculator
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify.native import build, library
+from specdec.verify.packed import Packed
 from specdec.verify.passes import native, packed_copies
 from specdec.verify.passes.parameters import Parameters
 
@@ -139,9 +140,14 @@ def test_copies_of_weights_that_have_changed_are_dropped(change: Callable[[Any],
 
 
 def test_a_model_is_searched_once_and_trained_ones_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked = list[Tensor]()
     exactly = packed_copies.exactly
-    monkeypatch.setattr(packed_copies, "exactly", lambda weight: asked.append(weight) or exactly(weight))
+
+    def noting(weight: Tensor) -> Packed | None:
+        asked.append(weight)
+        return exactly(weight)
+
+    monkeypatch.setattr(packed_copies, "exactly", noting)
     model = on_grids(layers=3)
     for _ in range(3):
         run(model)
@@ -173,12 +179,12 @@ def test_texts_are_the_same_and_strict_is_free(monkeypatch: pytest.MonkeyPatch) 
     model = on_grids()
     text = models.prompts((9,), model.config.vocab_size, 3)[0]
     for exactness in ("distribution", "strict"):
-        texts = []
+        texts = list[Any]()
         for asked in ("1", "0"):
             monkeypatch.setenv(packed_copies.VARIABLE, asked)
             speculator = Speculator(model, "ngram", exactness=exactness)
             texts.append(speculator.generate(text, max_new_tokens=20, do_sample=False))
-        assert torch.equal(*texts)
+        assert torch.equal(texts[0], texts[1])
 
 
 def test_other_words_than_0_and_1_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
