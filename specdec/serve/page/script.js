@@ -35,7 +35,7 @@ async function connect() {
   $("max-tokens").max = server.max_new_tokens;
   $("max-tokens").value = Math.min($("max-tokens").value, server.max_new_tokens);
   $("draft").parentElement.hidden = false;
-  $("compare").disabled = names.length < 2;
+  offer();
   $("examples").replaceChildren(
     ...EXAMPLES[server.chat_template ? "chat" : "text"].map((text) => {
       const button = element("button", "example", text);
@@ -46,8 +46,19 @@ async function connect() {
   );
 }
 
+/** There is something to compare with only where there are drafts. */
+function offer() {
+  $("compare").disabled = $("draft").value === NONE;
+}
+
+function words(failure) {
+  if (failure instanceof Failure) return failure.message;
+  console.error(failure);
+  return "The server sent something this page cannot read.";
+}
+
 function complain(failure) {
-  $("notice").textContent = failure.message;
+  $("notice").textContent = words(failure);
   $("notice").hidden = false;
   if (failure.status === 401) {
     $("key-row").hidden = false;
@@ -86,17 +97,16 @@ async function stream(answer, asked, signal) {
     answer.finish();
   } catch (failure) {
     if (failure.name === "AbortError") return answer.finish("stopped");
-    if (!(failure instanceof Failure)) console.error(failure);
     if (failure.status === 401) complain(failure);
     answer.failed = true;
-    answer.finish(failure instanceof Failure ? failure.message : "The server sent something this page cannot read.", true);
+    answer.finish(words(failure), true);
   }
 }
 
 async function send(text) {
   if (running || !text.trim()) return;
   if (!server.model) await connect(); // it may be there by now
-  if (!server.model) return;
+  if (!server.model || running) return;
   const wrong = ["temperature", "max-tokens", "seed"].find((id) => !$(id).checkValidity());
   if (wrong) {
     $("settings").open = true;
@@ -105,7 +115,7 @@ async function send(text) {
   }
   quiet();
   const draft = $("draft").value || undefined;
-  const both = $("compare").checked && !$("compare").disabled && draft !== NONE;
+  const both = $("compare").checked && !$("compare").disabled;
   const greedy = number("temperature", 0) === 0;
   const seed = number("seed", both && !greedy ? Math.floor(Math.random() * 2 ** 31) : undefined);
   messages.push({ role: "user", content: text });
@@ -194,6 +204,7 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("click", (event) => {
   if (!$("settings").contains(event.target)) $("settings").open = false;
 });
+$("draft").addEventListener("change", offer);
 $("marks").addEventListener("change", () => document.body.classList.toggle("unmarked", !$("marks").checked));
 $("new").addEventListener("click", () => {
   messages = [];

@@ -105,6 +105,9 @@ def test_beside_no_drafts_with_settings(browser: Browser, served: tuple[PageServ
     assert "Same text" in page.run("document.querySelector('.verdict').textContent")
     assert page.run("document.querySelectorAll('.answer')[1].querySelectorAll('.token:not(.plain)').length") == 0
     assert page.run("document.querySelectorAll('.note').length") == 2, "both are cut at 40 tokens"
+    page.run("document.getElementById('draft').value = 'none'")
+    page.run("document.getElementById('draft').dispatchEvent(new Event('change'))")
+    assert page.run("document.getElementById('compare').disabled"), "nothing to compare"
     page.run("document.getElementById('temperature').value = '-1'")
     before = len(server.bodies)
     ask(page, "Again")
