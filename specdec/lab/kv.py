@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from specdec.drafters.base import CACHE_NAME
 from specdec.kv.versions import cached
 from specdec.lab.findings import Finding, Status
+from specdec.lab.rounding import nudged_logits
 from specdec.monitor import Monitor, Watched
 from specdec.speculator import Speculator
 from specdec.target import TARGET
@@ -20,8 +22,13 @@ from specdec.trace import StepTrace
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 """Largest relative error of one token's keys or values in one layer. Those of another token, or of this token at
 another position, are wrong by about 1."""
-LOGIT_MARGIN = 32.0
-"""Logits of a verification pass may differ from a plain pass by this many times the measured kernel noise."""
+LOGIT_MARGIN, TOKEN_MARGIN = 3.0, 16.0
+"""So many times what rounding moves logits by may those of verification passes differ from a plain pass's: all of them
+together (honest passes were found within 1.4), and those of any one token. Root mean squares over the vocabulary."""
+ROUNDINGS = 2
+"""Passes from which it is learned what rounding does: every logit counts, so that few are enough."""
+_PEAK = 4.0
+"""The largest of many differences, in their root mean square."""
 
 
 class Snapshot(NamedTuple):
@@ -108,12 +115,17 @@ class LogitAudit:
 
     def __init__(self) -> None:
         self.worst = 0.0
-        self.noise = 0.0
         self.compared = 0
+        self._apart = self._noise = 0.0
+        self._floor = 0.0
 
     @torch.no_grad()
     def add(self, spec: Speculator, prompt: Tensor, rows: int, new_tokens: int, noise: float, **arguments: Any) -> None:
-        """Generate `rows` continuations of `prompt` and compare every emitted token's logits."""
+        """Generate `rows` continuations of `prompt` and compare every emitted token's logits.
+
+        Args:
+            noise: largest difference of logits between plain passes of other shapes.
+        """
         emitted = [0] * rows
 
         def count(trace: StepTrace) -> None:
@@ -126,18 +138,34 @@ class LogitAudit:
         )  # fmt: skip
         ours = torch.stack(out.logits, dim=1)
         target: Any = spec.target
-        plain = target(input_ids=out.sequences[:, :-1]).logits[:, prompt.shape[1] - 1 :].to(ours.dtype)
+        text, vocab = out.sequences[:, :-1], ours.shape[-1]
+        plain = target(input_ids=text).logits[:, prompt.shape[1] - 1 :, :vocab].to(ours.dtype)
         places = torch.arange(ours.shape[1], device=ours.device)
         real = places < torch.tensor(emitted, device=ours.device)[:, None]
-        apart = (ours - plain[..., : ours.shape[-1]]).abs().amax(-1)
-        self.worst = max(self.worst, float(torch.nan_to_num(apart, nan=torch.inf)[real].max()))
+        apart = torch.nan_to_num(_squares(ours, plain), nan=torch.inf)[real]
+        moved = nudged_logits(target, text, ours.shape[1], ROUNDINGS)[..., :vocab].to(ours.dtype)
+        self.worst = max(self.worst, float(apart.max().sqrt()))
+        self._apart += float(apart.sum())
+        self._noise += float(torch.stack([_squares(one, plain)[real] for one in moved]).mean(0).sum())
         # Recorded logits are float32 whatever the model computes in.
-        rounding = 4 * torch.finfo(torch.float32).eps * float(plain.abs().max())
-        self.noise = max(self.noise, noise, rounding)
+        rounding = 2 * torch.finfo(torch.float32).eps * float(plain.abs().max())
+        self._floor = max(self._floor, noise / _PEAK, rounding)
         self.compared += int(real.sum())
 
     def finding(self) -> Finding:
-        limit = LOGIT_MARGIN * self.noise
-        detail = f"{self.compared} tokens against plain passes, largest difference {self.worst:.1e} (limit {limit:.1e})"
-        figures = {"compared": self.compared, "largest_difference": self.worst, "limit": limit}
-        return Finding("verification logits", "pass" if self.worst <= limit else "FAIL", detail, figures)
+        count = max(1, self.compared)
+        noise = max(self._floor, math.sqrt(self._noise / count))
+        apart = math.sqrt(self._apart / count)
+        detail = (
+            f"{self.compared} tokens against plain passes, {apart:.1e} apart (limit {LOGIT_MARGIN * noise:.1e}), one "
+            f"token at most {self.worst:.1e} (limit {TOKEN_MARGIN * noise:.1e}); rounding moves logits by {noise:.1e}"
+        )
+        figures = {"compared": self.compared, "difference": apart, "largest_difference": self.worst, "noise": noise}
+        wrong = apart > LOGIT_MARGIN * noise or self.worst > TOKEN_MARGIN * noise
+        return Finding("verification logits", "FAIL" if wrong else "pass", detail, figures)
+
+
+def _squares(logits: Tensor, plain: Tensor) -> Tensor:
+    """Mean squares of what logits differ by, `[rows, tokens]`; those that are equal, infinities too, by nothing."""
+    difference = torch.where(logits == plain, 0.0, logits.double() - plain.double())
+    return difference.square().mean(-1)
