@@ -243,11 +243,12 @@ class Speculator:
             if ranks is not None and not ranks.leads:
                 loop: DecodeLoop = following(ranks, request, self.target, self.rule, self.page_size)
             else:
-                make_loop = DecodeLoop if ranks is None else partial(LeadingLoop, ranks)
+                make_loop: Callable[..., DecodeLoop] = DecodeLoop
+                scratch_loop = make_loop
+                if ranks is not None:
+                    make_loop, scratch_loop = partial(LeadingLoop, ranks), partial(LeadingLoop, ranks, scratch=True)
                 if self.planners is not None:
-                    planner = self.planners.planner_for(
-                        request, DecodeLoop if ranks is None else partial(make_loop, scratch=True)
-                    )
+                    planner = self.planners.planner_for(request, scratch_loop)
                 loop = make_loop(
                     request, self.target, self.drafter, self.rule, monitor, self.strict, self.page_size, planner
                 )

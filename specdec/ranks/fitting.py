@@ -10,6 +10,7 @@ from specdec.arguments import SELF
 from specdec.drafters import Drafter, ModelDrafter
 from specdec.drafters.self_draft.forms import PREFIX
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.kv.versions import CACHE_KEYWORD
 from specdec.ranks.channel import ranks_of
 from specdec.request import Request
 from specdec.verify.purity import in_plain_order
@@ -59,7 +60,7 @@ def described(request: Request, rule: str) -> dict[str, Any]:
     return {
         "inputs": request.input_ids.tolist(),
         "attention_mask": None if request.real is None else request.real.tolist(),
-        "past_key_values": [request.cached, request.cache_is_callers],
+        CACHE_KEYWORD: [request.cached, request.cache_is_callers],
         "num_return_sequences": request.repeats,
         "max_new_tokens and max_length": request.criteria.max_length,
         "do_sample": bool(config.do_sample),

@@ -132,7 +132,7 @@ def test_sampled_text_keeps_its_law() -> None:
 
 def test_dropping_the_draft_instead_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def drop(self: TargetPasses, tree: DraftTree) -> tuple[DraftTree, Tensor]:
-        return self._afresh(DraftTree.root_only(tree.tokens[:, 0]))
+        return self.afresh(DraftTree.root_only(tree.tokens[:, 0]))
 
     monkeypatch.setattr(TargetPasses, "healthy_part", drop)
     counts, law = drawn(1500)

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from specdec import BestFirst, Speculator
 from specdec.drafters import ModelDrafter
+from specdec.kv.versions import cache_of
 from specdec.kv.wrappers import bytes_moved_by_a_pass
 from specdec.planner.acceptance import AcceptanceHistory, Known
 from specdec.planner.batch_planner import BatchPlanner
@@ -49,7 +50,7 @@ def offloaded(folder: Path, where: Any) -> tuple[Any, list[int]]:
     model: Any = LlamaForCausalLM.from_pretrained(folder, device_map=where, offload_folder=str(folder / "offloaded"))
     read: list[int] = []
     for part in model.modules():
-        hook = getattr(part, "_hf_hook", None)
+        hook: Any = getattr(part, "_hf_hook", None)
         if getattr(hook, "weights_map", None) is not None:
             hook.weights_map = Counting(hook.weights_map, read)
     return model, read
@@ -92,10 +93,10 @@ def test_passes_keep_nothing_for_autograd(saved: Any) -> None:
     """Weights that come and go are ordinary parameters, which ask for gradients."""
     _, folder = saved
     target, _ = offloaded(folder, PLACES["all on disk"])
-    asked = dict(return_dict_in_generate=True, output_logits=True)
+    asked: dict[str, Any] = dict(return_dict_in_generate=True, output_logits=True)
     out: Any = Speculator(target).generate(PROMPT, **GREEDY, **asked)
     assert not any(logits.requires_grad for logits in out.logits)
-    assert not out.past_key_values.layers[0].keys.requires_grad
+    assert not cache_of(out).layers[0].keys.requires_grad
 
 
 def test_nothing_is_fetched_of_a_model_that_is_where_it_runs(saved: Any) -> None:

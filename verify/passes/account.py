@@ -92,4 +92,6 @@ def _inner(tensor: Any) -> Iterator[Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _inner(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, Tensor):  # a sharded weight names its mesh as well
+            yield from _inner(part)

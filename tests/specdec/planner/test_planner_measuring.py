@@ -210,9 +210,9 @@ def _request(spec: Speculator) -> Any:
     call = plans.planner_for
     other = Odd.asked[:]
 
-    def watched(request: Any) -> Any:
+    def watched(request: Any, *rest: Any) -> Any:
         caught.append(request)
-        return call(request)
+        return call(request, *rest)
 
     plans.planner_for = watched
     try:
@@ -227,5 +227,5 @@ def _request(spec: Speculator) -> Any:
     return caught[0]
 
 
-def _no_clock(*_: Any) -> Costs:
+def _no_clock(*_: Any, **__: Any) -> Costs:
     raise RuntimeError("no clock")

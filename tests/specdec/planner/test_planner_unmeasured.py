@@ -89,7 +89,7 @@ def test_whatever_fails_while_measuring_the_call_goes_on(name: str, monkeypatch:
 
 
 def test_an_interrupt_while_measuring_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> Costs:
+    def interrupted(*_: Any, **__: Any) -> Costs:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(factory, "measure", interrupted)
