@@ -2,6 +2,7 @@
 #include "tokens.h"
 #include "products.h"
 
+#define SLICE 8         /* rows of weights that stay in cache under many tokens */
 #define NEAR (1 << 17)  /* floats of a level 2 cache that tokens may fill while weights pass by */
 
 #define INTEGER(F) ((F) == Q8I || (F) == Q4I)
@@ -10,10 +11,12 @@
 /* A loop over so few that nothing is left of it: sums and operands must lie in registers. */
 #define EVERY(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 
-/* N rows of weights, as addresses: of their numbers, scales and offsets. */
+/* N rows of weights, as addresses: of their numbers, scales and offsets; and bytes from each row to the one to be asked
+ * for meanwhile, 0 where there is none. */
 typedef struct {
     const char *values[BROAD];
     const float *scales[BROAD], *offsets[BROAD];
+    int64_t ahead[BROAD];
 } Rows;
 
 INLINE int64_t bytes_of(const int F, int64_t size) {
@@ -27,10 +30,9 @@ INLINE int64_t bytes_of(const int F, int64_t size) {
         EVERY(n, N) total[m][n] = fused(a, (b)[n], total[m][n]); \
     }
 
-/* Whole vectors of rows of numbers; returns where they end. ahead: bytes from a row to the one that the next block
- * reads in its place. */
+/* Whole vectors of rows of numbers; returns where they end. */
 INLINE int64_t dense(const int F, const int M, const int N, const float *x, int64_t x_stride, const Rows *w,
-                     int64_t size, int64_t ahead, vec total[MOST][BROAD]) {
+                     int64_t size, vec total[MOST][BROAD]) {
     int64_t k = 0;
     if (F == BF16) { /* two in a lane */
         for (; k + 2 * LANES <= size; k += 2 * LANES) {
@@ -39,7 +41,7 @@ INLINE int64_t dense(const int F, const int M, const int N, const float *x, int6
                 const ivec both = *(const ivec *)(w->values[n] + 2 * k);
                 even[n] = (vec)(both << 16);
                 odd[n] = (vec)(both & -65536);
-                fetch(w->values[n] + 2 * k + ahead, 1);
+                if (w->ahead[n]) fetch(w->values[n] + 2 * k + w->ahead[n], 1);
             }
             MULTIPLY(k, even)
             MULTIPLY(k + LANES, odd)
@@ -50,7 +52,8 @@ INLINE int64_t dense(const int F, const int M, const int N, const float *x, int6
         vec b[BROAD];
         EVERY(n, N) {
             b[n] = numbers(F, w->values[n], k);
-            if (ahead && (F == F32 || k % (2 * LANES) == 0)) fetch(w->values[n] + bytes_of(F, k) + ahead, 1);
+            if (w->ahead[n] && (F == F32 || k % (2 * LANES) == 0))
+                fetch(w->values[n] + bytes_of(F, k) + w->ahead[n], 1);
         }
         MULTIPLY(k, b)
     }
@@ -80,14 +83,14 @@ INLINE vec unpacked(const int F, const char *row, int64_t k, float scale, const 
 
 /* The same of codes, group by group. */
 INLINE int64_t grouped(const int F, const int M, const int N, const float *x, int64_t x_stride, const Rows *w,
-                       int64_t size, int64_t group, int64_t ahead, vec total[MOST][BROAD]) {
+                       int64_t size, int64_t group, vec total[MOST][BROAD]) {
     const int64_t whole = size / LANES * LANES;
     const int shifted = w->offsets[0] != 0;
     for (int64_t start = 0, g = 0; start < whole; start += group, g++) {
         const int64_t stop = start + group < whole ? start + group : whole;
         for (int64_t block = start; block < stop; block += CODES) {
-            if (ahead && block % (F == Q8 ? 64 : 128) == 0)
-                EVERY(n, N) fetch(w->values[n] + bytes_of(F, block) + ahead, 1);
+            if (block % (F == Q8 ? 64 : 128) == 0)
+                EVERY(n, N) if (w->ahead[n]) fetch(w->values[n] + bytes_of(F, block) + w->ahead[n], 1);
             EVERY(i, CODES / LANES) {
                 const int64_t k = block + i * LANES;
                 vec b[BROAD];
@@ -117,7 +120,7 @@ INLINE vec by_lane(const float *groups, int64_t u, int64_t group, int64_t first,
 
 /* The same of integers; returns `size`. */
 INLINE int64_t integral(const int F, const int M, const int N, const float *x, int64_t x_stride, const Rows *w,
-                        int64_t size, int64_t group, int64_t ahead, vec total[MOST][BROAD]) {
+                        int64_t size, int64_t group, vec total[MOST][BROAD]) {
     for (int64_t u = 0; u * UNIT < size; u++) {
         const int64_t at = bytes_of(F, u * UNIT), rest = bytes_of(F, size) - at;
         const int64_t first = u * UNIT / group, last = ((u + 1) * UNIT < size ? (u + 1) * UNIT - 1 : size - 1) / group;
@@ -129,7 +132,7 @@ INLINE int64_t integral(const int F, const int M, const int N, const float *x, i
             if (!fits) memcpy(own, w->values[n] + at, (size_t)rest);
             codes[n] = positive(F, fits ? w->values[n] : own, fits ? u : 0);
             scales[n] = by_lane(w->scales[n], u, group, first, last);
-            fetch(w->values[n] + at + ahead, 1);
+            if (w->ahead[n]) fetch(w->values[n] + at + w->ahead[n], 1);
         }
         EVERY(m, M) {
             const Unit *own = (const Unit *)(x + m * x_stride) + u;
@@ -164,13 +167,13 @@ static __attribute__((noinline)) float rest(const int F, float total, const floa
 
 /* out[m][n] = x[m] . w[n], each in the same order whatever M and N are. */
 INLINE void block(const int F, const int M, const int N, const float *x, int64_t x_stride, const Rows *w, int64_t size,
-                  int64_t group, int64_t ahead, float out[MOST][BROAD]) {
+                  int64_t group, float out[MOST][BROAD]) {
     vec total[MOST][BROAD];
     EVERY(m, M)
         EVERY(n, N) total[m][n] = (vec){0};
-    const int64_t k = INTEGER(F)  ? integral(F, M, N, x, x_stride, w, size, group, ahead, total)
-                      : PACKED(F) ? grouped(F, M, N, x, x_stride, w, size, group, ahead, total)
-                                  : dense(F, M, N, x, x_stride, w, size, ahead, total);
+    const int64_t k = INTEGER(F)  ? integral(F, M, N, x, x_stride, w, size, group, total)
+                      : PACKED(F) ? grouped(F, M, N, x, x_stride, w, size, group, total)
+                                  : dense(F, M, N, x, x_stride, w, size, total);
     EVERY(m, M) {
         int n = 0;
         for (; n + 4 <= N; n += 4)
@@ -180,9 +183,11 @@ INLINE void block(const int F, const int M, const int N, const float *x, int64_t
     }
 }
 
-/* N columns from `n` on for M tokens. ahead: whether to ask for the weights of the next ones. */
-INLINE void column(const int F, const int M, const int N, int ahead, const float *x, int64_t x_stride, const Weight *w,
-                   const float *bias, int64_t size, int64_t n, float *out, int64_t out_stride) {
+/* N columns from `n` on for M tokens, meanwhile asking for weights to come: those of the next columns, or, where
+ * `parts` pieces of tokens pass over each slice, for this part of the next slice. */
+INLINE void column(const int F, const int M, const int N, int64_t part, int64_t parts, const float *x,
+                   int64_t x_stride, const Weight *w, const float *bias, int64_t size, int64_t n, float *out,
+                   int64_t out_stride) {
     const int64_t stride = bytes_of(F, size), groups = PACKED(F) ? (size + w->group - 1) / w->group : 0;
     Rows rows;
     float p[MOST][BROAD];
@@ -190,8 +195,9 @@ INLINE void column(const int F, const int M, const int N, int ahead, const float
         rows.values[i] = (const char *)w->values + (n + i) * stride;
         rows.scales[i] = w->scales + (n + i) * groups;
         rows.offsets[i] = w->offsets ? w->offsets + (n + i) * groups : 0;
+        rows.ahead[i] = parts == 1 ? N * stride : (n + i) % parts == part ? SLICE * stride : 0;
     }
-    block(F, M, N, x, x_stride, &rows, size, w->group, ahead ? N * stride : 0, p);
+    block(F, M, N, x, x_stride, &rows, size, w->group, p);
     EVERY(m, M) {
         float *o = out + m * out_stride + n;
         if (bias)
@@ -200,15 +206,14 @@ INLINE void column(const int F, const int M, const int N, int ahead, const float
     }
 }
 
-INLINE void panel(const int F, const int M, int ahead, const float *x, int64_t x_stride, const Weight *w,
-                  const float *bias, int64_t size, int64_t from, int64_t to, float *out, int64_t out_stride) {
+INLINE void panel(const int F, const int M, int64_t part, int64_t parts, const float *x, int64_t x_stride,
+                  const Weight *w, const float *bias, int64_t size, int64_t from, int64_t to, float *out,
+                  int64_t out_stride) {
     const int N = WIDE(M);
     int64_t n = from;
-    for (; n + N <= to; n += N) column(F, M, N, ahead, x, x_stride, w, bias, size, n, out, out_stride);
-    for (; n < to; n++) column(F, M, 1, ahead, x, x_stride, w, bias, size, n, out, out_stride);
+    for (; n + N <= to; n += N) column(F, M, N, part, parts, x, x_stride, w, bias, size, n, out, out_stride);
+    for (; n < to; n++) column(F, M, 1, part, parts, x, x_stride, w, bias, size, n, out, out_stride);
 }
-
-#define SLICE 8 /* rows of weights that stay in cache under many tokens */
 
 /* A few rows of codes as the numbers they stand for. */
 INLINE void unpack(const int F, const Weight *w, int64_t size, int64_t from, int64_t count, float *out) {
@@ -251,8 +256,8 @@ DEFINED(FORMAT) {
                 const int64_t first = start + some * i / pieces, count = start + some * (i + 1) / pieces - first;
                 const float *a = x + first * x_stride;
                 float *o = out + first * out_stride;
-                switch (count) { /* the first few tokens bring the weights in for all */
-#define CASE(M) case M: panel(FORMAT, M, i == 0, a, x_stride, w, bias, size, n, end, o, out_stride); break;
+                switch (count) {
+#define CASE(M) case M: panel(FORMAT, M, i, pieces, a, x_stride, w, bias, size, n, end, o, out_stride); break;
                     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
                 }
