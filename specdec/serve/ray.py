@@ -93,7 +93,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         pydantic.ValidationError: an argument that does not exist, or a value out of range.
     """
     given = Arguments.model_validate(dict(args))
-    router = {"request_router_config": RequestRouterConfig(request_router_class=ROUTER)} if given.sticky else {}
+    router: dict[str, Any] = {"request_router_class": ROUTER} if given.sticky else {}
     deployment = serve.deployment(
         name="specdec",
         max_ongoing_requests=given.max_concurrent,
@@ -104,7 +104,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         ),
         graceful_shutdown_timeout_s=given.drain_seconds,
         ray_actor_options={"num_cpus": given.num_cpus, "num_gpus": given.num_gpus},
-        **router,
+        request_router_config=RequestRouterConfig(**router),
     )
     return deployment(Replica).bind(given.model_dump())
 

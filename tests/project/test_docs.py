@@ -140,6 +140,7 @@ def check_module(module: str, words: list[str]) -> None:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPECDEC_CACHE", "off")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that a block starts
     run_python(page)
 
 
