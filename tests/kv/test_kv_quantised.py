@@ -68,7 +68,8 @@ def test_states_that_are_not_finite_are_not_read_as_if_they_were(name: str, bad:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_as_many_more_pages_as_the_bytes_say(dtype: str) -> None:
     """Heads of 64 numbers in float32: 256 bytes, or 64 and two scales."""
-    model = models.llama(vocab=64, hidden=128, heads=2).to(models.DTYPES[dtype])
+    whole_model: Any = models.llama(vocab=64, hidden=128, heads=2)
+    model = whole_model.to(models.DTYPES[dtype])
     whole, small = (KVPool.sized({"target": model}, 1 << 20, quantised=how) for how in (None, INT8))
     ratio = 64 * (4 if dtype == "fp32" else 2) / (64 + 4)
     assert whole.num_pages is not None
