@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from specdec.kv.errors import CacheStateError
+from specdec.kv.quantised import Quantised
 from specdec.kv.write import Write
 
 
@@ -20,6 +21,9 @@ class PassCache(ABC):
 
     lengths: list[int]
     """Committed tokens per storage row. Host integers: they are needed on the host every step anyway."""
+
+    quantised: Quantised | None = None
+    """How K/V is kept; None for as it is computed."""
 
     @abstractmethod
     def row(self, row: int) -> PassCache:

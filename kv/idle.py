@@ -23,7 +23,7 @@ class IdleRows(PassCache):
 
     def __init__(self, cache: KVCache, name: str, idle: Sequence[bool]):
         self._cache, self._idle = cache, idle
-        self.num_rows = cache.num_rows
+        self.num_rows, self.quantised = cache.num_rows, cache.quantised
         lengths, filled = cache.lengths[: cache.num_rows], cache.filled(name)
         self.lengths = [have if out else length for length, have, out in zip(lengths, filled, idle, strict=True)]
 

@@ -26,15 +26,15 @@ class Layout(NamedTuple):
     targets: torch.Tensor | None = None
 
 
-def check_layout(storage: Sequence[torch.Tensor], shape: tuple[int, ...], like: torch.Tensor) -> None:
+def check_layout(storage: Sequence[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Storage holds what wrote first, a caller's cache for one; addresses say nothing of it, so it is looked at here.
 
     Raises:
         CacheStateError: tensors of another dtype or shape than the model that is about to read them.
     """
     for tensor in storage:
-        if tensor.shape != shape or tensor.dtype != like.dtype or not tensor.is_contiguous():
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise CacheStateError(
-                f"expected K/V of shape {shape} in {like.dtype}, as the model's own, the cache holds "
+                f"expected K/V of shape {shape} in {dtype}, as the model's own, the cache holds "
                 f"{tuple(tensor.shape)} in {tensor.dtype}: was it written by another model?"
             )

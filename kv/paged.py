@@ -35,7 +35,7 @@ class PagedKVCache(KVCache):
     """
 
     def __init__(self, pool: KVPool, sequences: Sequence[int] = (), names: Mapping[str, str] | None = None):
-        self.pool = pool
+        self.pool, self.quantised = pool, pool.quantised
         self.sequences: list[int] = []
         self.num_rows = 0
         self._names = dict(names or {})

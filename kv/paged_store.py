@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.kv.layout import Layout, check_layout
 from specdec.kv.pages import ZERO_PAGE
+from specdec.kv.quantised import Quantised
 
 
 class PagedStore:
@@ -17,16 +18,26 @@ class PagedStore:
     Shapes, dtype and device are read from the layer's own states. Page 0 is all zeros. Storage grows by a
     sixteenth when it must; a limited pool allocates `most_pages` at once.
 
-    The layout is that of flash-attn's paged cache.
+    The layout is that of flash-attn's paged cache; quantised, the bytes of a token and head (see `Quantised`) lie where
+    its numbers would.
 
     Attributes:
         capacity: pages there are, the page of zeros included.
         settled: per page, how many of its leading slots hold K/V on which several holders rely. Meaningful for
             shared pages only: those slots are not written again.
+        dtype: that of the states, once a layer has written.
     """
 
-    def __init__(self, num_layers: int, page_size: int, num_pages: int, most_pages: int | None):
-        self.page_size = page_size
+    def __init__(
+        self,
+        num_layers: int,
+        page_size: int,
+        num_pages: int,
+        most_pages: int | None,
+        quantised: Quantised | None = None,
+    ):
+        self.page_size, self.quantised = page_size, quantised
+        self.dtype: torch.dtype | None = None
         self.num_layers = num_layers
         self.capacity = num_pages + 1
         self._most = None if most_pages is None else most_pages + 1
@@ -42,11 +53,11 @@ class PagedStore:
         Args:
             like: any tensor `[*, kv_heads, *, head_dim]` of the dtype and device of the states.
         """
-        known, size, heads, width = self._layout, self.page_size, like.shape[1], like.shape[3]
+        known, size, heads, (width, dtype) = self._layout, self.page_size, like.shape[1], self._kept(like)
         strides = (size, size * heads * width, heads * width, width)
-        if known is None or known.keys[0].dtype != like.dtype or known.strides != strides:
+        if known is None or known.keys[0].dtype != dtype or known.strides != strides:
             keys, values = zip(*(self.layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
-            check_layout((*keys, *values), (self.capacity, size, heads, width), like)
+            check_layout((*keys, *values), (self.capacity, size, heads, width), dtype)
             known = self._layout = Layout(keys, values, strides, torch.empty(0, 0, dtype=torch.int64))
         return known
 
@@ -57,9 +68,19 @@ class PagedStore:
             if keys is None or values is None:
                 break
             index = torch.tensor(list(pages), dtype=torch.int64, device=keys.device)
-            both = (tensor.index_select(0, index).flatten(0, 1)[:stop].transpose(0, 1) for tensor in (keys, values))
+            both = (self.gathered(tensor, index).flatten(0, 1)[:stop].transpose(0, 1) for tensor in (keys, values))
             out.append((next(both), next(both)))
         return out
+
+    def gathered(self, storage: Tensor, pages: Tensor) -> Tensor:
+        """States of those pages of a layer's storage, `[*, page_size, kv_heads, head_dim]`."""
+        read = storage.index_select(0, pages)
+        return read if self.quantised is None or self.dtype is None else self.quantised.unpack(read, self.dtype)
+
+    def put(self, storage: Tensor, slots: Tensor, states: Tensor) -> None:
+        """Write `[*, kv_heads, head_dim]` to those slots of a layer's storage."""
+        new = states if self.quantised is None else self.quantised.pack(states)
+        storage.flatten(0, 1).index_copy_(0, slots, new)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy slot `sources[i]` to slot `targets[i]`, all layers, in place."""
@@ -112,14 +133,30 @@ class PagedStore:
         keys, values = self.keys[layer], self.values[layer]
         if layer in self._unused:
             self._unused.remove(layer)
-            if keys is not None and values is not None and not (_takes(keys, key) and _takes(values, value)):
+            self.dtype = key.dtype
+            if keys is not None and values is not None and not (self._takes(keys, key) and self._takes(values, value)):
                 self.keys[layer] = self.values[layer] = keys = values = None
         if keys is None or values is None:
-            shape = (self.capacity, self.page_size, key.shape[1])
+            self.dtype = key.dtype
             with torch.inference_mode(False):  # storage outlives the pass and is written to outside of it
-                keys = self.keys[layer] = key.new_zeros(*shape, key.shape[3])
-                values = self.values[layer] = value.new_zeros(*shape, value.shape[3])
+                keys, values = self.keys[layer], self.values[layer] = self._made(key), self._made(value)
         return keys, values
+
+    def _kept(self, states: Tensor) -> tuple[int, torch.dtype]:
+        """How wide, and in which dtype, storage is for such states."""
+        if self.quantised is None:
+            return states.shape[3], states.dtype
+        return self.quantised.width(states.shape[3]), torch.int8
+
+    def _made(self, states: Tensor) -> Tensor:
+        width, dtype = self._kept(states)
+        return states.new_zeros(self.capacity, self.page_size, states.shape[1], width, dtype=dtype)
+
+    def _takes(self, storage: Tensor, states: Tensor) -> bool:
+        """Could states `[*, kv_heads, *, head_dim]` be written there?"""
+        width, dtype = self._kept(states)
+        same = (storage.dtype, storage.device) == (dtype, states.device)
+        return same and tuple(storage.shape[2:]) == (states.shape[1], width)
 
     def _reserve(self, pages: int) -> None:
         if pages <= self.capacity:
@@ -140,12 +177,6 @@ class PagedStore:
         # Last: if memory ran out on the way, the next attempt grows the tensors that are still small.
         self.settled += [0] * (capacity - self.capacity)
         self.capacity = capacity
-
-
-def _takes(storage: Tensor, states: Tensor) -> bool:
-    """Could states `[*, kv_heads, *, head_dim]` be written there?"""
-    same = (storage.dtype, storage.device) == (states.dtype, states.device)
-    return same and tuple(storage.shape[2:]) == (states.shape[1], states.shape[3])
 
 
 assert ZERO_PAGE == 0, "fresh storage is zero, and so is its first page"

@@ -28,8 +28,6 @@ class PagedWrite(Write):
         written: told when the pass has ended, and whether it ended well.
     """
 
-    table: Tensor
-
     def __init__(
         self,
         store: PagedStore,
@@ -42,6 +40,7 @@ class PagedWrite(Write):
     ):
         self._store, self._spans, self._written = store, spans, written
         self._holders, self._published = holders, published
+        self.quantised = store.quantised
         self.starts, self.width, self.num_layers = [start for _, start, _ in spans], width, num_layers
         self.valid = [max(0, stop - start) for _, start, stop in spans]
         self.read = max(self.starts, default=0) + width
@@ -64,7 +63,8 @@ class PagedWrite(Write):
             sequence.pages[:count] + [ZERO_PAGE] * (count - len(sequence.pages)) for sequence, _, _ in spans
         ]  # fmt: skip
         whole = len(columns) == len(spans) * width
-        self.table = torch.tensor(tables, dtype=torch.int64)
+        self._pages = torch.tensor(tables, dtype=torch.int64)
+        self.table = None if self.quantised else self._pages
         self._slots = torch.tensor(slots, dtype=torch.int64)
         self._columns = None if whole else torch.tensor(columns, dtype=torch.int64)
 
@@ -84,6 +84,8 @@ class PagedWrite(Write):
         return self._gathered(keys), self._gathered(values)
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.quantised:
+            return self.update(layer, key, value)
         keys, values = self._put(layer, key, value)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
@@ -93,17 +95,18 @@ class PagedWrite(Write):
         both = self._store.layer(layer, key, value)
         for storage, states in zip(both, (key, value), strict=True):
             new = states.transpose(1, 2).flatten(0, 1)
-            storage.flatten(0, 1).index_copy_(0, self._slots, new if self._columns is None else new[self._columns])
+            self._store.put(storage, self._slots, new if self._columns is None else new[self._columns])
         return both
 
     def _move_to(self, device: torch.device) -> None:
         if self._slots.device != device:
-            self._slots, self.table = self._slots.to(device), self.table.to(device)
+            self._slots, self._pages = self._slots.to(device), self._pages.to(device)
+            self.table = None if self.table is None else self._pages
             self._columns = None if self._columns is None else self._columns.to(device)
 
     def _gathered(self, storage: Tensor) -> Tensor:
-        read = storage.index_select(0, self.table.flatten())
-        return read.view(len(self.starts), -1, *storage.shape[2:])[:, : self.read].transpose(1, 2)
+        read = self._store.gathered(storage, self._pages.flatten())
+        return read.view(len(self.starts), -1, *read.shape[2:])[:, : self.read].transpose(1, 2)
 
     def layout(self, like: Tensor) -> Layout:
         storage = self._store.layout(like)
@@ -111,7 +114,7 @@ class PagedWrite(Write):
         if self._columns is not None:
             spread = torch.full((len(self.starts) * self.width,), -1, dtype=torch.int64)
             targets = spread.index_copy_(0, self._columns, targets)
-        return storage._replace(table=self.table, targets=targets)
+        return storage._replace(table=self._pages, targets=targets)
 
     def row(self, row: int, width: int) -> Write:
         return PagedWrite(

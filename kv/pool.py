@@ -16,6 +16,7 @@ from specdec.kv.pool_check import check_pool
 from specdec.kv.pool_pages import PooledSequence, SequencePages
 from specdec.kv.pool_size import DEFAULT_PAGE_SIZE, checked_page_size, pages_within
 from specdec.kv.prefix import PrefixIndex, Tokens, plain
+from specdec.kv.quantised import Quantised
 from specdec.kv.support import num_cache_layers
 
 
@@ -38,6 +39,7 @@ class KVPool:
         page_size: slots per page, 1 to 256.
         first_pages: pages an unlimited pool allocates at first.
         borrows: models without storage of their own, and whose they read and write their tails to (see `KVCache`).
+        quantised: keep K/V of all models in 8 bits: lossy.
 
     Attributes:
         owners: whose storage each model uses.
@@ -63,12 +65,13 @@ class KVPool:
         page_size: int = DEFAULT_PAGE_SIZE,
         first_pages: int = 64,
         borrows: Mapping[str, str] = MappingProxyType({}),
+        quantised: Quantised | None = None,
     ):
         page_size = checked_page_size(page_size)
         if num_pages is not None:
             num_pages = checked_count("num_pages", num_pages, 1, MOST_PAGES, "give at least 1, or None for no limit")
         first_pages = checked_count("first_pages", first_pages, 1, MOST_PAGES)
-        self.page_size = page_size
+        self.page_size, self.quantised = page_size, quantised
         self._limit = num_pages
         self._first_pages = first_pages if num_pages is None else num_pages
         self._next = 0
@@ -90,18 +93,19 @@ class KVPool:
         num_bytes: int,
         page_size: int = DEFAULT_PAGE_SIZE,
         borrows: Mapping[str, str] = MappingProxyType({}),
+        quantised: Quantised | None = None,
     ) -> KVPool:
         """A pool for these models, and for those that borrow from them, with as many pages as fit `num_bytes`.
 
-        A token's bytes are measured by running each model over one token: shapes and dtypes of K/V are the model's own
-        business.
+        A token's bytes are measured by running each model over one token.
 
         Raises:
             UnsupportedArgumentError: not even one page fits, or more than the models' device has memory for.
         """
         layers = {name: num_cache_layers(model) for name, model in models.items()}
         layers |= {name: layers[owner] for name, owner in borrows.items()}
-        return cls(layers, pages_within(models, num_bytes, page_size), page_size, borrows=borrows)
+        num_pages = pages_within(models, num_bytes, page_size, quantised)
+        return cls(layers, num_pages, page_size, borrows=borrows, quantised=quantised)
 
     def add_model(self, name: str, num_layers: int) -> None:
         """One more model over the same sequences; it lags behind all of them."""
@@ -109,7 +113,7 @@ class KVPool:
             raise CacheStateError(f"the pool already has a model {name!r}")
         pages = max(self._first_pages, self.allocator.num_made)
         self.owners[name], self.num_layers[name] = name, num_layers
-        self.stores[name] = PagedStore(num_layers, self.page_size, pages, self._limit)
+        self.stores[name] = PagedStore(num_layers, self.page_size, pages, self._limit, self.quantised)
         for sequence in self.sequences.values():
             sequence.filled[name] = 0
 
@@ -173,8 +177,7 @@ class KVPool:
         return sequence.tails.get(owner, {}).get(name) or min(sequence.filled[owner], sequence.length)
 
     def set_length(self, sequence: int, length: int) -> None:
-        """Declare `length` committed tokens (after a prefill); models may lag behind it. Fewer than before: the others
-        are forgotten, and their pages given back."""
+        """Declare `length` committed tokens; models may lag behind. Of more than these, the rest is forgotten."""
         found = self.sequence(sequence)
         if length < found.length:
             self.pages.cut(found, length)
@@ -217,9 +220,8 @@ class KVPool:
         return self.allocator.evict(self.index.num_resting if count is None else count)
 
     def reset(self) -> None:
-        """Forget every sequence and every published prefix; all pages are free. For callers that were interrupted in
-        the middle of a change, or whose models have changed: no K/V can be relied on then. Storage follows if the
-        models now write K/V of another dtype or place."""
+        """Forget every sequence and every published prefix, for callers interrupted in the middle of a change, or
+        whose models have changed. Storage follows if these now write K/V of another dtype or place."""
         for store in self.stores.values():
             store.reset()
         self.sequences.clear()

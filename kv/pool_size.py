@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.kv.limits import MOST_PAGES, checked_count, memory_of
+from specdec.kv.quantised import Quantised
 from specdec.kv.support import bytes_per_token
 
 DEFAULT_PAGE_SIZE = 16
@@ -24,7 +25,9 @@ def checked_page_size(page_size: int) -> int:
     return checked_count("page_size", page_size, 1, MAX_PAGE_SIZE, f"pages have 1 to {MAX_PAGE_SIZE} slots")
 
 
-def pages_within(models: Mapping[str, PreTrainedModel], num_bytes: int, page_size: int) -> int:
+def pages_within(
+    models: Mapping[str, PreTrainedModel], num_bytes: int, page_size: int, quantised: Quantised | None = None
+) -> int:
     """Pages that fit `num_bytes`.
 
     Raises:
@@ -32,7 +35,7 @@ def pages_within(models: Mapping[str, PreTrainedModel], num_bytes: int, page_siz
     """
     page_size = checked_page_size(page_size)
     num_bytes = checked_count("num_bytes", num_bytes, 1, _memory_for(models))
-    page_bytes = _page_bytes(models, page_size)
+    page_bytes = _page_bytes(models, page_size, quantised)
     if page_bytes > num_bytes:
         raise UnsupportedArgumentError(
             f"num_bytes: expected room for one page of {page_size} slots or more ({page_bytes} bytes), got "
@@ -41,19 +44,21 @@ def pages_within(models: Mapping[str, PreTrainedModel], num_bytes: int, page_siz
     return min(max(1, num_bytes // page_bytes - 1), MOST_PAGES)  # one page of zeros belongs to nobody
 
 
-def check_pages(models: Mapping[str, PreTrainedModel], num_pages: int, page_size: int) -> None:
+def check_pages(
+    models: Mapping[str, PreTrainedModel], num_pages: int, page_size: int, quantised: Quantised | None = None
+) -> None:
     """Do the models' devices have memory for so many pages?
 
     Raises:
         UnsupportedArgumentError: they do not, or a number is no whole number in its range.
     """
-    page_bytes = _page_bytes(models, checked_page_size(page_size))
+    page_bytes = _page_bytes(models, checked_page_size(page_size), quantised)
     most = max(1, min(MOST_PAGES, _memory_for(models) // max(1, page_bytes)))
     checked_count("num_pages", num_pages, 1, most, f"a page of {page_size} slots takes {page_bytes} bytes here")
 
 
-def _page_bytes(models: Mapping[str, PreTrainedModel], page_size: int) -> int:
-    return page_size * sum(bytes_per_token(model) for model in models.values())
+def _page_bytes(models: Mapping[str, PreTrainedModel], page_size: int, quantised: Quantised | None) -> int:
+    return page_size * sum(bytes_per_token(model, quantised) for model in models.values())
 
 
 def _memory_for(models: Mapping[str, PreTrainedModel]) -> int:

@@ -102,7 +102,7 @@ class ModelStore:
         strides = (slots, heads * slots * size, size, slots * size)
         if known is None or known.keys[0].dtype != like.dtype or known.strides != strides:
             keys, values = zip(*(self.layer(layer, like, like) for layer in range(self.num_layers)), strict=True)
-            check_layout((*keys, *values), (self.num_rows, heads, slots, size), like)
+            check_layout((*keys, *values), (self.num_rows, heads, slots, size), like.dtype)
             known = self._layout = Layout(keys, values, strides, torch.arange(self.num_rows)[:, None])
         return known
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from specdec.kv.errors import UnsupportedModelError
+from specdec.kv.quantised import Quantised
 from specdec.kv.versions import CACHE_KEYWORDS, cache_argument, cached, naming_the_tested_range, tested_range
 from specdec.kv.wrappers import unwrapped
 
@@ -48,7 +49,7 @@ def num_cache_layers(model: PreTrainedModel) -> int:
     return int(text_config(model).num_hidden_layers)
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
+def bytes_per_token(model: PreTrainedModel, quantised: Quantised | None = None) -> int:
     """Bytes of K/V one token takes in all layers, measured on a pass over one token: how many heads are kept, how wide
     and in which dtype is the model's own business."""
     embeddings: Any = model.get_input_embeddings()
@@ -58,7 +59,10 @@ def bytes_per_token(model: PreTrainedModel) -> int:
         # Offloaded weights are on "meta" between passes.
         token = torch.zeros(1, 1, dtype=torch.int64, device="cpu" if device.type == "meta" else device)
         model(input_ids=token, **cached(model, cache))
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    states = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    if quantised is not None:
+        return sum(tensor[..., 0].numel() * quantised.width(tensor.shape[-1]) for tensor in states)
+    return sum(tensor.nbytes for tensor in states)
 
 
 @naming_the_tested_range

@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from specdec.kv.layout import Layout
+from specdec.kv.quantised import Quantised
 
 
 class Write(ABC):
@@ -23,7 +24,8 @@ class Write(ABC):
         width: columns of the pass.
         valid: per row, how many leading columns are real; None for all. The others are padding.
         read: slots that attention reads, `[0, read)`.
-        table: int64 `[rows, pages]`, where K/V lies in pages; None where it is contiguous.
+        table: int64 `[rows, pages]`, where attention may follow pages itself; None where it reads contiguous K/V.
+        quantised: how K/V is kept, None for as it is computed: `update` gives what is read, the layout says bytes.
         store: the contiguous storage, for passes that address it by slot; None where there are pages, or other rows.
     """
 
@@ -32,6 +34,7 @@ class Write(ABC):
     valid: Sequence[int] | None
     read: int
     table: Tensor | None = None
+    quantised: Quantised | None = None
     store: Any = None
     num_layers: int
 

@@ -68,7 +68,7 @@ class PageServer:
     async def info(self, request: Request) -> Response:
         offered = {
             "model": "smollm2-135m", "drafters": ["ngram", "self:int4", "none"], "chat_template": self.chat_template,
-            "max_request_tokens": 2048, "max_new_tokens": 1024, "version": "0",
+            "max_request_tokens": 2048, "max_new_tokens": 1024, "lossy": None, "version": "0",
         }  # fmt: skip
         return self._refusal(request) or JSONResponse(offered)
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdec.kv import KVPool, PagedKVCache
+from specdec.kv.quantised import Quantised
 
 LAYERS = {"target": 2, "draft": 1}
 HEADS, DIM = 2, 3
@@ -35,3 +37,13 @@ def prefill(pool: KVPool, sequence: int, length: int, value: float = 1.0) -> Non
 
 def keys_of(pool: KVPool, sequence: int, name: str = "target") -> list[float]:
     return [float(value) for value in next(PagedKVCache(pool, [sequence]).layers(name, 0))[0][0, :, 0]]
+
+
+class OfAPass(Quantised):
+    """What must not be: a token's scale is that of its whole pass."""
+
+    def pack(self, states: Tensor) -> Tensor:
+        packed = super().pack(states)
+        if len(states):
+            packed[..., states.shape[-1] :] = super().pack(states.flatten(0, 1).amax(0))[..., states.shape[-1] :]
+        return packed

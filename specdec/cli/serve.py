@@ -43,6 +43,12 @@ def serve(
     max_rows: Annotated[int, _server("Requests that are decoded together.", panel=_LIMITS, min=1)] = 16,
     max_waiting: Annotated[int, _server("Texts that may wait for a place.", panel=_LIMITS, min=1)] = 1024,
     kv_mib: Annotated[int, _server("MiB of K/V, target and drafters together.", panel=_LIMITS, min=1)] = 512,
+    kv_dtype: Annotated[
+        str | None, _server("Keep K/V in 8 bits: int8 or fp8. LOSSY: wants --lossy beside it.", panel=_LIMITS)
+    ] = None,
+    lossy: Annotated[
+        bool, _server("Agree that --kv-dtype changes the law of the text.", "--lossy", panel=_LIMITS)
+    ] = False,
     max_concurrent: Annotated[
         int, _server("Generations at once, waiting ones included.", panel=_LIMITS, min=1)
     ] = ServeOptions.max_concurrent,
@@ -99,11 +105,14 @@ def serve(
     engine = Engine(
         models.target, models.draft, k=choice.k, tree=choice.tree, drafters={word: word for word in further},
         tokenizer=models.tokenizer, num_bytes=kv_mib << 20, max_rows=max_rows, max_waiting=max_waiting,
+        kv_dtype=kv_dtype, lossy=lossy,
     )  # fmt: skip
     name = model_name or choice.pair.name or choice.target
 
     def ready(address: str) -> None:
         typer.echo(f"{name} at {address}, drafted for by {engine.drafters[0]} (also: {', '.join(engine.drafters[1:])})")
+        if (what := engine.metrics().lossy) is not None:
+            typer.echo(f"lossy: {what}; texts follow another law than the target's")
         key = "" if api_key_file is None else " -H 'Authorization: Bearer KEY'"
         body = '{"prompt": "def main(", "max_tokens": 32, "stream": true}'
         typer.echo(f"try: curl -N {address}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")

@@ -29,6 +29,7 @@ from specdec.forks import renewed_after_fork
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.faults import from_outside
 from specdec.kv.pool import DEFAULT_PAGE_SIZE, KVPool
+from specdec.kv.quantised import quantised
 from specdec.preparation import Preparation
 
 
@@ -45,6 +46,8 @@ class Engine:
         drafters: further ones by name, for `submit(..., draft=name)`: causal LMs, `Drafter`s or "ngram".
         tokenizer: needed only for `stop_strings`.
         num_bytes: K/V of all models; num_pages: the same in pages of `page_size` slots.
+        kv_dtype: "int8" or "fp8" keep K/V of all models in 8 bits a number. LOSSY, which `lossy=True` agrees to: texts
+            follow the law of the target with such K/V, with drafts and without.
         max_rows: requests that run at once. max_step_tokens: tokens of the target per step, draft nodes and chunks of
             prefill included. max_waiting: requests that may wait (back-pressure).
         adaptive: draft no more than pays off for the whole batch, down to nothing (see `Params.seed` for the requests
@@ -77,29 +80,28 @@ class Engine:
         num_bytes: int | None = None,
         num_pages: int | None = None,
         page_size: int = DEFAULT_PAGE_SIZE,
+        kv_dtype: str | None = None,
+        lossy: bool = False,
         max_rows: int = 16,
         max_step_tokens: int = 512,
         max_waiting: int = 1024,
         adaptive: bool = True,
     ):
-        if num_bytes is not None and num_pages is not None:
-            raise UnsupportedArgumentError("expected num_bytes or num_pages, got both")
+        kept = quantised(kv_dtype, lossy)
         limits = Limits.checked(max_rows, max_step_tokens, max_waiting)
         preparation = Preparation(target, tokenizer)
         self.target = target = preparation.target
         named = named_drafters(target, draft, k, tree, drafters or {})
-        self.drafters = tuple(named)
-        self.limits = limits
-        pooled = make_pool(target, named, num_bytes, num_pages, page_size)
+        self.drafters, self.limits = tuple(named), limits
+        pooled = make_pool(target, named, num_bytes, num_pages, page_size, kept)
         self._lock = threading.RLock()
         self._intake_lock = threading.RLock()
         self._arrivals = Arrivals()
-        self._counters = Counters()
+        self._counters = Counters(kept)
         self._stepping = Stepping(target, named, pooled, self.limits, self._counters, adaptive)
         self._intake = Intake(preparation, named, self._stepping.vocab, self._stepping.device)
         self._tasks: dict[int, Task] = {}
-        self._prepared = ExitStack()
-        self._is_prepared = False
+        self._prepared, self._is_prepared = ExitStack(), False
         self._stepper: int | None = None
         self._thread = StepThread(self.step, lambda: self._idle, self._arrivals.work)
         self._process = os.getpid()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from specdec.kv.quantised import Quantised
 from specdec.report import DraftTotals
 
 WINDOW = 4096
@@ -39,6 +40,7 @@ class EngineMetrics(DraftTotals):
     kv_cache_usage: fraction of the pool's pages in use, shared prefixes included.
     inter_token_latency: the time since the previous tokens of a request, divided among the tokens of one step.
     num_finished: requests by finish reason.
+    lossy: what makes texts follow another law than the target's; None where nothing does, but rules that requests name.
     """
 
     num_requests_running: int = 0
@@ -60,6 +62,7 @@ class EngineMetrics(DraftTotals):
     inter_token_latency: Latency = Latency()
     request_queue_time: Latency = Latency()
     e2e_request_latency: Latency = Latency()
+    lossy: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -94,7 +97,8 @@ class Observations:
 class Counters:
     """The running totals behind `EngineMetrics`, by its field names."""
 
-    def __init__(self) -> None:
+    def __init__(self, quantised: Quantised | None = None) -> None:
+        self.lossy = None if quantised is None else quantised.loss
         self.totals: dict[str, int] = {}
         self.per_pos: list[int] = []
         self.finished: dict[str, int] = {}
@@ -126,5 +130,6 @@ class Counters:
             inter_token_latency=self.between.latency(),
             request_queue_time=self.queued.latency(),
             e2e_request_latency=self.whole.latency(),
+            lossy=self.lossy,
             **self.totals,
         )

@@ -14,6 +14,7 @@ from specdec.engine.params import PLAIN
 from specdec.kv import UnsupportedArgumentError
 from specdec.kv.pool import KVPool
 from specdec.kv.pool_size import check_pages
+from specdec.kv.quantised import Quantised
 from specdec.kv.support import num_cache_layers
 from specdec.ranks.fitting import refuse_several
 from specdec.target import TARGET
@@ -59,13 +60,16 @@ def make_pool(
     num_bytes: int | None,
     num_pages: int | None,
     page_size: int,
+    quantised: Quantised | None = None,
 ) -> Pooled:
     """One pool for the target and every drafter that keeps K/V. Drafters on one model share its K/V.
 
     Raises:
-        UnsupportedArgumentError: a size in bytes with a drafter whose K/V cannot be measured, or beyond the memory
-            there is.
+        UnsupportedArgumentError: two sizes, a size in bytes with a drafter whose K/V cannot be measured, or beyond the
+            memory there is.
     """
+    if num_bytes is not None and num_pages is not None:
+        raise UnsupportedArgumentError("expected num_bytes or num_pages, got both")
     layers, models, names = {TARGET: num_cache_layers(target)}, {TARGET: target}, {}
     owner: dict[int, str] = {}
     borrows: dict[str, str] = {}
@@ -89,10 +93,10 @@ def make_pool(
         if model is not None:
             models[own] = model
     if num_pages is not None:
-        check_pages(models, num_pages, page_size)
-        return Pooled(KVPool(layers, num_pages, page_size, borrows=borrows), names)
+        check_pages(models, num_pages, page_size, quantised)
+        return Pooled(KVPool(layers, num_pages, page_size, borrows=borrows, quantised=quantised), names)
     num_bytes = DEFAULT_BYTES if num_bytes is None else num_bytes
-    return Pooled(KVPool.sized(models, num_bytes, page_size, borrows), names)
+    return Pooled(KVPool.sized(models, num_bytes, page_size, borrows, quantised), names)
 
 
 def models_of(drafter: Drafter | None) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from specdec.pairing.checks import problems
 from specdec.pairing.errors import PairError
@@ -87,6 +88,23 @@ def pair_table(pair: Pair) -> dict[str, object]:
     return {"schema": SCHEMA, **write_table(pair, skip=_NOT_IN_FILES)}
 
 
+def pair_of(table: dict[str, Any], where: str) -> Pair:
+    """The pair of a table like those of `pair_table`.
+
+    Args:
+        where: it came from, for errors.
+
+    Raises:
+        PairError: unknown keys, wrong types, another version of the format.
+    """
+    version = table.get("schema")
+    if version != SCHEMA or isinstance(version, bool):
+        raise PairError(
+            f"{where}: expected schema = {SCHEMA}, got {shown(version)}; this version of specdec reads schema {SCHEMA}"
+        )
+    return read_table(Pair, table, where, skip=_NOT_IN_FILES)
+
+
 def _read_file(path: Path) -> Pair:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -94,13 +112,7 @@ def _read_file(path: Path) -> Pair:
         raise PairError(f"{path.name}: expected a TOML file: {one_line(str(error))}") from None
     except OSError as error:
         raise PairError(f"{path.name}: could not be read: {error.strerror}") from None
-    version = table.get("schema")
-    if version != SCHEMA or isinstance(version, bool):
-        raise PairError(
-            f"{path.name}: expected schema = {SCHEMA}, got {shown(version)}; this version of specdec reads schema "
-            f"{SCHEMA}"
-        )
-    return replace(read_table(Pair, table, path.name, skip=_NOT_IN_FILES), folder=path.resolve().parent)
+    return replace(pair_of(table, path.name), folder=path.resolve().parent)
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:

@@ -114,11 +114,12 @@ class _Server:
 
     async def info(self) -> Info:
         """What OpenAI's API has no word for: the drafters by name (the first drafts unless a request names another),
-        whether there is a chat template, and limits."""
+        whether there is a chat template, limits, and what makes texts follow another law than the model's."""
+        kept = self.engine.pool.quantised
         return Info(
             model=self.name, drafters=list(self.engine.drafters), chat_template=self.prompts.has_template,
             max_request_tokens=self.sampling.most, max_new_tokens=self.options.max_new_tokens,
-            version=__version__,
+            lossy=None if kept is None else kept.loss, version=__version__,
         )  # fmt: skip
 
     async def completions(self, body: CompletionRequest) -> Response:

@@ -30,6 +30,7 @@ class Info(BaseModel):
     chat_template: bool
     max_request_tokens: int
     max_new_tokens: int
+    lossy: str | None
     version: str
 
 

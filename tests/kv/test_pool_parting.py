@@ -263,6 +263,7 @@ def test_passes_end_and_begin_anywhere_in_a_page(length: int, width: int) -> Non
     assert keys[0, 0, :, 0].tolist() == [float(rows[0])] * length + states[0, 0, :, 0].tolist()
     assert keys[1, 0, : length - 1, 0].tolist() == [float(rows[1])] * (length - 2) + [100.0 + width]
     assert pool.filled(rows[1], "target") == length - 1
+    assert write.table is not None
     table = write.table.tolist()
     assert table[0] == pool.sequence(rows[0]).pages
     assert [len(pool.sequence(row).pages) for row in rows] == [-(-(length + width) // 4), -(-length // 4)]

@@ -22,17 +22,17 @@ from specdec.cli.app import app
 LOG = ROOT / "experiments" / "LOG.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?(?:<!-- needs: (?P<package>\w+) -->\n)?"
+    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?(?:<!-- needs: (?P<packages>[\w, ]+) -->\n)?"
     r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.M | re.S,
 )
 QUICK = {"cache", "doctor", "generate", "pairs"}
 SLOW = {"check", "warmup"}
 """Commands that are run as they stand; of the others, which measure for minutes, only the options are checked."""
-PROGRAMS = ("specdec", "make", "pip", "python", "accelerate", "torchrun", "jupytext")
+PROGRAMS = ("specdec", "make", "pip", "python", "accelerate", "torchrun", "jupytext", "serve")
 """What lines of shell begin with."""
 MOST_NOT_RUN = 5
-NOT_INSTALLED_HERE = {"lm_eval", "torchao", "trl"}
+NOT_INSTALLED_HERE = {"lm_eval", "pyarrow", "torchao", "trl"}
 """Packages that `make test` does not install; blocks that need one run where it is there."""
 LONGEST_LINE = 160
 LONGEST_LINE_OF_THE_LOG = 200
@@ -45,6 +45,11 @@ MOST_LINES = 5
 def blocks(page: Path, language: str, reason: bool = False) -> list[re.Match[str]]:
     found = [match for match in BLOCK.finditer(page.read_text()) if match["language"] == language]
     return [match for match in found if bool(match["reason"]) == reason]
+
+
+def needed(block: re.Match[str]) -> list[str]:
+    """Packages without which it is not run."""
+    return (block["packages"] or "").replace(",", " ").split()
 
 
 def shell_lines(page: Path) -> list[list[str]]:
@@ -62,7 +67,7 @@ def run_python(page: Path) -> None:
     """In their order, in one namespace that holds nothing before the page's first line."""
     names = {"__name__": "docs"}
     for match in blocks(page, "python"):
-        if match["package"] and importlib.util.find_spec(match["package"]) is None:
+        if any(importlib.util.find_spec(package) is None for package in needed(match)):
             continue
         line = page.read_text()[: match.start("code")].count("\n")
         exec(compile("\n" * line + match["code"], str(page), "exec", dont_inherit=True), names)
@@ -106,6 +111,12 @@ def check_line(words: list[str]) -> None:
         if asked is None:
             return
         assert set((asked[1] or "").split(",")) <= {*extras, ""}, f"{shlex.join(words)}: no such extra"
+    elif program == "serve":
+        assert rest[:2] == ["run", "specdec.serve.ray:app"], f"{shlex.join(words)}: not this library's application"
+        if importlib.util.find_spec("ray") is not None:
+            from specdec.serve.ray import Arguments
+
+            Arguments.model_validate(dict(word.split("=") for word in rest[2:]))
     elif program == "jupytext":
         assert all(list(ROOT.glob(word)) for word in rest if not word.startswith("-"))
     elif rest[0].endswith(".py"):
@@ -124,10 +135,12 @@ def check_module(module: str, words: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft and trl ask for it
+@pytest.mark.filterwarnings(r"ignore:::ray\.")  # it uses what others, and itself, deprecate
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPECDEC_CACHE", "off")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that a block starts
     run_python(page)
 
 
@@ -138,6 +151,7 @@ def test_what_users_write_is_exported_by_specdec_itself(page: Path) -> None:
     assert not [name for name in inner if name != "experiments"], "what measures is no part of the public face"
 
 
+@pytest.mark.filterwarnings(r"ignore:::ray\.")  # it uses what others, and itself, deprecate
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run_or_at_least_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -182,6 +196,10 @@ PLANTED = {
     "no such extra": ("```sh\npip install 'specdec-lm[gold]'\n```\n", lambda page: check_line(*shell_lines(page))),
     "no such module": ("```sh\npython -m specdec.tea\n```\n", lambda page: check_line(*shell_lines(page))),
     "a program nobody checks": ("```sh\ncurl tea\n```\n", lambda page: check_line(*shell_lines(page))),
+    "an argument of no server": (
+        "```sh\nserve run specdec.serve.tea:app\n```\n",
+        lambda page: check_line(*shell_lines(page)),
+    ),
     "an indented block": ("- so:\n\n  ```python\n  assert False\n  ```\n", check_fences),
     "a block with a title": ('```python title="so"\nassert False\n```\n', check_fences),
     "a block without an end": ("```python\nassert False\n", check_fences),
@@ -206,8 +224,8 @@ def test_every_block_is_one_that_somebody_checks() -> None:
     every = [(page.name, match["reason"]) for page in PAGES for match in BLOCK.finditer(page.read_text())]
     skipped = [(name, reason) for name, reason in every if reason]
     assert len(skipped) <= MOST_NOT_RUN, skipped
-    needed = {match["package"] for page in PAGES for match in BLOCK.finditer(page.read_text())}
-    assert needed - {None} == NOT_INSTALLED_HERE
+    asked = {package for page in PAGES for match in BLOCK.finditer(page.read_text()) for package in needed(match)}
+    assert asked - {"ray"} == NOT_INSTALLED_HERE
 
 
 def test_every_cited_section_of_the_algorithms_is_there() -> None:

@@ -3,10 +3,9 @@
  *
  * Whatever else is in its block, a query's sums are over the slots it sees, in their order. */
 #pragma once
-#include "slots.h"
+#include "tiles.h"
 
-#define QUERIES 24 /* of a block, unless one token has more: they meet a tile of keys while the first cache holds it */
-#define TILE 4096  /* numbers in such a tile */
+#define QUERIES 24 /* of a block, unless one token has more: they meet a tile (tiles.h) of keys together */
 
 /* Queries of tokens [token, token + count) of one row, in all heads that share one of keys and values.
  * scores: a line of `stride` numbers a query, with room behind the scores; the last number is the query's scale. */
@@ -63,8 +62,6 @@ INLINE void lows_of(const Block *b, int64_t *least, int64_t *most) {
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-INLINE int64_t tile_of(const Block *b) { return TILE / b->m->head_dim > 16 ? TILE / b->m->head_dim / 4 * 4 : 16; }
-
 /* Scores of M queries against four slots. */
 INLINE void match(const int M, const int64_t size, const float *const *query, const number *const *row, float scaling,
                   float *const *scores, int64_t at) {
@@ -110,21 +107,23 @@ INLINE void match_run(const int M, const int64_t size, const float *const *query
 
 /* Scores of queries [first, last) of a block against slots [from, to) of a list. */
 static void match_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to) {
-    const int64_t size = b->m->head_dim, tile = tile_of(b), pieces = (last - first + 3) / 4;
-    const number *keys = b->p->keys[b->layer] + b->kv * b->p->head_stride;
+    const int64_t size = b->m->head_dim, tile = tile_of(b->m, b->p), pieces = (last - first + 3) / 4;
     const float scaling = b->m->score_cap > 0 ? 1.f : (float)b->m->scaling; /* then it is `soften`'s business */
+    Decoded room;
     for (int64_t start = from; start < to; start += tile) {
         const int64_t stop = start + tile < to ? start + tile : to;
+        const Tile t = tile_at(b->m, b->p, b->kv, b->p->keys[b->layer], seen, start, stop, to, 0, size, &room);
         EACH(piece, pieces) {
-            const int64_t begin = first + (last - first) * piece / pieces, end = piece ? 0 : to;
+            const int64_t begin = first + (last - first) * piece / pieces, end = piece ? 0 : t.end;
             const int64_t count = first + (last - first) * (piece + 1) / pieces - begin;
             const float *query[4];
             float *scores[4];
             EACH(m, count) {
                 query[m] = query_of(b, begin + m);
-                scores[m] = b->scores + (begin + m) * b->stride;
+                scores[m] = b->scores + (begin + m) * b->stride + start - t.first;
             }
-#define CASE(M) case M: match_run(M, SIZE, query, keys, seen, start, stop, stop, end, scaling, scores); break;
+            const int64_t near = t.first + stop - start;
+#define CASE(M) case M: match_run(M, SIZE, query, t.states, t.places, t.first, near, near, end, scaling, scores); break;
 #define SIZE 64
             if (size == SIZE) {
                 switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) }
@@ -145,12 +144,13 @@ static void match_all(const Block *b, int64_t first, int64_t last, const int64_t
     }
 }
 
-/* Sums of values so far, plus those of slots [from, to), in N vectors of M queries; the first slot begins them. */
+/* Sums of values so far, where they have begun, plus those of slots [from, to), in N vectors of M queries. */
 INLINE void weigh(const int M, const int N, const float *const *weights, const number *values, const int64_t *seen,
-                  int64_t from, int64_t to, int64_t next, int64_t end, float *const *out, int64_t d) {
+                  int64_t begun, int64_t from, int64_t to, int64_t end, float *const *out, int64_t d) {
+    int64_t next = to;
     vec total[MOST][SPAN];
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) total[m][n] = from ? load(out[m] + d + n * LANES) : (vec){0};
+        for (int n = 0; n < N; n++) total[m][n] = begun ? load(out[m] + d + n * LANES) : (vec){0};
     for (int64_t i = from; i < to; i++, next++) {
         const number *row = values + seen[i] + d;
         if (next < end) fetch(values + seen[next] + d, N * LANES * sizeof(number));
@@ -166,21 +166,23 @@ INLINE void weigh(const int M, const int N, const float *const *weights, const n
 /* Numbers [d, stop) of the values of slots [from, to) for queries [first, last) of a block. */
 static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t *seen, int64_t from, int64_t to,
                       int64_t begin, int64_t stop) {
-    const int64_t tile = tile_of(b), pieces = (last - first + MOST - 1) / MOST;
-    const number *values = b->p->values[b->layer] + b->kv * b->p->head_stride;
+    const int64_t tile = tile_of(b->m, b->p), pieces = (last - first + MOST - 1) / MOST;
+    Decoded room;
     for (int64_t start = from; start < to || start == 0; start += tile) {
-        const int64_t near = start + tile < to ? start + tile : to;
+        const int64_t behind = start + tile < to ? start + tile : to;
+        const Tile t = tile_at(b->m, b->p, b->kv, b->p->values[b->layer], seen, start, behind, to, begin, stop, &room);
+        const int64_t near = t.first + behind - start;
         EACH(piece, pieces) {
-            const int64_t one = first + (last - first) * piece / pieces, end = piece ? 0 : to;
+            const int64_t one = first + (last - first) * piece / pieces, end = piece ? 0 : t.end;
             const int64_t count = first + (last - first) * (piece + 1) / pieces - one;
             const float *weights[MOST];
             float *out[MOST];
             EACH(m, count) {
-                weights[m] = b->scores + (one + m) * b->stride;
+                weights[m] = b->scores + (one + m) * b->stride + start - t.first;
                 out[m] = out_of(b, one + m);
             }
             int64_t d = begin;
-#define CASE(M) case M: weigh(M, N, weights, values, seen, start, near, near, end, out, d); break;
+#define CASE(M) case M: weigh(M, N, weights, t.states, t.places, start, t.first, near, end, out, d); break;
 #define N SPAN
             for (; d + N * LANES <= stop; d += N * LANES)
                 switch (count) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
@@ -193,7 +195,8 @@ static void weigh_all(const Block *b, int64_t first, int64_t last, const int64_t
             for (; d < stop; d++)
                 EACH(m, count) {
                     float total = start ? out[m][d] : 0;
-                    for (int64_t i = start; i < near; i++) total += weights[m][i] * get_one(values + seen[i] + d);
+                    for (int64_t i = t.first; i < near; i++)
+                        total += weights[m][i] * get_one(t.states + t.places[i] + d);
                     out[m][d] = total;
                 }
         }

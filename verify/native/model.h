@@ -41,7 +41,8 @@ typedef struct {
     const float *mask;
 } Row;
 
-/* Slot s of a row lies at table[s / page_size] * page_stride + s % page_size * slot_stride, plus head * head_stride.
+/* quantised: keys and values lie there in bytes, as slots.h has them, and all that follows is in bytes, too.
+ * Slot s of a row lies at table[s / page_size] * page_stride + s % page_size * slot_stride, plus head * head_stride.
  * targets: where each token's own K/V goes (same unit, less the head), -1 for nowhere; 0: to its slot.
  * kept: tokens whose logits are wanted, ascending.
  * places: row of `angles` (cosines, signed sines, of one kind of layer after the other) of each token; 0: the number of
@@ -51,7 +52,7 @@ typedef struct {
  * The rest is working memory. stride: from the scores of one query to those of the next. leads: of each token, how many
  * slots it sees before the first one that it does not. */
 typedef struct {
-    int64_t threads, tokens, rows, num_kept, page_size, page_stride, slot_stride, head_stride;
+    int64_t threads, tokens, rows, num_kept, quantised, page_size, page_stride, slot_stride, head_stride;
     const int64_t *ids, *places, *targets, *kept;
     const float *angles;
     const Row *row;

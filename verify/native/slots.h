@@ -1,6 +1,6 @@
 /* Where keys and values lie, which of them a token sees, and how its own get there. */
 #pragma once
-#include "model.h"
+#include "quantised.h"
 
 INLINE int64_t address(const Pass *p, const Row *row, int64_t slot) {
     return row->table[slot / p->page_size] * p->page_stride + slot % p->page_size * p->slot_stride;
@@ -66,5 +66,9 @@ static void place(const Model *m, const Pass *p, int64_t layer, int64_t token, i
     const int64_t target = p->targets ? p->targets[token] : address(p, row, slot);
     if (target < 0) return;
     number *cache = head < heads + kv ? p->keys[layer] : p->values[layer];
-    put(NUMBER, x, size, cache + target + (head - heads) % kv * p->head_stride);
+    const int64_t at = target + (head - heads) % kv * p->head_stride;
+    if (p->quantised)
+        quantise(x, size, (int8_t *)cache + at);
+    else
+        put(NUMBER, x, size, cache + at);
 }

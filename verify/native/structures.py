@@ -47,7 +47,7 @@ class Pass(ctypes.Structure):
     """`Pass` of model.h."""
 
     _fields_ = [
-        *((name, Word) for name in ("threads", "tokens", "rows", "num_kept")),
+        *((name, Word) for name in ("threads", "tokens", "rows", "num_kept", "quantised")),
         *((name, Word) for name in ("page_size", "page_stride", "slot_stride", "head_stride")),
         *((name, Pointer) for name in ("ids", "places", "targets", "kept", "angles", "row", "keys", "values")),
         *((name, Pointer) for name in ("features", "logits", "hidden", "normed", "mixed", "attended", "acted", "own")),

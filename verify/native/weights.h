@@ -149,16 +149,26 @@ INLINE void round_all(const int format, float *x, int64_t size) {
     for (; i < size; i++) x[i] = rounded_one(format, x[i]);
 }
 
+/* LANES numbers from place i of `to` on. */
+INLINE void keep(const int format, vec x, void *to, int64_t i) {
+    if (format == F32) {
+        store((float *)to + i, x);
+        return;
+    }
+    const ivec bits = narrow(format, x);
+#if LANES == 16
+    _mm256_storeu_si256((__m256i *)((uint16_t *)to + i), _mm512_cvtepi32_epi16((__m512i)bits));
+#else
+    for (int j = 0; j < LANES; j++) ((uint16_t *)to)[i + j] = (uint16_t)bits[j];
+#endif
+}
+
 INLINE void put(const int format, const float *from, int64_t size, void *to) {
     if (format == F32) {
         memcpy(to, from, (size_t)size * 4);
         return;
     }
-    uint16_t *out = to;
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        const ivec bits = narrow(format, load(from + i));
-        for (int j = 0; j < LANES; j++) out[i + j] = (uint16_t)bits[j];
-    }
-    for (; i < size; i++) out[i] = (uint16_t)narrow(format, all(from[i]))[0];
+    for (; i + LANES <= size; i += LANES) keep(format, load(from + i), to, i);
+    for (; i < size; i++) ((uint16_t *)to)[i] = (uint16_t)narrow(format, all(from[i]))[0];
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.kv.base import PassCache
 from specdec.kv.errors import InvalidTreeError
+from specdec.kv.quantised import Quantised
 from specdec.kv.write import Write
 from specdec.verify.tree import DraftTree
 
@@ -118,6 +119,10 @@ class Runner(ABC):
     def prepared(self) -> AbstractContextManager[None]:
         """Inside the block the model stays as it is, unless `refusal` says otherwise."""
         return nullcontext()
+
+    def reads(self, quantised: Quantised) -> bool:
+        """Whether it reads K/V that is kept so."""
+        return True
 
     @property
     def decodes(self) -> bool:

@@ -145,7 +145,7 @@ class Forward:
         """Greedy decoding below `tokens`, int64 `[rows, 1]`, which go to slots `starts`: see `Runner.best_chain`. The
         last token that is found is not run. None where every level needs a pass of its own."""
         runner = self.runners[0]
-        if not runner.decodes:
+        if not runner.decodes or (cache.quantised is not None and not runner.reads(cache.quantised)):
             return None
         with cache.writing(self.name, starts, levels) as write:
             return self._observed(partial(runner.best_chain, Part(tokens, write), levels, vocab))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kv.layout import Layout
+from specdec.kv.quantised import Quantised
 from specdec.verify.native import structures
 from specdec.verify.native.library import library, usable_cores
 from specdec.verify.packed import Packed
@@ -78,6 +79,8 @@ class Native(Runner):
         own = self._pass.own
         if sum(map(len, own.hooks)) != own.num_hooks:  # `own.hooked`, which every pass of every level would call
             return self._direct.refusal(part)
+        if part.write.quantised is not None:  # rounding makes much of a last bit: whatever can be read here is
+            return None if self.reads(part.write.quantised) else "no native pass reads such K/V"
         width = part.tokens.shape[1]
         if width >= ALWAYS_NATIVE and part.nodes is None and not self._reads(width, part.write.read):
             return "so long a text is read faster by another pass"
@@ -107,6 +110,9 @@ class Native(Runner):
     @property
     def weights(self) -> dict[str, int] | None:
         return None if self._pass is None else self._pass.weights.forms
+
+    def reads(self, quantised: Quantised) -> bool:
+        return self._pass is not None and self._pass.own.head_dim <= quantised.native
 
     @property
     def decodes(self) -> bool:
@@ -220,6 +226,7 @@ class NativePass:
             positions = joined([self._inputs.positions(part).expand(part.tokens.shape).reshape(-1) for part in parts])
             places = positions.contiguous()
         run.page_size, run.page_stride, run.slot_stride, run.head_stride = first.strides
+        run.quantised = first.keys[0].dtype is torch.int8
         for i, place in enumerate(self._places):
             self._kv[i], self._kv[shape.layers + i] = first.keys[place].data_ptr(), first.values[place].data_ptr()
         targets = None if first.targets is None else joined([own.targets for own in layouts if own.targets is not None])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from specdec.pairing.errors import PairError
 from specdec.pairing.export.base import Export, refuse
 from specdec.pairing.export.llama_cpp import export_llama_cpp
+from specdec.pairing.export.ray import export_ray
 from specdec.pairing.export.sglang import export_sglang
 from specdec.pairing.export.tensorrt_llm import export_tensorrt_llm
 from specdec.pairing.export.tgi import export_tgi
@@ -21,7 +22,10 @@ ENGINES: dict[str, Callable[[Pair], Export]] = {
     "llama.cpp": export_llama_cpp,
     "tgi": export_tgi,
     "transformers": export_transformers,
+    "ray": export_ray,
 }
+OWN = ("ray",)
+"""Those that run this library."""
 
 
 def export_pair(pair: Pair, engine: str) -> Export:
@@ -32,6 +36,8 @@ def export_pair(pair: Pair, engine: str) -> Export:
     """
     if engine not in ENGINES:
         raise PairError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine in OWN:
+        return ENGINES[engine](pair)
     if pair.target.gguf_file or pair.draft.gguf_file:
         raise PairError(f"pair {pair.name!r}: GGUF files are not exported; engines that read them take the file itself")
     if pair.draft.kind == "self":

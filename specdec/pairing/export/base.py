@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,10 +51,10 @@ class Export:
         }
 
 
-def shared_notes(pair: Pair) -> list[str]:
-    """Remarks that are due whatever the engine."""
+def shared_notes(pair: Pair, chooses: bool = False) -> list[str]:
+    """Remarks that are due whatever the engine. chooses: it finds a draft length by itself."""
     notes = []
-    if pair.drafting.k is None and pair.drafting.tree is None:
+    if pair.drafting.k is None and pair.drafting.tree is None and not chooses:
         suggested = pair.drafting.suggested_k is not None
         why = "the pair's suggestion" if suggested else f"the default for {pair.draft.kind} drafts"
         notes.append(
@@ -89,6 +90,17 @@ def chain_note(pair: Pair, engine: str) -> list[str]:
 
 def refuse(pair: Pair, engine: str, why: str, instead: str) -> PairError:
     return PairError(f"pair {pair.name!r} cannot be exported to {engine}: {why}; {instead}")
+
+
+def yaml(settings: dict[str, Any], indent: str = "") -> str:
+    """One setting a line; JSON is YAML."""
+    return "".join(f"{indent}{name}: {_json(value)}\n" for name, value in settings.items())
+
+
+def _json(value: Any) -> str:
+    """With everything escaped that YAML takes for a line break or refuses, as YAML escapes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _here_document(name: str, text: str) -> str:

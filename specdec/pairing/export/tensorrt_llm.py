@@ -6,10 +6,9 @@ of NVIDIA/TensorRT-LLM.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from specdec.pairing.export.base import Export, chain_note, lossy_note, refuse, shared_notes
+from specdec.pairing.export.base import Export, chain_note, lossy_note, refuse, shared_notes, yaml
 from specdec.pairing.schema import NGRAM_MAX, Pair
 
 CONFIG = "speculative.yaml"
@@ -50,7 +49,7 @@ def export_tensorrt_llm(pair: Pair) -> Export:
     if pair.target.revision is not None:
         settings["revision"] = pair.target.revision
     command = ("trtllm-serve", pair.location(pair.target), "--config", CONFIG)
-    text = _yaml(settings) + "speculative_config:\n" + _yaml(config, "  ")
+    text = yaml(settings) + "speculative_config:\n" + yaml(config, "  ")
     return Export("tensorrt-llm", config, (command,), {CONFIG: text}, tuple(notes))
 
 
@@ -58,14 +57,3 @@ def _total(pair: Pair) -> int:
     """The engine wants depth <= nodes <= branching * depth."""
     assert pair.drafting.tree is not None
     return min(pair.num_nodes, max(pair.drafting.tree) * pair.draft_length)
-
-
-def _yaml(settings: dict[str, Any], indent: str = "") -> str:
-    """Flat settings; a JSON scalar is a YAML scalar."""
-    return "".join(f"{indent}{name}: {_scalar(value)}\n" for name, value in settings.items())
-
-
-def _scalar(value: Any) -> str:
-    """JSON, with everything escaped that YAML takes for a line break or refuses, as YAML escapes it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)

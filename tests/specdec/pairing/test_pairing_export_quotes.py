@@ -19,7 +19,7 @@ from specdec.pairing.checks import problems
 from specdec.pairing.export import ENGINES, Export, export_pair
 from specdec.pairing.schema import Draft
 
-PROGRAMS = ("vllm", "python", "trtllm-serve", "hf", "llama-server", "text-generation-launcher", "touch", "id")
+PROGRAMS = ("vllm", "serve", "python", "trtllm-serve", "hf", "llama-server", "text-generation-launcher", "touch", "id")
 HOSTILE = (
     "a\ntouch owned\n",
     "a\r\ntouch owned",
@@ -90,7 +90,7 @@ def hostile(text: str, kind: str = "model", other: str = "a\nb", **drafting: Any
 def exports(pair: Pair) -> list[Export]:
     found = []
     for engine in ENGINES:
-        if not (pair.draft.kind == "eagle3" and engine == "transformers"):
+        if not (pair.draft.kind == "eagle3" and engine in ("transformers", "ray")):
             found.append(export_pair(pair, engine))
     return found
 
@@ -113,6 +113,10 @@ def check(pair: Pair, stubs: Path, place: Path) -> None:
             settings = yaml.safe_load(export.files["speculative.yaml"])
             assert settings["speculative_config"] == export.arguments
             assert settings["revision"] == pair.target.revision
+        if export.engine == "ray":
+            (application,) = yaml.safe_load(export.files["ray.yaml"])["applications"]
+            assert application["args"] == export.arguments
+            assert application["args"]["pair"]["target"]["revision"] == pair.target.revision
         for line in export.text().splitlines():
             if line.startswith("#"):
                 assert line.isprintable()
