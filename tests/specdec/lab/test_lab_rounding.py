@@ -82,9 +82,9 @@ def test_a_wrong_scale_in_one_layer_is_found(dtype: str, scale: float, monkeypat
     target: Any = models.target("llama-gqa", dtype)
 
     class Wrong(NativeWeights):
-        def __init__(self, own: Parameters):
+        def __init__(self, own: Parameters, *copies: Any):
             own.layers[1].after.factor = own.layers[1].after.factor * scale
-            super().__init__(own)
+            super().__init__(own, *copies)
 
     def audited() -> LogitAudit:
         audit = LogitAudit()
