@@ -135,12 +135,13 @@ def test_text_and_law_with_repeats() -> None:
     """Greedy text is plain's, with drafts really made and kept; a second call drafts from the first one's."""
     target = models.target("llama-gqa")
     prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
-    plain = specdec.Speculator(target).generate(prompt, max_new_tokens=40, do_sample=False)
+    plain: Any = specdec.Speculator(target).generate(prompt, max_new_tokens=40, do_sample=False)
     store = SuffixStore()
     lengths = []
     for _ in range(2):
         spec = specdec.Speculator(target, SuffixDrafter(nodes=6, store=store))
-        assert torch.equal(spec.generate(prompt, max_new_tokens=40, do_sample=False), plain)
+        text: Any = spec.generate(prompt, max_new_tokens=40, do_sample=False)
+        assert torch.equal(text, plain)
         assert spec.report is not None
         assert spec.report.num_accepted_tokens > 0
         lengths.append(spec.report.num_steps)

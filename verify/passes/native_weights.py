@@ -65,7 +65,7 @@ class NativeWeights:
         first, angles = own.layers[0], own.angles
         self.model = structures.Model(
             *(*own.shape, len(own.embed), angles.width, angles.rotary, own.norm.centred, first.gelu),
-            *map(ctypes.addressof, (self._layers, self._weights, self._pointers)),
+            *(ctypes.addressof(table) for table in (self._layers, self._weights, self._pointers)),
             *(own.embed.data_ptr(), norm, bias, head, own.norm.epsilon, first.scaling),
             *(own.embed_scale, first.added_scale, own.divisor, own.score_cap, own.logit_cap),
         )
