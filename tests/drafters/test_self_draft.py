@@ -24,8 +24,8 @@ NEW = 16
 
 
 @lru_cache(maxsize=32)
-def drafter(form: str, family: str = FAMILY, dtype: str = "fp64") -> Any:
-    target = models.target(family, dtype)
+def drafter(form: str, family: str = FAMILY, *dtype: str) -> Any:
+    target = models.target(family, *dtype)  # the very model that the test asks for
     texts = list(models.prompts((16, 16), target.config.get_text_config().vocab_size, 9)[0])
     return SelfDrafter(target, form, calibration=texts)
 
@@ -132,7 +132,7 @@ def test_strict_texts_are_the_undrafted_ones(form: str) -> None:
     given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": NEW}
     plainly: Any = Speculator(target, None, exactness="strict")
     wanted = plainly.generate(ids, **given)
-    spec: Any = Speculator(target, drafter(form, dtype="fp32").shaped(k=4), exactness="strict")
+    spec: Any = Speculator(target, drafter(form, FAMILY, "fp32").shaped(k=4), exactness="strict")
     assert torch.equal(spec.generate(ids, **given), wanted)
 
 
