@@ -21,7 +21,7 @@ LENGTHS = (7, 3, 5)
 SEEDS = range(6)
 
 
-def table(request: object, target: object, options: object, rule: str, rows: int, strict: object) -> Costs:
+def table(request: object, target: object, options: object, rule: str, rows: int, strict: object, **_: Any) -> Costs:
     """Drafts are dear, so that what a row has accepted so far decides how deep it drafts; dearer in a batch."""
     costs = World(draft=0.12 if rows == 1 else 0.3, verify=0.05, rows=rows).costs
     return replace(costs, steps={name: costs.steps["model"] for name in ("model", "ngram")})
@@ -63,9 +63,11 @@ def test_a_seeded_row_is_the_same_alone_and_in_company(kind: str) -> None:
 
 def test_plans_for_the_whole_batch_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     original = factory.PlannerFactory.planner_for
-    monkeypatch.setattr(
-        factory.PlannerFactory, "planner_for", lambda self, request: original(self, replace(request, seeded=False))
-    )
+
+    def unseeded(self: factory.PlannerFactory, request: Any, *loop: Any) -> Any:
+        return original(self, replace(request, seeded=False), *loop)
+
+    monkeypatch.setattr(factory.PlannerFactory, "planner_for", unseeded)
     assert depends_on_companions(models.draft("near", FAMILY))
 
 
@@ -74,11 +76,11 @@ def test_a_lone_seeded_row_is_planned_as_it_is_in_a_batch(monkeypatch: pytest.Mo
     plans: list[object] = []
     original = factory.PlannerFactory.planner_for
 
-    def keep(self: factory.PlannerFactory, request: Any) -> Any:
-        plans.append(original(self, request))
+    def keep(self: factory.PlannerFactory, *given: Any) -> Any:
+        plans.append(original(self, *given))
         return plans[-1]
 
-    def hopeless(*arguments: Any) -> Costs:
+    def hopeless(*arguments: Any, **_: Any) -> Costs:
         return replace(table(*arguments), beliefs={"model": {1: ([50.0] * DEPTH, [0.0] * DEPTH)}})
 
     monkeypatch.setattr(factory.PlannerFactory, "planner_for", keep)
