@@ -32,7 +32,8 @@ MALFORMED: list[bytes] = [
 RAW = [
     b"GET / HTTP/9.9\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
-    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9999999999\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 9999999999\r\n\r\n",
 ]  # fmt: skip
 VICTIM = """
 import json, socket, sys

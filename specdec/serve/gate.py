@@ -134,8 +134,8 @@ class Gate:
 def _hosts(options: ServeOptions) -> frozenset[str] | None:
     """Names that a client may ask by; None: any.
 
-    Who listens on this machine only is asked by the names of this machine only. Another name is that of a web page whose
-    owner lets it resolve to here (DNS rebinding): for the browser our answers would be the page's own.
+    Who listens on this machine only is asked by the names of this machine only. Another name is that of a web page
+    whose owner lets it resolve to here (DNS rebinding): for the browser our answers would be the page's own.
     """
     here_only = options.host.startswith("127.") or options.host in ("localhost", "::1")
     if not (here_only or options.allowed_hosts):
