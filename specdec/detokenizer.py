@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _UNKNOWN = "\ufffd"
@@ -35,6 +36,13 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while it completes nothing."""
         self._window.append(token)
+        return self._advance(final=False)
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """What `push` gives for one after the other, joined; decoded at once wherever that is the same."""
+        if not self._bytes.isdisjoint(tokens):
+            return "".join([self.push(token) for token in tokens])
+        self._window += tokens
         return self._advance(final=False)
 
     def flush(self) -> str:

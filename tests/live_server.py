@@ -85,7 +85,7 @@ class Connection:
     async def post(cls, port: int, path: str, body: Any) -> Connection:
         """Sends a body, JSON of whatever is not bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
         return await cls.raw(port, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
     @classmethod

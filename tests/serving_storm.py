@@ -31,13 +31,14 @@ MALFORMED: list[bytes] = [
 ]  # fmt: skip
 RAW = [
     b"GET / HTTP/9.9\r\n\r\n", b"\x00\x01\x02\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9999999999\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 9999999999\r\n\r\n",
 ]  # fmt: skip
 VICTIM = """
 import json, socket, sys
 body = json.dumps({"prompt": "kill me", "max_tokens": 400, "stream": True, "ignore_eos": True}).encode()
-head = b"POST /v1/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\n"
+head = b"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Type: application/json\\r\\n"
 open_ones = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(5)]
 for one in open_ones:
     one.sendall(head + b"Content-Length: %d\\r\\n\\r\\n" % len(body) + body)

@@ -50,7 +50,7 @@ class ServingOptions(PairOptions):
 def run(options: ServingOptions) -> None:
     """Serve the same prompts in every way, alternating; print and keep what was measured."""
     from specdec.experiments.serving.measure import lines, measure
-    from specdec.experiments.serving.servers import server_ways
+    from specdec.experiments.serving.servers import ending_by_sigterm, server_ways
     from specdec.experiments.serving.ways import Workload, all_ways
     from specdec.experiments.ways import select
 
@@ -59,7 +59,7 @@ def run(options: ServingOptions) -> None:
     ways = select([*here, *server_ways(options.k, options.llama_python)], names or [way.name for way in here])
     source = started(options, options.seed, pair=options.chosen_pair().name)
     models = options.load()
-    with ExitStack() as ending:
+    with ending_by_sigterm(), ExitStack() as ending:
         ready = {way.name: way.ready(models, max(options.levels), ending) for way in ways}
         result = ResultFile(options.out, "serving", source, temperature=options.temperature, runs=[])
         for level in options.levels:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from time import process_time
 from typing import Any
 
 from specdec.experiments.clock import rotated
@@ -14,6 +15,8 @@ from specdec.experiments.serving.ways import Outcome, Serve, Workload
 
 REFERENCE = "engine-plain"
 """Ratios are to the engine without drafts."""
+ENGINE_OF = {"specdec-serve": "engine", "specdec-serve-plain": "engine-plain"}
+"""Servers, and the engine inside each: what HTTP costs is the difference."""
 
 
 FIGURES = ("tokens_per_second", "first_token_p50", "first_token_p99", "inter_token_p50", "inter_token_p99")
@@ -23,7 +26,7 @@ when there is room for it."""
 
 @dataclass(frozen=True)
 class Run:
-    """One peer serving one workload once. figures: of FIGURES."""
+    """One peer serving one workload once. figures: of FIGURES. cpu_seconds: of the process that served, all threads."""
 
     peer: str
     round: int
@@ -31,6 +34,7 @@ class Run:
     acceptance_length: float | None
     texts: list[list[int]]
     by_ids: bool
+    cpu_seconds: float
 
     @property
     def rate(self) -> float:
@@ -49,11 +53,14 @@ def measure(peers: Mapping[str, Serve], warm: Workload, works: Sequence[Workload
     for i, work in enumerate(works):
         for name in rotated(list(peers), i):
             gc.collect()
-            runs.append(_run(name, i, peers[name](work, seed + i)))
+            begin = process_time()
+            outcome = peers[name](work, seed + i)
+            own = process_time() - begin
+            runs.append(_run(name, i, outcome, own if outcome.cpu_seconds is None else outcome.cpu_seconds))
     return [_summary(name, runs, works[0]) for name in peers]
 
 
-def _run(name: str, round_: int, outcome: Outcome) -> Run:
+def _run(name: str, round_: int, outcome: Outcome, cpu_seconds: float) -> Run:
     served = outcome.served
     begin, end = min(one.start for one in served), max(one.times[-1] for one in served)
     texts = [one.tokens for one in served]
@@ -61,7 +68,8 @@ def _run(name: str, round_: int, outcome: Outcome) -> Run:
     between = [1e3 * gap for one in served for gap in _gaps(one.times)]
     latencies = [_at(of, share) for of in (first, between) for share in (0.5, 0.99)]
     values = [sum(map(len, texts)) / (end - begin), *latencies]
-    return Run(name, round_, dict(zip(FIGURES, values, strict=True)), outcome.acceptance_length, texts, outcome.by_ids)
+    figures = dict(zip(FIGURES, values, strict=True))
+    return Run(name, round_, figures, outcome.acceptance_length, texts, outcome.by_ids, cpu_seconds)
 
 
 def _gaps(times: Sequence[float]) -> list[float]:
@@ -83,6 +91,8 @@ def _summary(name: str, runs: Sequence[Run], work: Workload) -> dict[str, Any]:
     own = [run for run in runs if run.peer == name]
     reference = {run.round: run for run in runs if run.peer == REFERENCE}
     ratios = [run.rate / reference[run.round].rate for run in own if run.round in reference]
+    engine = {run.round: run for run in runs if run.peer == ENGINE_OF.get(name)}
+    paired = [(run, engine[run.round]) for run in own if run.round in engine]
     differing = None
     if work.temperature == 0 and reference and own[0].by_ids:
         pairs = (pair for run in own for pair in zip(run.texts, reference[run.round].texts, strict=True))
@@ -92,6 +102,9 @@ def _summary(name: str, runs: Sequence[Run], work: Workload) -> dict[str, Any]:
         "prompt_tokens": len(work.prompts[0]), "new_tokens": work.new_tokens,
         **{figure: median(run.figures[figure] for run in own) for figure in FIGURES},
         "acceptance_length": own[-1].acceptance_length, "ratio": median(ratios) if ratios else None,
+        "cpu_seconds": median(run.cpu_seconds for run in own),
+        "rate_to_engine": median(run.rate / other.rate for run, other in paired) if paired else None,
+        "cpu_to_engine": median(run.cpu_seconds / other.cpu_seconds for run, other in paired) if paired else None,
         "rates": [round(run.rate, 1) for run in own], "differing_texts": differing,
     }  # fmt: skip
 
@@ -99,6 +112,20 @@ def _summary(name: str, runs: Sequence[Run], work: Workload) -> dict[str, Any]:
 def lines(entries: Sequence[dict[str, Any]]) -> list[str]:
     """A table, one line per peer."""
     head = f"concurrency {entries[0]['concurrency']}, {entries[0]['num_requests']} requests"
-    names = [head, "tokens/s", "x plain", "first ms", "p99", "token ms", "p99", "accepted", "differ"]
-    keys = ("peer", FIGURES[0], "ratio", *FIGURES[1:], "acceptance_length", "differing_texts")
+    names = [
+        head,
+        "tokens/s",
+        "x plain",
+        "first ms",
+        "p99",
+        "token ms",
+        "p99",
+        "accepted",
+        "differ",
+        "CPU s",
+        "x engine",
+        "CPU",
+    ]
+    keys = ("peer", FIGURES[0], "ratio", *FIGURES[1:], "acceptance_length", "differing_texts", "cpu_seconds",
+            "rate_to_engine", "cpu_to_engine")  # fmt: skip
     return table(names, ([entry[key] for key in keys] for entry in entries))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -19,7 +22,7 @@ import torch
 
 from specdec.experiments.pair import Models
 from specdec.experiments.serving.http_load import serve_by_http
-from specdec.experiments.serving.ways import Serve, Workload
+from specdec.experiments.serving.ways import Outcome, Serve, Workload
 from specdec.experiments.ways import Way
 from specdec.pairing.gguf import export_model
 from specdec.shown_errors import ExperimentError
@@ -106,7 +109,35 @@ def _served(command: Sequence[str], port: int, models: Models, fields: Mapping[s
     def body(work: Workload, seed: int) -> dict[str, Any]:
         return {**fields, "max_tokens": work.new_tokens, "temperature": work.temperature, "seed": seed}
 
-    return partial(serve_by_http, address, models.tokenizer, body)
+    def serve(work: Workload, seed: int) -> Outcome:
+        before = _cpu_seconds(process.pid)
+        outcome = serve_by_http(address, models.tokenizer, body, work, seed)
+        return replace(outcome, cpu_seconds=_cpu_seconds(process.pid) - before)
+
+    return serve
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Of a process, all its threads, by Linux; nan elsewhere."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def ending_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that servers it has started end with it. In the main thread only."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

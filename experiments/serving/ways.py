@@ -39,11 +39,12 @@ class Served(NamedTuple):
 @dataclass(frozen=True)
 class Outcome:
     """All requests of one run, and accepted draft tokens per draft where there are any. by_ids: tokens are what was
-    generated, and not what text is encoded to."""
+    generated, and not what text is encoded to. cpu_seconds: of the process that served, where it is another one."""
 
     served: list[Served]
     acceptance_length: float | None = None
     by_ids: bool = True
+    cpu_seconds: float | None = None
 
 
 Serve = Callable[[Workload, int], Outcome]

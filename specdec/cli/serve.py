@@ -40,6 +40,10 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, _server("A web page's origin that browsers may let in; repeat for more.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        _server("A name in the header Host that is taken beside this machine's own, as a proxy's; repeat for more."),
+    ] = None,
     max_rows: Annotated[int, _server("Requests that are decoded together.", panel=_LIMITS, min=1)] = 16,
     max_waiting: Annotated[int, _server("Texts that may wait for a place.", panel=_LIMITS, min=1)] = 1024,
     kv_mib: Annotated[int, _server("MiB of K/V, target and drafters together.", panel=_LIMITS, min=1)] = 512,
@@ -83,6 +87,7 @@ def serve(
         port=port,
         api_key_file=api_key_file,
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         max_concurrent=max_concurrent,
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,

@@ -2,7 +2,7 @@
 
 from specdec.engine.engine import Engine
 from specdec.engine.errors import EngineClosedError, EngineFaultError, QueueFullError, RequestFaultError
-from specdec.engine.handle import Handle, Result
+from specdec.engine.handle import Handle, Result, any_more
 from specdec.engine.metrics import EngineMetrics, Latency
 from specdec.engine.params import Params
 from specdec.engine.step_output import StepOutput, TokenLogprobs
@@ -20,4 +20,5 @@ __all__ = [
     "Result",
     "StepOutput",
     "TokenLogprobs",
+    "any_more",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
 from specdec.engine.step_output import StepOutput
+from specdec.engine.waking import Waking
 from specdec.kv import SpecdecError
 
 
@@ -80,7 +80,7 @@ class Handle:
         self._result: Result | None = None
         self._error: SpecdecError | None = None
         self._changed = threading.Condition()
-        self._listeners: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._waiting: list[tuple[Waking, asyncio.Future[None]]] = []
 
     @property
     def done(self) -> bool:
@@ -90,6 +90,11 @@ class Handle:
     def token_ids(self) -> list[int]:
         """The tokens so far."""
         return [token for step in self._steps for token in step.token_ids]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that emitted something so far."""
+        return len(self._steps)
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +122,10 @@ class Handle:
         """What every step emitted, from the first one, for `for` and `async for`: tokens, where each came from, and
         log-probabilities where `logprobs=` was asked for. Raises as iterating over tokens does."""
         return Steps(self)
+
+    def steps_from(self, start: int, most: int | None = None) -> list[StepOutput]:
+        """Those there are from number `start` on, at most `most`; waits for none."""
+        return self._steps[start : None if most is None else start + most]
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait until the request is done.
@@ -153,30 +162,8 @@ class Handle:
     async def wait(self) -> Result:
         """`result()` for asyncio. Cancelling the awaiting task leaves the request running: see `cancel`."""
         while not self.done:
-            await self._more_soon(len(self._steps))
+            await any_more([self], [self.num_steps])
         return self.result()
-
-    async def _more_soon(self, have: int) -> bool:
-        """`_more_than` for asyncio."""
-        if len(self._steps) > have:
-            return True
-        event = asyncio.Event()
-        listener = (asyncio.get_running_loop(), event)
-        with self._changed:
-            self._listeners.append(listener)
-        try:
-            while len(self._steps) <= have and not self.done:
-                if not self._engine.threaded:
-                    await asyncio.to_thread(self._engine.step)
-                    continue
-                with suppress(TimeoutError):  # look whether the engine's thread is still there
-                    async with asyncio.timeout(0.1):
-                        await event.wait()
-                event.clear()
-        finally:
-            with self._changed:
-                self._listeners.remove(listener)
-        return len(self._steps) > have
 
     def _each_step(self) -> Iterator[StepOutput]:
         sent = 0
@@ -188,9 +175,13 @@ class Handle:
 
     async def _each_step_soon(self) -> AsyncIterator[StepOutput]:
         sent = 0
-        while await self._more_soon(sent):
-            yield self._steps[sent]
-            sent += 1
+        while True:
+            await any_more([self], [sent])
+            if not (more := self.steps_from(sent)):
+                break
+            for step in more:
+                yield step
+            sent += len(more)
         if self._error is not None:
             raise self._error
 
@@ -207,6 +198,30 @@ class Handle:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
-            for loop, event in self._listeners:
-                with suppress(RuntimeError):  # closed: nobody is waiting there any more
-                    loop.call_soon_threadsafe(event.set)
+            waiting, self._waiting = self._waiting, []
+        for waking, future in waiting:
+            waking.wake(future)
+
+
+async def any_more(handles: Sequence[Handle], have: Sequence[int]) -> None:
+    """Wait, in asyncio, until one of several requests of one engine has more than so many steps, or is done."""
+
+    def there() -> bool:
+        return any(one.done or one.num_steps > had for one, had in zip(handles, have, strict=True))
+
+    while not there():
+        if not handles[0]._engine.threaded:
+            await asyncio.to_thread(handles[0]._engine.step)
+            continue
+        waking = Waking.here()
+        with waking.future() as future:
+            for one in handles:
+                with one._changed:
+                    one._waiting.append((waking, future))
+            try:
+                if not there():  # asked again: a step may have come before anybody was told to wake us
+                    await future
+            finally:
+                for one in handles:
+                    with one._changed:
+                        one._waiting = [pair for pair in one._waiting if pair[1] is not future]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,14 @@ from specdec.serve.token_texts import TokenTexts
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_ANY_TEXT = "any text"
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return f"data: {_ENCODER.encode(content)}\n\n".encode()
 
 
 @dataclass
@@ -33,14 +42,17 @@ class Whole:
 
 class Form(ABC):
     """Of one answer. model: its name. texts: of single tokens. alternatives: per token, None for no log-probabilities.
-    origins: whether chunks say where their tokens came from."""
+    origins: whether chunks say where their tokens came from. with_usage: whether a stream ends with the counts."""
 
     prefix: str
     kind: str
     chunk_kind: str
 
-    def __init__(self, model: str, texts: TokenTexts, alternatives: int | None, origins: bool = False):
-        self._texts, self._alternatives, self._origins = texts, alternatives, origins
+    def __init__(
+        self, model: str, texts: TokenTexts, alternatives: int | None, origins: bool = False, with_usage: bool = False
+    ):
+        self._texts, self._alternatives, self._origins, self.with_usage = texts, alternatives, origins, with_usage
+        self._around: dict[int, tuple[bytes, bytes]] = {}
         self._head = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time()), "model": model}
 
     def whole(self, choices: Sequence[Whole], usage: dict[str, Any]) -> dict[str, Any]:
@@ -51,8 +63,26 @@ class Form(ABC):
             for index, one in enumerate(choices)
         ], "usage": usage}  # fmt: skip
 
-    def chunk(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
-        """What one step of one text adds to a stream."""
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether chunks have more than text."""
+        return self._origins or self._alternatives is not None
+
+    def chunk(self, index: int, piece: Piece, first: bool) -> bytes:
+        """The event of what one step of one text adds to a stream.
+
+        Most chunks of a text differ in nothing but what they say: what is around it is encoded once.
+        """
+        if first or self.shows_tokens or piece.finish_reason is not None or not piece.text:
+            return event(self._chunk(index, piece, first))
+        if index not in self._around:
+            whole = event(self._chunk(index, Piece(_ANY_TEXT), first=False))
+            before, _, after = whole.rpartition(_ENCODER.encode(_ANY_TEXT).encode())
+            self._around[index] = before, after
+        before, after = self._around[index]
+        return before + _ENCODER.encode(piece.text).encode() + after
+
+    def _chunk(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "index": index, **self._delta(piece, first), "logprobs": self._logprobs(piece.tokens) if piece.tokens
             else None, "finish_reason": piece.finish_reason,
@@ -61,11 +91,11 @@ class Form(ABC):
         if self._origins:
             tokens = [{"id": one.id, "text": one.text, "origin": one.origin} for one in piece.tokens]
             chunk["specdec"] = {"tokens": tokens, "step": piece.step}
-        return chunk
+        return {**chunk, "usage": None} if self.with_usage else chunk
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The last one, where it is asked for."""
-        return {**self._head, "object": self.chunk_kind, "choices": [], "usage": usage}
+    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
+        """The event of the last one, where it is asked for."""
+        return event({**self._head, "object": self.chunk_kind, "choices": [], "usage": usage})
 
     def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
         if self._alternatives is None:

@@ -124,16 +124,13 @@ class _Server:
 
     async def completions(self, body: CompletionRequest) -> Response:
         """Texts that go on from prompts."""
-        form = CompletionForm(self.name, self.texts, body.num_alternatives, self._origins(body))
+        form = CompletionForm(self.name, self.texts, body.num_alternatives, *_stream_options(body))
         return self._generating(body, form, lambda: self.prompts.of_completion(body))
 
     async def chat(self, body: ChatRequest) -> Response:
         """The next turn of a conversation, in the model's own chat template."""
-        form = ChatForm(self.name, self.texts, body.num_alternatives, self._origins(body))
+        form = ChatForm(self.name, self.texts, body.num_alternatives, *_stream_options(body))
         return self._generating(body, form, lambda: [self.prompts.of_chat(body)])
-
-    def _origins(self, body: Generation) -> bool:
-        return body.stream_options is not None and body.stream_options.specdec
 
     def _generating(self, body: Generation, form: Form, prompts: Any) -> Generating:
         if body.model not in ("", self.name):
@@ -153,8 +150,12 @@ class _Server:
                 )  # fmt: skip
             return [Ask(ids, self.sampling.params(body, len(ids), index)) for ids in found for index in range(copies)]
 
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return Generating(self.desk, form, prepare, copies, body.stops, stream, with_usage)
+        return Generating(self.desk, form, prepare, copies, body.stops, stream)
+
+
+def _stream_options(body: Generation) -> tuple[bool, bool]:
+    asked = body.stream_options
+    return (False, False) if asked is None else (asked.specdec, asked.include_usage)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

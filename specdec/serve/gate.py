@@ -19,6 +19,7 @@ from specdec.kv.errors import UnsupportedArgumentError
 from specdec.serve.errors import Refusal
 from specdec.serve.options import ServeOptions
 
+_PORT = re.compile(r":\d*$")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 GUARDED = ("/v1/", "/specdec/", "/metrics", "/openapi.json")
 """Where a key is asked for. The page and /health say nothing that needs one."""
@@ -58,6 +59,7 @@ class Gate:
     def __init__(self, app: ASGIApp, options: ServeOptions, keys: Keys | None, answered: Callable[[int], None]):
         """`answered` is told every status."""
         self._app, self._options, self._keys, self._answered = app, options, keys, answered
+        self._hosts = _hosts(options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,6 +83,12 @@ class Gate:
         await self._app(scope, self._limited(receive), marked)
 
     def _refusal(self, scope: Scope, headers: Headers) -> Refusal | None:
+        host = _PORT.sub("", headers.get("host", "localhost")).lower()
+        if self._hosts is not None and host not in self._hosts:
+            return Refusal(
+                421, f"the header Host: expected one of {sorted(self._hosts)}, got {host[:80]!r}: behind a proxy, name "
+                "its host with --allowed-host", code="unknown_host",
+            )  # fmt: skip
         guarded = scope["path"].startswith(GUARDED) and scope["method"] != "OPTIONS"
         if guarded and self._keys is not None and not self._keys.admit(headers.get("authorization", "")):
             return Refusal(
@@ -121,6 +129,19 @@ class Gate:
             return message
 
         return limited
+
+
+def _hosts(options: ServeOptions) -> frozenset[str] | None:
+    """Names that a client may ask by; None: any.
+
+    Who listens on this machine only is asked by the names of this machine only. Another name is that of a web page
+    whose owner lets it resolve to here (DNS rebinding): for the browser our answers would be the page's own.
+    """
+    here_only = options.host.startswith("127.") or options.host in ("localhost", "::1")
+    if not (here_only or options.allowed_hosts):
+        return None
+    own = f"[{options.host}]" if ":" in options.host else options.host
+    return frozenset({"localhost", "127.0.0.1", "[::1]", own.lower(), *map(str.lower, options.allowed_hosts)})
 
 
 def answer(refused: Refusal) -> JSONResponse:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -14,14 +13,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from specdec.engine import Engine, Handle, Params
-from specdec.serve.answers import Form, Whole, usage
-from specdec.serve.choice import Choice, Piece
+from specdec.serve.answers import Form, Whole, event, usage
+from specdec.serve.choice import Choice, Piece, next_pieces
 from specdec.serve.errors import Refusal, refusal
 from specdec.serve.gate import answer
 from specdec.serve.lifecycle import Lifecycle
 from specdec.serve.options import ServeOptions
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _LOG = logging.getLogger("specdec.serve")
 
 
@@ -53,7 +51,7 @@ class Generating(Response):
 
     Args:
         prepare: what is to be generated, in the order of the choices; called in a thread. It may raise `Refusal`.
-        num_choices: texts of each prompt. stops: stop strings. with_usage: a stream ends with the counts.
+        num_choices: texts of each prompt. stops: stop strings.
     """
 
     def __init__(
@@ -64,11 +62,10 @@ class Generating(Response):
         num_choices: int,
         stops: Sequence[str],
         stream: bool,
-        with_usage: bool,
     ):
         super().__init__()
         self._desk, self._form, self._prepare, self._num_choices = desk, form, prepare, num_choices
-        self._stops, self._stream, self._with_usage = stops, stream, with_usage
+        self._stops, self._stream = stops, stream
         self._handles: list[Handle] = []
         self._ended = False
 
@@ -127,7 +124,10 @@ class Generating(Response):
             self._handles.append(handle)
             if self._ended:  # while this one was on its way
                 handle.cancel()
-        return [Choice(i, handle, self._desk.tokenizer, self._stops) for i, handle in enumerate(self._handles)]
+        return [
+            Choice(i, handle, self._desk.tokenizer, self._stops, self._form.shows_tokens)
+            for i, handle in enumerate(self._handles)
+        ]
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -146,51 +146,58 @@ class Generating(Response):
             response = answer(self._told(error))
         await response(scope, receive, send)
 
-    async def _streamed(self, first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], send: Send) -> None:
+    async def _streamed(self, first: bytes, rest: AsyncIterator[bytes], send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                    (b"x-accel-buffering", b"no")]  # fmt: skip
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": _event(first), "more_body": True})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
         try:
             async for chunk in rest:
-                await send({"type": "http.response.body", "body": _event(chunk), "more_body": True})
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Gone:
             raise
         except Exception as error:  # the status is sent already: the stream ends with the error
-            event = _event(self._told(error).body)
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": event(self._told(error).body), "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     async def _collected(self, choices: Sequence[Choice]) -> Response:
         wholes = [Whole() for _ in choices]
-        async with aclosing(_merged(choices)) as pieces:
-            async for choice, piece in pieces:
-                self._refuse_unfinished(piece)
+        while pieces := await next_pieces(choices):
+            for choice, piece in pieces:
+                if (failure := self._failure(piece)) is not None:
+                    raise failure
                 wholes[choice.index].add(piece)
         return JSONResponse(self._form.whole(wholes, self._usage(choices)))
 
-    async def _chunks(self, choices: Sequence[Choice]) -> AsyncGenerator[dict[str, Any], None]:
+    async def _chunks(self, choices: Sequence[Choice]) -> AsyncGenerator[bytes, None]:
+        """Events. Those that are there at one time come as one: half of what a chunk costs is its write."""
         begun: set[int] = set()
-        rest = {"usage": None} if self._with_usage else {}
-        async with aclosing(_merged(choices)) as pieces:
-            async for choice, piece in pieces:
-                self._refuse_unfinished(piece)
-                first = choice.index not in begun
-                if piece.text or piece.tokens or piece.finish_reason:  # else all of it is held back
-                    begun.add(choice.index)
-                    yield {**self._form.chunk(choice.index, piece, first), **rest}
-        if self._with_usage:
+        while pieces := await next_pieces(choices):
+            events, failure = [], None
+            for choice, piece in pieces:
+                if (failure := self._failure(piece)) is not None:
+                    break
+                if piece.held_back:
+                    continue
+                events.append(self._form.chunk(choice.index, piece, choice.index not in begun))
+                begun.add(choice.index)
+            if events:
+                yield b"".join(events)
+            if failure is not None:
+                raise failure
+        if self._form.with_usage:
             yield self._form.usage_chunk(self._usage(choices))
 
     def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
         return usage([one.result for one in choices if one.result is not None], self._num_choices)
 
-    def _refuse_unfinished(self, piece: Piece) -> None:
+    def _failure(self, piece: Piece) -> Exception | None:
         if piece.finish_reason == "timeout":
             seconds = self._desk.options.request_seconds
-            raise Refusal(408, f"not done within {seconds:g} seconds: ask for fewer tokens", code="request_timeout")
+            return Refusal(408, f"not done within {seconds:g} seconds: ask for fewer tokens", code="request_timeout")
         if piece.finish_reason == "cancelled":
-            raise Refusal(503, "the server is shutting down", code="shutting_down")
+            return Refusal(503, "the server is shutting down", code="shutting_down")
+        return piece.error
 
     def _told(self, error: Exception) -> Refusal:
         """The refusal to send; errors nobody expects are logged."""
@@ -203,36 +210,3 @@ class Generating(Response):
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return f"data: {_ENCODER.encode(chunk)}\n\n".encode()
-
-
-async def _merged(choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Piece], None]:
-    """The pieces of all texts as they come."""
-    if len(choices) == 1:
-        async for piece in choices[0].pieces():
-            yield choices[0], piece
-        return
-    ready: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue(len(choices))
-
-    async def read(choice: Choice) -> None:
-        try:
-            async for piece in choice.pieces():
-                await ready.put((choice, piece))
-        except Exception as error:
-            await ready.put((choice, error))
-
-    readers = [asyncio.create_task(read(choice)) for choice in choices]
-    try:
-        left = len(choices)
-        while left:
-            choice, found = await ready.get()
-            if isinstance(found, Exception):
-                raise found
-            left -= found.finish_reason is not None
-            yield choice, found
-    finally:
-        for reader in readers:
-            reader.cancel()

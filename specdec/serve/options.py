@@ -11,6 +11,8 @@ class ServeOptions:
     """Where a server listens, who may ask, and how much of it.
 
     api_key_file: one key a line; None: nobody is asked for one. cors_origins: whose pages a browser may let in.
+    allowed_hosts: names in the header Host that are taken as well as this machine's own, where it listens on this
+        machine only; where it listens for others any name is taken, unless this names some.
     max_connections: open at once, whatever they do. max_concurrent: generations at once; what is beyond gets 429.
     max_body_bytes, max_prompt_tokens (None: as many as the model takes), max_new_tokens, max_choices (prompts times n):
         of one request. default_new_tokens: of a chat that names no number (a completion has OpenAI's 16).
@@ -22,6 +24,7 @@ class ServeOptions:
     port: int = 8000
     api_key_file: Path | None = None
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_connections: int = 2048
     max_concurrent: int = 256
     max_body_bytes: int = 4 << 20

@@ -159,6 +159,7 @@ _WHY = {
     408: "The body, or the text, took too long.",
     413: "The body is too large.",
     415: "Not JSON.",
+    421: "The header Host has a name that is not this server's.",
     429: "Too many generations at once.",
     500: "The generation failed.",
     503: "The queue is full, or the server ends.",

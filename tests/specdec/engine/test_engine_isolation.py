@@ -14,6 +14,7 @@ from engine_plants import LAWLESS, PLANTS, RAISED, Plant, PureProcessor, calling
 from specdec.drafters import NgramDrafter
 from specdec.engine import Engine, EngineFaultError, Handle, RequestFaultError
 from specdec.engine.lane import Lane
+from specdec.engine.waking import Waking
 
 PROMPT = [5, 6, 7, 8]
 CROWD = [
@@ -211,7 +212,7 @@ def test_a_listener_whose_loop_is_gone_is_nobodys_loss() -> None:
     served = engine()
     handle = submit(served, CROWD[0])
     loop = asyncio.new_event_loop()
-    handle._listeners.append((loop, asyncio.Event()))
+    handle._waiting.append((Waking(loop), loop.create_future()))
     loop.close()
     served.run()
     assert handle.result().token_ids == alone(CROWD[0])[0]

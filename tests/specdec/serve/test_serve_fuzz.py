@@ -50,7 +50,7 @@ def fuzz(server: InProcess, method: str, path: str) -> list[int]:
     @settings(max_examples=EXAMPLES if method == "POST" else 3, suppress_health_check=list(HealthCheck), deadline=None)
     @given(case=operation.as_strategy())
     def run(case: Any) -> None:
-        given = case.as_transport_kwargs(base_url="http://here")
+        given = case.as_transport_kwargs(base_url="http://localhost")
         more = {name: given[name] for name in ("params", "json", "headers") if given.get(name) is not None}
         if "data" in given:
             more["content"] = given["data"]

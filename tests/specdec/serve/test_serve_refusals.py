@@ -14,7 +14,7 @@ from in_process_server import InProcess, in_process
 
 from specdec.kv import UnsupportedArgumentError
 from specdec.serve import ServeOptions
-from specdec.serve.choice import Choice
+from specdec.serve.choice import Choice, Piece
 
 KEY = "a-key-that-nobody-may-see"
 
@@ -111,6 +111,26 @@ def test_addresses_methods_and_kinds(server: InProcess) -> None:
     assert "access-control-allow-origin" not in server.request("GET", "/health", headers={"Origin": "http://a"}).headers
 
 
+def test_names_it_may_be_asked_by(server: InProcess, tiny_pair: Path) -> None:
+    """DNS rebinding: a page's own name that resolves to this machine."""
+
+    def ask(at: InProcess, host: str) -> Any:
+        return at.request("GET", "/health", headers={"Host": host})
+
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:80", "[::1]", "[::1]:8000"):
+        assert ask(server, host).status_code == 200
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.", ""):
+        assert "--allowed-host" in refused(ask(server, host), 421, None, "unknown_host")
+    proxied = InProcess(tiny_pair, ServeOptions(host="127.0.0.3", allowed_hosts=("Proxy.example",)))
+    refused(ask(proxied, "127.0.0.3"), 503, None, "engine_stopped")
+    refused(ask(proxied, "proxy.example:443"), 503, None, "engine_stopped")
+    refused(ask(proxied, "evil.example"), 421, None, "unknown_host")
+    everybody = InProcess(tiny_pair, ServeOptions(host="0.0.0.0"))
+    refused(ask(everybody, "any.example"), 503, None, "engine_stopped")
+    for made in (proxied, everybody):
+        made.engine.close()
+
+
 def test_sizes_and_times(tiny_pair: Path) -> None:
     options = ServeOptions(max_body_bytes=200, body_seconds=0.05, request_seconds=1e-9, cors_origins=("http://a",))
 
@@ -161,15 +181,15 @@ def test_a_server_that_ends_takes_nothing_new(tiny_pair: Path) -> None:
 
 def test_streams_that_outlast_the_end_are_told(tiny_pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with in_process(tiny_pair, ServeOptions(drain_seconds=0.0)) as made:
-        lifecycle, pieces = made.app.state.lifecycle, Choice.pieces
+        lifecycle, ready = made.app.state.lifecycle, Choice.ready
 
-        async def interrupted(choice: Choice) -> AsyncIterator[Any]:
-            async for piece in pieces(choice):
-                yield piece
-                lifecycle.drain()
-                lifecycle.drained()
+        def interrupted(choice: Choice) -> list[Piece]:
+            pieces = ready(choice)
+            lifecycle.drain()
+            lifecycle.drained()
+            return pieces
 
-        monkeypatch.setattr(Choice, "pieces", interrupted)
+        monkeypatch.setattr(Choice, "ready", interrupted)
         events = made.events(prompt="x", max_tokens=400, ignore_eos=True)
         assert events[0]["choices"][0]["finish_reason"] is None
         assert events[-1]["error"]["code"] == "shutting_down"
@@ -203,10 +223,10 @@ def test_a_client_that_takes_nothing_is_let_go(tiny_pair: Path) -> None:
 def test_what_fails_inside_says_nothing_of_it(
     tiny_pair: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(choice: Choice) -> AsyncIterator[Any]:
+    def broken(choice: Choice) -> list[Piece]:
         raise RuntimeError("the inside")
 
-    monkeypatch.setattr(Choice, "pieces", broken)
+    monkeypatch.setattr(Choice, "ready", broken)
     with in_process(tiny_pair) as made, caplog.at_level(logging.ERROR, "specdec.serve"):
         for more in ({}, {"stream": True}, {"n": 2}):
             found = made.post("completions", prompt="x", **more)
