@@ -13,6 +13,8 @@ from tiny_pair import byte_tokenizer
 from transformers import LogitsProcessorList
 
 from specdec import Speculator
+from specdec.serve.answers import ChatForm, CompletionForm, event
+from specdec.serve.choice import Piece
 from specdec.serve.processors import Biases, CountPenalties, StopTexts
 from specdec.serve.stops import StopFilter
 from specdec.serve.token_texts import TokenTexts
@@ -37,6 +39,14 @@ def test_a_text_ends_before_its_first_stop_string_however_it_is_cut(parts: list[
         rest = text[len("".join(out)) :]
         assert not rest or any(stop.startswith(rest) for stop in stops), "held back without need"
     assert "".join(out) + found.flush() == "".join(parts)
+
+
+@given(st.text(max_size=6), st.booleans(), st.booleans())
+def test_a_chunk_made_from_prepared_parts_is_the_encoded_one(text: str, chat: bool, with_usage: bool) -> None:
+    kind = ChatForm if chat else CompletionForm
+    form = kind('a "model" of any text', TokenTexts(byte_tokenizer()), None, False, with_usage)
+    for piece in (Piece("other"), Piece(text), Piece(text, finish_reason="stop")):
+        assert form.chunk(3, piece, first=False) == event(form._chunk(3, piece, first=False))
 
 
 def penalised(ids: list[int], scores: torch.Tensor, begin: int, presence: float, frequency: float) -> torch.Tensor:
