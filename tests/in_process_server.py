@@ -28,9 +28,11 @@ class InProcess:
         self.engine = Engine(target, draft, tokenizer=self.tokenizer, **sizes)
         self.app = create_app(self.engine, self.tokenizer, NAME, options)
 
-    def request(self, method: str, path: str, **more: Any) -> httpx.Response:
+    def request(self, method: str, path: str, prefix: str = "", **more: Any) -> httpx.Response:
+        """prefix: where the application is mounted, which `path` begins with then."""
+
         async def ask() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, root_path=prefix)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 return await client.request(method, path, timeout=60, **more)
 

@@ -4,6 +4,7 @@ token's numbers depend on the tokens beside it. Known by names and attributes; n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify.numbers_seen import Sampled
 from specdec.verify.packed import Packed, PackedLinear
 from specdec.verify.passes.linear import is_dense
 
@@ -42,10 +44,11 @@ class _Affine(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What was read of a layer, from tensors at such counts of writes."""
+    """What was read of a layer, from tensors of such numbers at such counts of writes."""
 
     tensors: list[Tensor]
     writes: list[tuple[int, int]]
+    numbers: list[Sampled]
     packed: Packed | None
 
 
@@ -73,12 +76,19 @@ def packed_of(layer: nn.Module) -> Packed | None:
     tensors = list(_tensors(layer))
     writes = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     known = _read.get(layer)
-    if known is not None and known.writes == writes and all(map(_same, known.tensors, tensors)):
-        return known.packed
+    if known is not None and known.writes == writes and all(map(is_, known.tensors, tensors)):
+        if all(map(Sampled.same, known.numbers)):
+            return known.packed
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     packed = next((one for one in _candidates(layer) if _agrees(layer, one)), None) if on_cpu else None
-    _read[layer] = _Read(tensors, writes, packed)
+    _read[layer] = _Read(tensors, writes, [Sampled(tensor) for tensor in tensors] if packed else [], packed)
     return packed
+
+
+def forget(model: nn.Module) -> None:
+    """Read its layers again: they were changed in a way that no look sees."""
+    for part in model.modules():
+        _read.pop(part, None)
 
 
 def weight_of_quantised(layer: Any) -> Tensor:
@@ -242,7 +252,3 @@ def inner_tensors(tensor: Any) -> Iterator[Tensor]:
         part = getattr(tensor, name)
         if isinstance(part, Tensor):
             yield from inner_tensors(part)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other

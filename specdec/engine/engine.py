@@ -201,7 +201,7 @@ class Engine:
             task.cancelled = True
 
     def clear_prefix_cache(self) -> None:
-        """Forget the K/V of all prompts and texts seen so far.
+        """Forget the K/V of all prompts and texts seen so far, and what was read of the target's weights.
 
         To be called after changes of the models' weights that the engine cannot see (see docs/serving.md). Requests in
         flight go on with K/V that is computed anew from their text.
@@ -210,7 +210,7 @@ class Engine:
         with self._lock:
             self._refuse_within_step()
             self._rest()
-            self._stepping.renew()
+            self._stepping.read_anew()
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of counts and latencies."""

@@ -24,6 +24,7 @@ from specdec.engine.task import State, Task
 from specdec.kv import SpecdecError
 from specdec.kv.faults import described, from_outside
 from specdec.verify import DraftTree
+from specdec.verify.passes.packed_copies import forget
 from specdec.verify.weights import Weights
 
 
@@ -49,7 +50,7 @@ class Stepping:
         self.limits = limits
         self.num_steps = 0
         self._counters = counters
-        self._passes = EnginePasses(target, self.pool)
+        self._target, self._passes = target, EnginePasses(target, self.pool)
         self.device = self._passes.target.device
         self._lanes = Lanes(self.pool, drafters, pooled.names, self.vocab, self.device)
         self.scheduler = Scheduler(self.pool, limits, self._lanes.leave)
@@ -113,6 +114,11 @@ class Stepping:
             task.put_back()
         self.restart([*self.scheduler.waiting, *active])
         self.pool.sharing = self._weights.steady
+
+    def read_anew(self) -> None:
+        """The same after changes of weights that nobody sees: what was read of them is forgotten, too."""
+        forget(self._target)
+        self.renew()
 
     def abandon(self, tasks: Sequence[Task], fault: BaseException) -> None:
         """End these requests, which are all there are, whatever state they and the pool are in."""

@@ -22,7 +22,8 @@ from specdec.serve.options import ServeOptions
 _PORT = re.compile(r":\d*$")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 GUARDED = ("/v1/", "/specdec/", "/metrics", "/openapi.json")
-"""Where a key is asked for. The page and /health say nothing that needs one."""
+"""Where a key is asked for, whatever stands before it: behind a proxy or a mount, paths begin with a prefix. The page and
+/health say nothing that needs one."""
 
 
 class Keys:
@@ -89,7 +90,7 @@ class Gate:
                 421, f"the header Host: expected one of {sorted(self._hosts)}, got {host[:80]!r}: behind a proxy, name "
                 "its host with --allowed-host", code="unknown_host",
             )  # fmt: skip
-        guarded = scope["path"].startswith(GUARDED) and scope["method"] != "OPTIONS"
+        guarded = any(part in scope["path"] for part in GUARDED) and scope["method"] != "OPTIONS"
         if guarded and self._keys is not None and not self._keys.admit(headers.get("authorization", "")):
             return Refusal(
                 401, "expected a valid key in the header 'Authorization: Bearer KEY'", code="invalid_api_key"

@@ -245,3 +245,13 @@ def test_weights_are_found_by_unit_vectors_where_a_layout_is_not_read(dtype: tor
     found, held = weight_of_quantised(layer), layer.weight.qdata * layer.weight.scale
     assert found.dtype == dtype
     assert (found - held).abs().max() < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+def test_a_write_past_torchs_counts_is_seen() -> None:
+    layer = next(part for part in quantised("gptq").modules() if isinstance(part, Words))
+    before = packed_of(layer)
+    assert before is not None
+    layer.scales.data.mul_(2)
+    layer.own.data.mul_(2)
+    after = packed_of(layer)
+    assert after is not None and torch.equal(after.scales, before.scales * 2)

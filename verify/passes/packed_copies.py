@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from specdec.kv.errors import UnsupportedArgumentError
+from specdec.verify import quantised
 from specdec.verify.grids import exactly
+from specdec.verify.numbers_seen import Sampled
 from specdec.verify.packed import Packed
 from specdec.verify.passes.layers import Linear, Product
 from specdec.verify.passes.parameters import Parameters
@@ -21,11 +23,17 @@ VARIABLE = "SPECDEC_PACKED"
 
 
 class _Copies(NamedTuple):
-    """by_address: the copies, by where the numbers lie that they are of. watch: over what they were made of; None where
-    there are none, whatever becomes of the weights."""
+    """by_address: the copies, by where the numbers lie that they are of. watch, numbers: over what they were made of;
+    watch is None where there are none, whatever becomes of the weights."""
 
     by_address: Mapping[int, Packed]
     watch: Weights | None
+    numbers: Sequence[Sampled]
+
+    @property
+    def hold(self) -> bool:
+        """Whether they are still those of the weights, as far as a look can tell."""
+        return self.watch is None or (self.watch.same() and all(each.same() for each in self.numbers))
 
 
 _known: WeakKeyDictionary[PreTrainedModel, _Copies] = WeakKeyDictionary()
@@ -36,7 +44,8 @@ def packed_copies(model: PreTrainedModel, own: Parameters) -> Mapping[int, Packe
     """Exact packed copies of linear weights of `model`, by the addresses of their numbers.
 
     They are searched once, and again when the model has changed; not where there were none: who trains a model would
-    have it searched for nothing at every step.
+    have it searched for nothing at every step. Not seen is a write to single numbers past torch's counts (through
+    `.data`): see `forget`.
 
     Args:
         own: its parameters, as they are now.
@@ -50,11 +59,24 @@ def packed_copies(model: PreTrainedModel, own: Parameters) -> Mapping[int, Packe
     if asked == "0":
         return {}
     known = _known.get(model)
-    if known is None or (known.watch is not None and not known.watch.same()):
+    if known is None or not known.hold:
         watch = Weights(model.children())  # before the search: what is written during it is seen by the next look
+        weights = {product.weight.data_ptr(): product.weight for product in _linear(own)}
         found = dict(_found(own))
-        known = _known[model] = _Copies(found, watch if found else None)
+        numbers = [Sampled(weights[address]) for address in found]
+        known = _known[model] = _Copies(found, watch if found else None, numbers)
     return known.by_address
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Read and search its weights again before the next pass: they were changed in a way that no look sees."""
+    _known.pop(model, None)
+    quantised.forget(model)
+
+
+def _linear(own: Parameters) -> Iterator[Linear]:
+    products = (own.head, *(product for layer in own.layers for product in layer.products))
+    return (product for product in products if isinstance(product, Linear))
 
 
 def _found(own: Parameters) -> Iterator[tuple[int, Packed]]:

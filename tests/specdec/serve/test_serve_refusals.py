@@ -244,6 +244,8 @@ def test_keys(tiny_pair: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
                 found = made.request(method, path, headers={b"Authorization": header.encode("latin-1")})
                 refused(found, 401, None, "invalid_api_key")
         assert made.request("GET", "/health").status_code == 200
+        for path in ("/v1/models", "/specdec/info", "/metrics", "/openapi.json"):  # behind a proxy that adds a prefix
+            refused(made.request("GET", f"/llm{path}", prefix="/llm"), 401, None, "invalid_api_key")
         for key in (KEY, "another"):
             given = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
             found = made.request("POST", "/v1/completions", headers=given, content=json.dumps({"prompt": "x"}))

@@ -1,0 +1,34 @@
+"""A look at some numbers sees every row and every column."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specdec.verify.numbers_seen import Sampled
+
+
+@pytest.mark.parametrize("shape", [(96, 72), (283, 1000), (300, 40), (129, 33), (7000,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float64])
+def test_rows_columns_and_signs_are_seen(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 100).to(dtype)
+    for axis, size in enumerate(shape[:2]):
+        for place in {0, size // 3, size - 1}:
+            look = Sampled(tensor)
+            assert look.same()
+            tensor.select(axis, place).neg_() if len(shape) > 1 else tensor.neg_()
+            assert not look.same()
+
+
+def test_nan_is_equal_to_itself() -> None:
+    tensor = torch.full((100, 100), float("nan"))
+    assert Sampled(tensor).same()
+
+
+def test_a_part_of_a_weight_is_looked_at_where_it_lies() -> None:
+    whole = torch.randn(200, 100)
+    look = Sampled(whole[100:])
+    whole[:100] = 0
+    assert look.same()
+    whole[150] = 0
+    assert not look.same()

@@ -1,0 +1,49 @@
+"""What a look at a tensor sees of its numbers, past torch's counts of writes: some of every row and of every column."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LINE = 64
+"""Bytes that memory brings in at once."""
+_SMALL = 1 << 12
+"""Tensors of up to so many numbers are looked at as a whole."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Sampled:
+    """A line of each row, in the next row at other columns, so that all of them come in turn (if there are as many lines
+    of rows). What is written to a row or a column or over a block shows in it; single numbers may not. A weight of 576 columns is looked at in a 36th
+    of the time that it takes to read it.
+
+    Args:
+        tensor: its address and shape are taken for granted from then on.
+    """
+
+    __slots__ = ("_known", "_view")
+
+    def __init__(self, tensor: Tensor):
+        self._view = _lines(tensor.detach())
+        self._known = self._look().clone()
+
+    def same(self) -> bool:
+        """Are the numbers that were seen when this was made the same?"""
+        return torch.equal(self._look(), self._known)
+
+    def _look(self) -> Tensor:
+        """Sums column by column, of a few numbers themselves: one sum over all would not see a change of every sign."""
+        return self._view if self._view.numel() <= _SMALL else self._view.sum(0, dtype=torch.int64)
+
+
+def _lines(tensor: Tensor) -> Tensor:
+    """Some numbers of a tensor as integers of their width, which NaN has too: a view."""
+    kind = _INTEGERS.get(tensor.element_size())
+    if kind is None or tensor.layout != torch.strided or tensor.is_complex():
+        return torch.empty(0)
+    numbers, line = tensor.view(kind), _LINE // tensor.element_size()
+    width = tensor.shape[-1] if tensor.dim() else 1
+    if not tensor.is_contiguous() or tensor.numel() <= _SMALL or width <= 2 * line:
+        return numbers
+    step = width - line  # less than a row, so that no row is left out
+    return numbers.as_strided((1 + (tensor.numel() - line) // step, line), (step, 1), tensor.storage_offset())
