@@ -1,7 +1,7 @@
 """The same workload over HTTP: streamed completions as any client of OpenAI's API asks for them.
 
-One thread reads all connections and keeps what comes, and when; what it means is found out when the clock has stopped. So
-a server that shares the machine with its client loses as little to it as possible.
+One thread reads all connections and keeps what comes, and when; what it means is found out when the clock has stopped.
+So a server that shares the machine with its client loses as little to it as possible.
 """
 
 from __future__ import annotations

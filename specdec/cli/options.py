@@ -60,9 +60,10 @@ Draft = Annotated[
     _option(
         "--draft",
         panel=_MODELS,
-        metavar="PATH|ID|ngram|self|none",
-        help="Drafter: a model with the same tokenizer, prompt lookup, the target itself (self:int8, self:int4), or "
-        "plain decoding (default: the pair's; with --target: ngram).",
+        metavar="PATH|ID|WORD",
+        help="Drafter: a model with the same tokenizer, or a word: ngram (prompt lookup), suffix (the same, any "
+        "length), self:int8, self:int4, self (the target itself, in few bits), none (default: the pair's; with "
+        "--target: ngram).",
     ),
 ]
 PairName = Annotated[
@@ -159,7 +160,7 @@ class ModelChoice:
 
     @property
     def draft(self) -> str | None:
-        """Folder, hub id, "ngram", "self", "self:int8", or None (plain decoding)."""
+        """Folder, hub id, a word such as "ngram" or "self:int8", or None (plain decoding)."""
         if not self.drafts:
             return None
         return self.pair.draft.word or self.pair.location(self.pair.draft)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from specdec.cli import options as cli
+from specdec.pairing import Pair
 from specdec.serve.options import ServeOptions
 
 _SERVER, _LIMITS = "Server", "Limits"
@@ -26,7 +27,7 @@ def serve(
     tree: cli.TreeWidths = None,
     rule: cli.Rule = "auto",
     drafters: Annotated[
-        str, _server("Further drafters that a request may name, e.g. ngram,self:int8.", panel="Drafting")
+        str, _server("Further drafters that a request may name, e.g. ngram,suffix,self:int8.", panel="Drafting")
     ] = "ngram",
     dtype: cli.Dtype = "auto",
     device: cli.Device = "auto",
@@ -36,7 +37,9 @@ def serve(
     api_key_file: Annotated[
         Path | None, _server("A file of keys, one a line, of which clients must send one (default: no key).")
     ] = None,
-    model_name: Annotated[str | None, _server("What clients call the model (default: its own name).")] = None,
+    model_name: Annotated[
+        str | None, _server("What clients call the model (default: the pair's or target's name).")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, _server("A web page's origin that browsers may let in; repeat for more.")
     ] = None,
@@ -104,6 +107,7 @@ def serve(
 
     from specdec.cli.loading import load_models
     from specdec.engine import Engine
+    from specdec.prompt_files import has_template
 
     models = load_models(choice)
     further = [word for word in drafters.split(",") if word and word != choice.draft]
@@ -112,15 +116,29 @@ def serve(
         tokenizer=models.tokenizer, num_bytes=kv_mib << 20, max_rows=max_rows, max_waiting=max_waiting,
         kv_dtype=kv_dtype, lossy=lossy,
     )  # fmt: skip
-    name = model_name or choice.pair.name or choice.target
+    name = model_name or _name(choice.pair, target is not None)
 
     def ready(address: str) -> None:
-        typer.echo(f"{name} at {address}, drafted for by {engine.drafters[0]} (also: {', '.join(engine.drafters[1:])})")
+        typer.echo(f"{name} at {address}/v1 (a page to look at: {address}/)")
+        typer.echo(f"drafted for by {engine.drafters[0]}; a request may name: {', '.join(engine.drafters[1:])}")
         if (what := engine.metrics().lossy) is not None:
             typer.echo(f"lossy: {what}; texts follow another law than the target's")
         key = "" if api_key_file is None else " -H 'Authorization: Bearer KEY'"
-        body = '{"prompt": "def main(", "max_tokens": 32, "stream": true}'
-        typer.echo(f"try: curl -N {address}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'")
+        way, asks = "completions", '"prompt": "def main("'
+        if has_template(models.tokenizer):
+            way, asks = "chat/completions", '"messages": [{"role": "user", "content": "Who are you?"}]'
+        body = f'{{{asks}, "max_tokens": 32, "stream": true}}'
+        typer.echo(f"try: curl -N {address}/v1/{way} -H 'Content-Type: application/json'{key} -d '{body}'")
         typer.echo("Ctrl-C ends it when all streams are finished")
 
     run(engine, models.tokenizer, name, options, choice.rule, ready)
+
+
+def _name(pair: Pair, only_target: bool) -> str:
+    """What is served is the target: clients need not know what drafts for it."""
+    target = pair.target
+    if not only_target:
+        return pair.name
+    if target.model is not None:
+        return target.model
+    return Path(target.gguf_file).stem if target.gguf_file else Path(pair.location(target)).name

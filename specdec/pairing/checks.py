@@ -29,6 +29,11 @@ from specdec.pairing.tables import shown
 
 MAX_PADDING = 1024
 """Embeddings of one tokenizer are padded to multiples of up to 512 or so; larger differences are other vocabularies."""
+_WITHOUT_MODEL = {
+    "ngram": "an n-gram drafter",
+    "suffix": "a suffix drafter",
+    "self": "a target that drafts for itself",
+}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _FORM = re.compile(r"[a-z]+[\d,-]*")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -69,8 +74,8 @@ def _drafting(pair: Pair) -> Iterator[str]:
         yield f"[drafting] tree: expected children per level such as [3, 2, 1], got {shown(list(drafting.tree))}"
     elif drafting.tree is not None and nodes_of_widths(drafting.tree) > MOST_NODES:
         yield f"[drafting] tree: expected at most {MOST_NODES} nodes in all, got more: {shown(list(drafting.tree))}"
-    if drafting.tree is not None and pair.draft.kind == "ngram":
-        yield "[drafting] tree: an n-gram drafter has no static tree; use k"
+    if drafting.tree is not None and pair.draft.kind in ("ngram", "suffix"):
+        yield f"[drafting] tree: {_WITHOUT_MODEL[pair.draft.kind]} has no static tree; use k"
 
 
 def _models(pair: Pair) -> Iterator[str]:
@@ -83,8 +88,7 @@ def _models(pair: Pair) -> Iterator[str]:
     own = [f.name for f in fields(Draft) if f.name not in ("kind", "form")]
     given = [name for name in own if getattr(pair.draft, name) not in (None, "", False)]
     if given:
-        drafter = "an n-gram drafter" if pair.draft.kind == "ngram" else "a target that drafts for itself"
-        yield f"[draft]: {drafter} has no draft model; leave out {', '.join(given)}"
+        yield f"[draft]: {_WITHOUT_MODEL[pair.draft.kind]} has no draft model; leave out {', '.join(given)}"
 
 
 def _model(where: str, pair: Pair, part: Target | Draft) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from specdec.pairing.create import pair_name
 from specdec.pairing.errors import PairError
 from specdec.pairing.registry import find_pair
 from specdec.pairing.runnable import refusal
-from specdec.pairing.schema import Draft, Drafting, Pair, Target, home_expanded
+from specdec.pairing.schema import WITHOUT_MODEL, Draft, Drafting, Pair, Target, home_expanded
 from specdec.shipped import DEFAULT_PAIR
 
 
@@ -22,8 +23,8 @@ def chosen_pair(
     Args:
         pair: name, TOML file or folder with target/ and draft/; None: the target, or the default pair.
         target: folder, GGUF file or hub id; what drafts is then "ngram" unless `draft` says otherwise.
-        draft: folder, hub id, "ngram", "self" or "self:int8"; None: the pair's own, which alone comes with the pair's
-            settings.
+        draft: folder, hub id, "ngram", "suffix", "self" or "self:int8"; None: the pair's own, which alone comes with
+            the pair's settings.
         gguf_file: name of a GGUF file in the target's folder or hub repository.
 
     Raises:
@@ -50,7 +51,15 @@ def chosen_pair(
 
 
 def _draft(name: str) -> Draft:
-    return Draft.named(name) or Draft("model", **_place("--draft", name))
+    if (word := Draft.named(name)) is not None:
+        return word
+    place = _place("--draft", name)
+    if "model" in place and (meant := get_close_matches(name.partition(":")[0].lower(), WITHOUT_MODEL, 1, 0.8)):
+        raise PairError(
+            f"--draft: expected {', '.join(WITHOUT_MODEL)}, none, a folder or a hub id, got {name!r}; did you mean "
+            f"{meant[0]}?"
+        )
+    return Draft("model", **place)
 
 
 def _place(option: str, name: str) -> dict[str, Any]:

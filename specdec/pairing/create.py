@@ -26,7 +26,7 @@ def new_pair(
     """The pair of `target` with `draft`, checked.
 
     Args:
-        target, draft: hub ids or folders; draft may be "ngram", "self" or "self:int8".
+        target, draft: hub ids or folders; draft may be "ngram", "suffix", "self" or "self:int8".
         name: by default made of the two models' names.
         folder: where its file will lie; paths of models are written relative to it where they can be.
 
@@ -44,7 +44,7 @@ def new_pair(
         Pair(
             name=name or pair_name(target, draft),
             summary=f"{_short(draft)} drafts for {_short(target)}"
-            if own is None or own.kind == "self"
+            if own is None or own.kind != "ngram"
             else f"n-grams on {_short(target)}",
             target=first,
             draft=second,

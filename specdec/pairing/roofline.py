@@ -157,10 +157,9 @@ def pair_facts(pair: Pair) -> tuple[Facts, Facts | None]:
     """
     if pair.target.facts is None:
         raise PairError(f"pair {pair.name!r}: an estimate needs [target.facts] (`specdec pairs new` reads them)")
-    if pair.draft.kind == "self":
-        raise PairError(
-            f"pair {pair.name!r}: nothing is estimated for a target that drafts for itself; run `specdec bench`"
-        )
+    if pair.draft.kind in ("self", "suffix"):
+        drafter = "a target that drafts for itself" if pair.draft.kind == "self" else "suffixes"
+        raise PairError(f"pair {pair.name!r}: nothing is estimated for {drafter}; run `specdec bench`")
     if pair.draft.kind != "ngram" and pair.draft.facts is None:
         raise PairError(f"pair {pair.name!r}: an estimate needs [draft.facts] (`specdec pairs new` reads them)")
     return pair.target.facts, pair.draft.facts

@@ -8,10 +8,10 @@ from pathlib import Path
 SCHEMA = 1
 """Version of the format; a file says which one it is written in."""
 
-KINDS = ("model", "ngram", "self", "eagle", "eagle3")
-"""What can draft. specdec itself runs the first three; heads are listed for exports and estimates."""
-RUNNABLE = ("model", "ngram", "self")
-WITHOUT_MODEL = ("ngram", "self")
+KINDS = ("model", "ngram", "suffix", "self", "eagle", "eagle3")
+"""What can draft. specdec itself runs the first four; heads are listed for exports and estimates."""
+RUNNABLE = ("model", "ngram", "suffix", "self")
+WITHOUT_MODEL = ("ngram", "suffix", "self")
 """Those that need no model but the target."""
 RULES = (
     "auto", "greedy", "rejection", "block", "naive", "recursive_rejection", "traversal", "budget_flow", "coupled",
@@ -20,7 +20,7 @@ RULES = (
 """Acceptance rules by name (a test holds this to the registry, which imports torch)."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 VOCABULARIES = ("shared", "different")
-DEFAULT_LENGTHS = {"model": 4, "ngram": 10, "self": 4, "eagle": 4, "eagle3": 4}
+DEFAULT_LENGTHS = {"model": 4, "ngram": 10, "suffix": 10, "self": 4, "eagle": 4, "eagle3": 4}
 """Tokens drafted per step where a pair does not say and nothing measures: what exports write down."""
 NGRAM_MAX = 3
 """Longest n-gram looked up; the library's default."""
@@ -126,7 +126,7 @@ class Draft:
 
     @property
     def word(self) -> str | None:
-        """What the library calls a drafter without a model: "ngram", "self", "self:int8"; None for one that has one."""
+        """What the library calls a drafter without a model, e.g. "self:int8"; None for one with a model."""
         if self.kind not in WITHOUT_MODEL:
             return None
         return self.kind if self.form is None else f"{self.kind}:{self.form}"

@@ -163,6 +163,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     known = any(isinstance(route, APIRoute) and route.path == request.url.path for route in request.app.routes)
     if error.status_code == 404 and known and not isinstance(error, Refusal):
         error = Refusal(405, f"{request.url.path} is not asked for by {request.method}")  # the page's files come last
+    elif error.status_code in (404, 405) and not known and not isinstance(error, Refusal):
+        error = Refusal(404, f"there is no {request.url.path} here: GET /openapi.json says what there is")
     elif not isinstance(error, Refusal):
         error = Refusal(error.status_code, str(error.detail))
     return answer(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -97,9 +98,11 @@ def _bound(options: ServeOptions) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((options.host, options.port))
-    except OSError:
+    except OSError as error:
         bound.close()
-        raise
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        instead = "give another --port (0 takes a free one)" if taken else "give an address of this machine as --host"
+        raise OSError(f"cannot listen at {options.host}, port {options.port}: {error.strerror}; {instead}") from error
     return bound
 
 

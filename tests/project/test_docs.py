@@ -38,8 +38,7 @@ LONGEST_LINE = 160
 LONGEST_LINE_OF_THE_LOG = 200
 LONGEST_CODE = 92
 """Characters of a line of Python or shell: what a page shows without breaking it."""
-MOST_LINES = 5
-"""Of one paragraph or list item."""
+MOST_LINES = 5  # of one paragraph or list item
 
 
 def blocks(page: Path, language: str, reason: bool = False) -> list[re.Match[str]]:

@@ -40,10 +40,9 @@ def export_pair(pair: Pair, engine: str) -> Export:
         return ENGINES[engine](pair)
     if pair.target.gguf_file or pair.draft.gguf_file:
         raise PairError(f"pair {pair.name!r}: GGUF files are not exported; engines that read them take the file itself")
-    if pair.draft.kind == "self":
-        raise refuse(
-            pair, engine, "no other engine lets the target draft for itself", 'use kind = "ngram" or a draft model'
-        )
+    own = {"self": "no other engine lets the target draft for itself", "suffix": "suffixes are not exported"}
+    if (why := own.get(pair.draft.kind)) is not None:
+        raise refuse(pair, engine, why, 'use kind = "ngram" or a draft model')
     return ENGINES[engine](pair)
 
 

@@ -29,7 +29,7 @@ async function connect() {
   $("model").textContent = server.model;
   document.title = `${server.model} · specdec`;
   document.body.classList.toggle("continues", !server.chat_template);
-  $("prompt").placeholder = server.chat_template ? "Ask something" : "Begin a text: this model goes on with it";
+  $("prompt").placeholder = server.chat_template ? "Ask something" : "Begin a text";
   const names = [...server.drafters.filter((name) => name !== NONE), NONE];
   $("draft").replaceChildren(...names.map((name) => new Option(name === NONE ? "no drafts" : name, name)));
   $("max-tokens").max = server.max_new_tokens;

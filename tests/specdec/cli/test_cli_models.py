@@ -80,6 +80,14 @@ def test_check_takes_texts_and_json_lines(tiny_pair: Path, text: Path, tmp_path:
     assert (settings["num_prompts"], settings["drafter"]) == (4, "ngram")
 
 
+def test_every_word_for_a_drafter_drafts(tiny_pair: Path) -> None:
+    wanted = generate("--target", tiny_pair / "target", "--draft", "none", "-p", PROMPT)["token_ids"]
+    for word in ("suffix", "self:int8"):
+        found = generate("--target", tiny_pair / "target", "--draft", word, "-p", PROMPT, "--show-draft")
+        assert found["token_ids"] == wanted
+        assert found["report"]["num_draft_tokens"] > 0, word
+
+
 @pytest.mark.parametrize("how", ["file", "folder and name"])
 def test_a_gguf_file_is_the_model_it_was_made_of(gguf: Path, how: str) -> None:
     packed = gguf / "packed"
@@ -107,6 +115,7 @@ def test_a_model_from_a_gguf_file_can_be_saved(gguf: Path, tmp_path: Path) -> No
         (("--target", "{target}", "--gguf-file", "x.gguf"), "found no 'x.gguf' there"),
         (("--target", "./nowhere"), "--target: expected a folder"),
         (("--draft", "./nowhere"), "--draft: expected a folder"),
+        (("--draft", "sufix"), "did you mean suffix?"),
         (("--prompt-file", "/nowhere/x.txt"), "'x.txt'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -13,6 +13,7 @@ import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdec.drafters import SuffixDrafter
 from specdec.drafters.model import DEFAULT_K
 from specdec.drafters.ngram import NgramDrafter
 from specdec.pairing import Draft, Drafting, Facts, Pair, PairError, Published, Target, find_pair, pair_names
@@ -155,7 +156,7 @@ def test_what_is_not_found_gets_a_suggestion(tmp_path: Path) -> None:
 def test_there_are_enough_pairs_of_every_kind() -> None:
     found = [find_pair(name) for name in pair_names()]
     assert len(found) >= 25
-    assert {pair.draft.kind for pair in found} == set(KINDS) - {"eagle", "self"}
+    assert {pair.draft.kind for pair in found} == set(KINDS) - {"eagle", "self", "suffix"}
     assert "stdlib-python" in pair_names()
 
 
@@ -232,6 +233,7 @@ def test_names_and_defaults_are_those_of_the_library() -> None:
     assert all(rule == "auto" or make_rule(rule) for rule in RULES)
     assert DEFAULT_LENGTHS["model"] == DEFAULT_K
     assert (DEFAULT_LENGTHS["ngram"], NGRAM_MAX) == (NgramDrafter().k, NgramDrafter().max_ngram)
+    assert DEFAULT_LENGTHS["suffix"] == SuffixDrafter().nodes
 
 
 words = st.text(max_size=20)

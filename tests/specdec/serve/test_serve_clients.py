@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def client(server: LiveServer) -> Iterator[Any]:
 
 
 def test_what_it_says_at_its_start(server: LiveServer) -> None:
-    assert server.greeting[0].startswith(f"tiny at http://127.0.0.1:{server.port}, drafted for by model")
-    assert "curl" in server.greeting[1]
+    assert server.greeting[0].startswith(f"tiny at http://127.0.0.1:{server.port}/v1 (")
+    assert server.greeting[1].startswith("drafted for by model")
+    assert re.search("curl .*/v1/chat/completions", server.greeting[2])
     assert KEY not in "".join(server.greeting)
 
 

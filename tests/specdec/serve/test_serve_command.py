@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from specdec import serve
 from specdec.cli import app
+from specdec.cli.serve import _name
 from specdec.engine import EngineClosedError
+from specdec.pairing.chosen import chosen_pair
 from specdec.serve.server import _bound
 
 
@@ -43,6 +45,20 @@ def test_a_taken_port_is_one_line(tiny_pair: Path) -> None:
     assert found.exit_code == 1
     assert found.output.strip().splitlines()[-1].startswith("error: ")
     assert "in use" in found.output
+    assert "--port" in found.output
+
+
+def test_an_address_of_another_machine_is_one_line_too() -> None:
+    with (
+        pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1, port 0: .*--host"),
+        _bound(serve.ServeOptions(host="192.0.2.1", port=0)),
+    ):
+        pass
+
+
+def test_the_name_of_a_target_is_its_own() -> None:
+    assert _name(chosen_pair(target="owner/Model-1B", draft="self:int8"), True) == "owner/Model-1B"
+    assert _name(chosen_pair(), False) == "stdlib-python"
 
 
 def test_it_listens_to_this_machine_only() -> None:

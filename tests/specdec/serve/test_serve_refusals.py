@@ -104,6 +104,7 @@ def test_bodies_that_are_no_requests(server: InProcess, body: bytes, status: int
 
 def test_addresses_methods_and_kinds(server: InProcess) -> None:
     refused(server.request("GET", "/v2/tea"), 404)
+    assert "/openapi.json" in refused(server.request("POST", "/v1/embeddings", json={"input": "a"}), 404)
     refused(server.request("GET", "/v1/completions"), 405)
     assert "Content-Type" in refused(server.request("POST", "/v1/completions", content=b"{}"), 415)
     assert server.request("GET", "/health", headers={"X-Request-Id": "my-id.7"}).headers["x-request-id"] == "my-id.7"
