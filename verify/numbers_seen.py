@@ -1,4 +1,5 @@
-"""What a look at a tensor sees of its numbers, past torch's counts of writes: some of every row and of every column."""
+"""What a look at a tensor sees of its numbers, past torch's counts of writes: all of them, or some of every row and of
+every column."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Sampled:
-    """A line of each row, in the next row at other columns, so that all of them come in turn (if there are as many lines
-    of rows). What is written to a row or a column or over a block shows in it; single numbers may not. A weight of 576 columns is looked at in a 36th
-    of the time that it takes to read it.
+    """A line of each row, in the next row at other columns, so that all of them come in turn (where there are as many
+    lines of rows). What is written to a row or a column or over a block shows in it; single numbers may not. A weight
+    of 576 columns is looked at in a 36th of the time that it takes to read it.
 
     Args:
         tensor: its address and shape are taken for granted from then on.
@@ -34,6 +35,28 @@ class Sampled:
     def _look(self) -> Tensor:
         """Sums column by column, of a few numbers themselves: one sum over all would not see a change of every sign."""
         return self._view if self._view.numel() <= _SMALL else self._view.sum(0, dtype=torch.int64)
+
+
+class Summed:
+    """Every number, as sums of the bits of each row: whatever is written to one of them shows.
+
+    Args:
+        weight: float32 `[out, in]`, contiguous; its address and shape are taken for granted from then on.
+    """
+
+    __slots__ = ("_known", "_view")
+
+    def __init__(self, weight: Tensor):
+        pairs = weight.shape[1] % 2 == 0  # half as many numbers to add
+        self._view = weight.detach().view(torch.int64 if pairs else torch.int32)
+        self._known = self._look()
+
+    def same(self) -> bool:
+        """Are the numbers those that they were when this was made?"""
+        return torch.equal(self._look(), self._known)
+
+    def _look(self) -> Tensor:
+        return self._view.sum(1, dtype=torch.int64)
 
 
 def _lines(tensor: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from specdec.serve.options import ServeOptions
 _PORT = re.compile(r":\d*$")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 GUARDED = ("/v1/", "/specdec/", "/metrics", "/openapi.json")
-"""Where a key is asked for, whatever stands before it: behind a proxy or a mount, paths begin with a prefix. The page and
-/health say nothing that needs one."""
+"""Where a key is asked for, whatever stands before it: behind a proxy or a mount, paths begin with a prefix. The page
+and /health say nothing that needs one."""
 
 
 class Keys:

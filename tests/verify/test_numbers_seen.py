@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.verify.numbers_seen import Sampled
+from specdec.verify.numbers_seen import Sampled, Summed
 
 
 @pytest.mark.parametrize("shape", [(96, 72), (283, 1000), (300, 40), (129, 33), (7000,), (2, 3)])
@@ -32,3 +32,15 @@ def test_a_part_of_a_weight_is_looked_at_where_it_lies() -> None:
     assert look.same()
     whole[150] = 0
     assert not look.same()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (7, 9), (40, 96)])
+def test_every_single_number_is_seen(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    look = Summed(weight)
+    for place in range(weight.numel()):
+        before = weight.view(-1)[place].clone()
+        weight.view(-1)[place] = -before
+        assert not look.same()
+        weight.view(-1)[place] = before
+    assert look.same()

@@ -254,4 +254,5 @@ def test_a_write_past_torchs_counts_is_seen() -> None:
     layer.scales.data.mul_(2)
     layer.own.data.mul_(2)
     after = packed_of(layer)
-    assert after is not None and torch.equal(after.scales, before.scales * 2)
+    assert after is not None
+    assert torch.equal(after.scales, before.scales * 2)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from specdec.kv.errors import UnsupportedArgumentError
 from specdec.verify import quantised
 from specdec.verify.grids import exactly
-from specdec.verify.numbers_seen import Sampled
+from specdec.verify.numbers_seen import Summed
 from specdec.verify.packed import Packed
 from specdec.verify.passes.layers import Linear, Product
 from specdec.verify.passes.parameters import Parameters
@@ -28,11 +28,11 @@ class _Copies(NamedTuple):
 
     by_address: Mapping[int, Packed]
     watch: Weights | None
-    numbers: Sequence[Sampled]
+    numbers: Sequence[Summed]
 
     @property
     def hold(self) -> bool:
-        """Whether they are still those of the weights, as far as a look can tell."""
+        """Whether they are still those of the weights: every number is looked at."""
         return self.watch is None or (self.watch.same() and all(each.same() for each in self.numbers))
 
 
@@ -43,9 +43,8 @@ _known: WeakKeyDictionary[PreTrainedModel, _Copies] = WeakKeyDictionary()
 def packed_copies(model: PreTrainedModel, own: Parameters) -> Mapping[int, Packed]:
     """Exact packed copies of linear weights of `model`, by the addresses of their numbers.
 
-    They are searched once, and again when the model has changed; not where there were none: who trains a model would
-    have it searched for nothing at every step. Not seen is a write to single numbers past torch's counts (through
-    `.data`): see `forget`.
+    They are searched once, and again when the model has changed, in whatever way; not where there were none: who trains
+    a model would have it searched for nothing at every step.
 
     Args:
         own: its parameters, as they are now.
@@ -63,7 +62,7 @@ def packed_copies(model: PreTrainedModel, own: Parameters) -> Mapping[int, Packe
         watch = Weights(model.children())  # before the search: what is written during it is seen by the next look
         weights = {product.weight.data_ptr(): product.weight for product in _linear(own)}
         found = dict(_found(own))
-        numbers = [Sampled(weights[address]) for address in found]
+        numbers = [Summed(weights[address]) for address in found]
         known = _known[model] = _Copies(found, watch if found else None, numbers)
     return known.by_address
 
