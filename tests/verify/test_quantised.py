@@ -252,7 +252,8 @@ def test_a_write_past_torchs_counts_is_seen() -> None:
     before = packed_of(layer)
     assert before is not None
     layer.scales.data.mul_(2)
-    layer.own.data.mul_(2)
+    own: Any = layer.own
+    own.data.mul_(2)
     after = packed_of(layer)
     assert after is not None
     assert torch.equal(after.scales, before.scales * 2)
