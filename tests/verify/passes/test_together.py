@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -61,7 +62,8 @@ def results(model: Any, kind: str, paged: bool, jointly: bool) -> list[Tensor]:
                 out = [forward.tree(rows, tree).logits]
                 for one in texts:
                     forward.causal(*one, keep=1)
-        short = Part(tree.tokens, None)  # type: ignore[arg-type]
+        plain: Any = SimpleNamespace(quantised=None)
+        short = Part(tree.tokens, plain)
         one_pass = any(runner.joint and runner.refusal(short) is None for runner in forward.runners)
         assert len(passes) == (1 if jointly and one_pass else 3)
     return [*out, *stored(rows, others)]
