@@ -187,7 +187,7 @@ def test_looks_take_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) ->
         now[0] += 1.0
         return True
 
-    monkeypatch.setattr(weights, "_same", look)
+    monkeypatch.setattr(weights, "same", look)
     assert now[0] >= weights.next_look
     assert not weights.changed()
     assert weights.next_look == pytest.approx(111.0)
