@@ -10,6 +10,8 @@ _LINE = 64
 """Bytes that memory brings in at once."""
 _SMALL = 1 << 12
 """Tensors of up to so many numbers are looked at as a whole."""
+_STRIDE = 2039
+"""A prime: what lies below each other in a weight goes to different sums."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -38,25 +40,30 @@ class Sampled:
 
 
 class Summed:
-    """Every number, as sums of the bits of each row: whatever is written to one of them shows.
+    """Every number, as sums of the bits of those that lie `_STRIDE` apart: whatever is written to one of them shows, to
+    a row, to a part of one or to a column. Sums of rows would not see two columns exchanged, nor two signs changed.
 
     Args:
-        weight: float32 `[out, in]`, contiguous; its address and shape are taken for granted from then on.
+        weight: float32, contiguous; its address and shape are taken for granted from then on.
     """
 
-    __slots__ = ("_known", "_view")
+    __slots__ = ("_known", "_parts")
 
     def __init__(self, weight: Tensor):
-        pairs = weight.shape[1] % 2 == 0  # half as many numbers to add
-        self._view = weight.detach().view(torch.int64 if pairs else torch.int32)
-        self._known = self._look()
+        flat = weight.detach().view(-1)
+        pairs = len(flat) % 2 == 0 and flat.storage_offset() % 2 == 0  # half as many numbers to add
+        flat = flat.view(torch.int64 if pairs else torch.int32)
+        whole = len(flat) // _STRIDE * _STRIDE
+        self._parts = flat[:whole].view(-1, _STRIDE), flat[whole:]
+        self._known = self._look().clone()
 
     def same(self) -> bool:
         """Are the numbers those that they were when this was made?"""
         return torch.equal(self._look(), self._known)
 
     def _look(self) -> Tensor:
-        return self._view.sum(1, dtype=torch.int64)
+        lines, rest = self._parts
+        return torch.cat([lines.sum(0, dtype=torch.int64), rest.long()])
 
 
 def _lines(tensor: Tensor) -> Tensor:

@@ -44,3 +44,19 @@ def test_every_single_number_is_seen(shape: tuple[int, int]) -> None:
         assert not look.same()
         weight.view(-1)[place] = before
     assert look.same()
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(64, 576), (61, 83)])
+def test_changes_that_leave_sums_of_rows_are_seen(shape: tuple[int, int], offset: int) -> None:
+    size = shape[0] * shape[1]
+    weight = torch.randn(offset + size, generator=torch.Generator().manual_seed(0))[offset:].view(shape)
+    for exchanged in ([1, 3, 0, 2], [2, 3, 0, 1]):
+        look = Summed(weight)
+        weight[:, :4] = weight[:, exchanged]
+        assert not look.same()
+    for signs in (weight[3, 1:4:2], weight[3], weight[:, 5], weight[:2, 7]):
+        look = Summed(weight)
+        signs.neg_()
+        assert not look.same()
+        assert Summed(weight).same()

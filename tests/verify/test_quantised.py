@@ -248,7 +248,7 @@ def test_weights_are_found_by_unit_vectors_where_a_layout_is_not_read(dtype: tor
 
 
 def test_a_write_past_torchs_counts_is_seen() -> None:
-    layer = next(part for part in quantised("gptq").modules() if isinstance(part, Words))
+    layer: Any = next(part for part in quantised("gptq").modules() if isinstance(part, Words))
     before = packed_of(layer)
     assert before is not None
     layer.scales.data.mul_(2)
