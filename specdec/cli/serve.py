@@ -9,7 +9,7 @@ import typer
 
 from specdec.cli import options as cli
 from specdec.pairing import Pair
-from specdec.serve.options import ServeOptions
+from specdec.serve.options import KV_MIB, MAX_ROWS, MAX_WAITING, ServeOptions, further_drafters
 
 _SERVER, _LIMITS = "Server", "Limits"
 
@@ -47,9 +47,9 @@ def serve(
         list[str] | None,
         _server("A name in the header Host that is taken beside this machine's own, as a proxy's; repeat for more."),
     ] = None,
-    max_rows: Annotated[int, _server("Requests that are decoded together.", panel=_LIMITS, min=1)] = 16,
-    max_waiting: Annotated[int, _server("Texts that may wait for a place.", panel=_LIMITS, min=1)] = 1024,
-    kv_mib: Annotated[int, _server("MiB of K/V, target and drafters together.", panel=_LIMITS, min=1)] = 512,
+    max_rows: Annotated[int, _server("Requests that are decoded together.", panel=_LIMITS, min=1)] = MAX_ROWS,
+    max_waiting: Annotated[int, _server("Texts that may wait for a place.", panel=_LIMITS, min=1)] = MAX_WAITING,
+    kv_mib: Annotated[int, _server("MiB of K/V, target and drafters together.", panel=_LIMITS, min=1)] = KV_MIB,
     kv_dtype: Annotated[
         str | None, _server("Keep K/V in 8 bits: int8 or fp8. LOSSY: wants --lossy beside it.", panel=_LIMITS)
     ] = None,
@@ -110,9 +110,8 @@ def serve(
     from specdec.prompt_files import has_template
 
     models = load_models(choice)
-    further = [word for word in drafters.split(",") if word and word != choice.draft]
     engine = Engine(
-        models.target, models.draft, k=choice.k, tree=choice.tree, drafters={word: word for word in further},
+        models.target, models.draft, k=choice.k, tree=choice.tree, drafters=further_drafters(drafters, choice.draft),
         tokenizer=models.tokenizer, num_bytes=kv_mib << 20, max_rows=max_rows, max_waiting=max_waiting,
         kv_dtype=kv_dtype, lossy=lossy,
     )  # fmt: skip

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+MAX_ROWS = 16
+"""Requests that are decoded together."""
+MAX_WAITING = 1024
+"""Texts that may wait for a place."""
+KV_MIB = 512
+"""MiB of K/V, target and drafters together."""
+
+
+def further_drafters(words: str, draft: Any) -> dict[str, str]:
+    """Drafters that a request may name besides `draft`: words with commas between."""
+    return {word: word for word in words.split(",") if word and word != draft}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from specdec.pairing.loading import load_pair
 from specdec.pairing.registry import pair_of
 from specdec.pairing.schema import Pair
 from specdec.serve.app import create_app
-from specdec.serve.options import ServeOptions
+from specdec.serve.options import KV_MIB, MAX_ROWS, MAX_WAITING, ServeOptions, further_drafters
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """Requests with one `x-session-id` go to one replica, which has the beginning of their text in its pool already. Ray's
@@ -52,9 +52,9 @@ class Arguments(BaseModel):
     device: str | None = None
     drafters: str = "ngram"
     model_name: str | None = None
-    max_rows: int = Field(16, ge=1)
-    max_waiting: int = Field(1024, ge=1)
-    kv_mib: int = Field(512, ge=1)
+    max_rows: int = Field(MAX_ROWS, ge=1)
+    max_waiting: int = Field(MAX_WAITING, ge=1)
+    kv_mib: int = Field(KV_MIB, ge=1)
     kv_dtype: str | None = None
     lossy: bool = False
     num_cpus: float = Field(1.0, ge=0)
@@ -79,8 +79,9 @@ class Arguments(BaseModel):
 
     @property
     def options(self) -> ServeOptions:
-        names = ("api_key_file", "max_concurrent", "max_new_tokens", "max_prompt_tokens", "request_seconds")
-        return ServeOptions(**{name: getattr(self, name) for name in names}, drain_seconds=self.drain_seconds)
+        names = ("api_key_file", "max_concurrent", "max_new_tokens", "max_prompt_tokens", "request_seconds",
+                 "drain_seconds")  # fmt: skip
+        return ServeOptions(**{name: getattr(self, name) for name in names})
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -118,9 +119,8 @@ class Replica:
         pair = given.models
         target, draft, tokenizer = load_pair(pair, given.dtype, given.device)
         drafting = (given.k, None) if given.k is not None else (pair.drafting.k, pair.drafting.tree)
-        further = [word for word in given.drafters.split(",") if word and word != draft]
         self._engine = Engine(
-            target, draft, k=drafting[0], tree=drafting[1], drafters={word: word for word in further},
+            target, draft, k=drafting[0], tree=drafting[1], drafters=further_drafters(given.drafters, draft),
             tokenizer=tokenizer, num_bytes=given.kv_mib << 20, kv_dtype=given.kv_dtype, lossy=given.lossy,
             max_rows=given.max_rows, max_waiting=given.max_waiting,
         )  # fmt: skip
