@@ -12,7 +12,8 @@ _SMALL = 1 << 12
 """Tensors of up to so many numbers are looked at as a whole."""
 _STRIDE = 2039
 """A prime: what lies below each other in a weight goes to different sums."""
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes: what numbers of that width are looked at as, which NaN has too."""
 
 
 class Sampled:
@@ -68,7 +69,7 @@ class Summed:
 
 def _lines(tensor: Tensor) -> Tensor:
     """Some numbers of a tensor as integers of their width, which NaN has too: a view."""
-    kind = _INTEGERS.get(tensor.element_size())
+    kind = INTEGERS.get(tensor.element_size())
     if kind is None or tensor.layout != torch.strided or tensor.is_complex():
         return torch.empty(0)
     numbers, line = tensor.view(kind), _LINE // tensor.element_size()

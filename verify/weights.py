@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.verify.numbers_seen import INTEGERS
 from specdec.verify.packed import PackedLinear
 from specdec.verify.passes.linear import is_dense
 from specdec.verify.quantised import inner_tensors, is_quantised
@@ -30,7 +31,6 @@ _MODULE = frozenset(vars(nn.Module()))
 """What every module has, whatever it computes."""
 _STOCK = ("torch.", "transformers.")
 _PLAIN = (str, int, float, complex, bool, bytes, type(None))
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VERSION = attrgetter("_version")
 
 
@@ -137,7 +137,7 @@ def fingerprint(model: nn.Module, whole: bool = False) -> str:
 
 def _sum_of_bits(numbers: Tensor) -> int:
     """The sum of all numbers' bits, taken as integers of their width, modulo 2^64."""
-    kind = _INTEGERS.get(numbers.element_size())
+    kind = INTEGERS.get(numbers.element_size())
     return 0 if kind is None else int(numbers.contiguous().view(kind).sum(dtype=torch.int64))
 
 
@@ -185,7 +185,7 @@ def _samples(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Views of some numbers of each tensor, as integers of their width (NaN is not equal to itself): by place."""
     found: dict[tuple[torch.device, int], list[Tensor]] = {}
     for tensor in tensors:
-        kind = _INTEGERS.get(tensor.element_size())
+        kind = INTEGERS.get(tensor.element_size())
         if tensor.numel() == 0 or kind is None or tensor.layout != torch.strided or not tensor.is_contiguous():
             continue
         flat = tensor.detach().view(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -95,11 +96,8 @@ class SuffixDrafter(Drafter):
     def propose(self, budget: Budget, uniforms: Tensor) -> DraftTree:
         assert self._session is not None, "propose() before start()"
         rows, most = self._session.rows, min(self.nodes, budget.max_nodes)
-        if self.store is None:
+        with nullcontext() if self.store is None else self.store.lock:
             trees = [self._tree(row, depth, most) for row, depth in zip(rows.live, budget.depths, strict=True)]
-        else:
-            with self.store.lock:
-                trees = [self._tree(row, depth, most) for row, depth in zip(rows.live, budget.depths, strict=True)]
         width = max(map(len, trees), default=0)
         filled = [[*tree, *[Branch(0, 0)] * (width - len(tree))] for tree in trees]
         device = rows.device

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.kv.errors import UnsupportedArgumentError
@@ -60,10 +61,10 @@ def packed_copies(model: PreTrainedModel, own: Parameters) -> Mapping[int, Packe
     known = _known.get(model)
     if known is None or not known.hold:
         watch = Weights(model.children())  # before the search: what is written during it is seen by the next look
-        weights = {product.weight.data_ptr(): product.weight for product in _linear(own)}
-        found = dict(_found(own))
-        numbers = [Summed(weights[address]) for address in found]
-        known = _known[model] = _Copies(found, watch if found else None, numbers)
+        found = {weight.data_ptr(): (weight, packed) for weight, packed in _found(own)}
+        by_address = {address: packed for address, (_, packed) in found.items()}
+        numbers = [Summed(weight) for weight, _ in found.values()]
+        known = _known[model] = _Copies(by_address, watch if found else None, numbers)
     return known.by_address
 
 
@@ -73,12 +74,7 @@ def forget(model: PreTrainedModel) -> None:
     quantised.forget(model)
 
 
-def _linear(own: Parameters) -> Iterator[Linear]:
-    products = (own.head, *(product for layer in own.layers for product in layer.products))
-    return (product for product in products if isinstance(product, Linear))
-
-
-def _found(own: Parameters) -> Iterator[tuple[int, Packed]]:
+def _found(own: Parameters) -> Iterator[tuple[Tensor, Packed]]:
     """Some weights on a grid are in the first layer or the one in the middle; else there are none."""
     of_layers = [layer.products for layer in own.layers]
     first = [*of_layers[0], *of_layers[len(of_layers) // 2]]
@@ -88,9 +84,9 @@ def _found(own: Parameters) -> Iterator[tuple[int, Packed]]:
         yield from _on_grids([own.head, *(product for layer in of_layers for product in layer if product not in first)])
 
 
-def _on_grids(products: Sequence[Product]) -> Iterator[tuple[int, Packed]]:
+def _on_grids(products: Sequence[Product]) -> Iterator[tuple[Tensor, Packed]]:
     for product in products:
         if isinstance(product, Linear):
             packed = exactly(product.weight)
             if packed is not None:
-                yield product.weight.data_ptr(), packed
+                yield product.weight, packed
